@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Installs what Mainstay needs to build, test and run its lab on Debian 12 or 13.
+# Idempotent: does nothing when everything is there. Works as root or with sudo.
+#
+# usage: scripts/setup.sh [--check] [bench]
+#   --check  only say what is missing (exit 1 if anything is)
+#   bench    also the peers that `make bench` measures against
+set -euo pipefail
+
+check_only=false
+want_bench=false
+for argument in "$@"; do
+  case "$argument" in
+    --check) check_only=true ;;
+    bench) want_bench=true ;;
+    *) echo "setup: unknown argument '$argument' (known: --check, bench)" >&2; exit 2 ;;
+  esac
+done
+
+# The oldest toolchain that the project is built with; older ones lack language features it uses.
+rust_wanted=1.94
+
+packages=(
+  gcc libc6-dev make pkg-config ca-certificates
+  qemu-system-x86 qemu-utils libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt0
+  # The ledger guest: kernel, shell, module tools, the guest agent, and what packs them.
+  # The guest agent and the kernel are unpacked, never installed (see `cargo xtask guest`).
+  busybox-static cpio kmod e2fsprogs dnsmasq-base iproute2 swtpm ovmf
+)
+if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup hyperfine); fi
+
+version_at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
+
+if ! command -v cargo >/dev/null 2>&1; then
+  echo "setup: cargo is missing: install Rust $rust_wanted or newer (rustup.rs or your distribution)" >&2
+  exit 1
+fi
+rust_found=$(rustc --version | awk '{print $2}')
+if ! version_at_least "$rust_found" "$rust_wanted"; then
+  echo "setup: rustc $rust_found is too old: $rust_wanted or newer is needed" >&2
+  exit 1
+fi
+
+if ! command -v dpkg-query >/dev/null 2>&1; then
+  echo "setup: this is not a Debian system; install the equivalents of: ${packages[*]}" >&2
+  exit 1
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+  status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
+  [ "$status" = installed ] || missing+=("$package")
+done
+if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
+if $check_only; then
+  echo "setup: missing packages: ${missing[*]}" >&2
+  exit 1
+fi
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+  if ! command -v sudo >/dev/null 2>&1; then
+    echo "setup: missing packages: ${missing[*]}; run as root or install sudo" >&2
+    exit 1
+  fi
+  as_root=(sudo)
+fi
+
+# qemu-utils may come from backports already; QEMU and libvirt must then come from there too, because
+# Debian's packages of one QEMU version depend on each other exactly.
+target_release=()
+installed_qemu=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
+case "$installed_qemu" in
+  *~bpo*)
+    suite="$(. /etc/os-release && echo "$VERSION_CODENAME")-backports"
+    if ! grep -rqs "$suite" /etc/apt/sources.list /etc/apt/sources.list.d; then
+      # The mirror this machine already uses, not one we choose.
+      mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: '"${suite%-backports}" 2>/dev/null | head -n 1)
+      if [ -z "$mirror" ]; then
+        echo "setup: qemu-utils comes from $suite, which is not among this machine's apt sources; add it" >&2
+        exit 1
+      fi
+      echo "deb $mirror $suite main" | "${as_root[@]}" tee "/etc/apt/sources.list.d/$suite.list" >/dev/null
+    fi
+    target_release=(-t "$suite") ;;
+esac
+
+echo "setup: installing ${missing[*]}" >&2
+"${as_root[@]}" apt-get update -qq
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+  "${target_release[@]}" "${missing[@]}" >/dev/null
