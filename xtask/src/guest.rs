@@ -19,8 +19,16 @@ use crate::cpio::Archive;
 
 /// What the guest needs from the kernel, in the order in which it is loaded; what these depend on comes
 /// before them. ext4 is built into Debian's cloud kernel. `button` and `evdev` carry the power button.
-const MODULES: [&str; 8] =
-    ["virtio_pci", "virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "button", "evdev"];
+const MODULES: [&str; 8] = [
+    "virtio_pci",
+    "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_console",
+    "button",
+    "evdev",
+];
 
 /// The static target, apart from the host's so that its flags do not rebuild everything else.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -75,7 +83,8 @@ fn fetch_packages(out: &Path, refresh: bool) -> Result<PathBuf> {
     names.extend(agent_libraries()?);
     let mut download = Command::new("apt-get");
     download.arg("download").args(&names).current_dir(&packages);
-    output_of(&mut download).context("downloading the guest's packages (run `apt-get update` if they are gone)")?;
+    output_of(&mut download)
+        .context("downloading the guest's packages (run `apt-get update` if they are gone)")?;
     for package in sorted_files(&packages)? {
         output_of(Command::new("dpkg").arg("-x").arg(&package).arg(&root))?;
     }
@@ -94,14 +103,25 @@ fn kernel_package() -> Result<String> {
 /// The library packages in the dependency closure of the guest agent.
 fn agent_libraries() -> Result<Vec<String>> {
     let mut command = Command::new("apt-cache");
-    command.args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"]);
+    command.args([
+        "depends",
+        "--recurse",
+        "--no-recommends",
+        "--no-suggests",
+        "--no-conflicts",
+        "--no-breaks",
+    ]);
     command.args(["--no-replaces", "--no-enhances", "qemu-guest-agent"]);
     let text = output_of(&mut command)?;
     let is_library = |name: &&str| {
         (name.starts_with("lib") || *name == "zlib1g") && !name.contains("perl") && !name.contains(':')
     };
-    let names: Vec<String> =
-        text.lines().filter(|line| !line.starts_with([' ', '<'])).filter(is_library).map(str::to_owned).collect();
+    let names: Vec<String> = text
+        .lines()
+        .filter(|line| !line.starts_with([' ', '<']))
+        .filter(is_library)
+        .map(str::to_owned)
+        .collect();
     // Virtual packages have no version to download.
     let mut policy = Command::new("apt-cache");
     policy.arg("policy").args(&names);

@@ -7,8 +7,8 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use crate::crc::{open_line, seal_line};
-use crate::record::boot_text;
 use crate::record::BootId;
+use crate::record::boot_text;
 
 /// One start of the ledger.
 #[derive(Clone, Debug, PartialEq, Eq)]

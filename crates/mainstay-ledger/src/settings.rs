@@ -37,7 +37,8 @@ mod tests {
 
     #[test]
     fn reads_its_words_and_ignores_others() {
-        let settings = Settings::parse("console=ttyS0 ledger.rate=50 ledger.churn_kib=x ledger.churn_kib=8 quiet");
+        let settings =
+            Settings::parse("console=ttyS0 ledger.rate=50 ledger.churn_kib=x ledger.churn_kib=8 quiet");
         assert_eq!(settings, Settings { rate: 50, churn_kib: 8, ring_mib: None });
         assert_eq!(Settings::parse("").rate, 20);
         assert_eq!(Settings::parse("ledger.rate=0").rate, 1);

@@ -26,6 +26,8 @@ pub(crate) fn print() -> io::Result<()> {
     let agreed_at_boot = found["disks_agree"].as_bool().unwrap_or(false);
     let boots: Vec<Value> =
         first.boots.iter().map(|boot| json!({"id": boot.id, "first": boot.first})).collect();
+    // The writer's standard error: empty as long as it runs.
+    let failure = fs::read_to_string("/run/ledger.failure").ok().filter(|text| !text.trim().is_empty());
     let answer = json!({
         "boot_id": first.boots.last().map(|boot| boot.id.as_str()),
         "boots": boots,
@@ -35,7 +37,7 @@ pub(crate) fn print() -> io::Result<()> {
         "disks": if second.is_some() { 2 } else { 1 },
         "disks_agree": agree_now && agreed_at_boot,
         "found_at_boot": found,
-        "failure": fs::read_to_string("/run/ledger.failure").ok().map(|text| text.trim().to_owned()),
+        "failure": failure,
         "addresses": addresses(),
     });
     writeln!(io::stdout(), "{answer}")

@@ -135,8 +135,12 @@ impl Churn {
             noise: Noise::new(now_ns()),
         };
         if churn.bytes_per_second > 0 {
-            let file =
-                OpenOptions::new().read(true).write(true).create(true).truncate(false).open(disk.join("churn"))?;
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(disk.join("churn"))?;
             file.set_len(churn.blocks * RECORD_BYTES as u64)?;
             churn.file = Some(file);
         }
@@ -149,7 +153,8 @@ impl Churn {
         while self.owed_bytes >= RECORD_BYTES as u64 {
             self.owed_bytes -= RECORD_BYTES as u64;
             let block = self.noise.next() % self.blocks;
-            let bytes: Vec<u8> = (0..RECORD_BYTES / 8).flat_map(|_| self.noise.next().to_le_bytes()).collect();
+            let bytes: Vec<u8> =
+                (0..RECORD_BYTES / 8).flat_map(|_| self.noise.next().to_le_bytes()).collect();
             file.write_all_at(&bytes, block * RECORD_BYTES as u64)?;
         }
         Ok(())
