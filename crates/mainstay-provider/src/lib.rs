@@ -1,1 +1,27 @@
-//! The contract between the control plane and a site.
+//! The contract between Mainstay and the places where VMs run.
+//!
+//! Two traits, one for each side of the wire between server and agent:
+//!
+//! * [`Hypervisor`] is what an agent needs of the host beneath it: inventory, captures, power,
+//!   recovery VMs, staging. `mainstay-kvm` implements it; so does the simulated hypervisor here.
+//! * [`Site`] is what the control plane asks of a registered host: whole, repeatable operations.
+//!   An agent implements it over its `Hypervisor`; the server's proxy forwards it to the agent.
+
+mod capture;
+mod error;
+mod host;
+mod hypervisor;
+mod recovery;
+mod vm;
+
+pub use capture::{Capture, CaptureLimits, CaptureRequest, CapturedDisk, Changed, Consistency, TrackerId};
+pub use error::{ErrorKind, SiteError};
+pub use host::{Acceleration, Capability, HostFacts, Inventory, Network, NetworkKind};
+pub use hypervisor::{Hypervisor, ShutdownOutcome};
+pub use recovery::{
+    Hydration, MacPolicy, NicPlan, RecoveryDisk, RecoveryVmSpec, Staging, StagingDisk, StagingSpec,
+    VmDefinition,
+};
+pub use vm::{
+    Disk, DiskFormat, Finding, FindingSeverity, Firmware, GuestAddress, Nic, PowerState, VirtualMachine,
+};
