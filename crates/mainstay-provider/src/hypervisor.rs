@@ -51,6 +51,10 @@ pub trait Hypervisor: Send + Sync {
     /// Starts the VM, or resumes it if it is paused.
     async fn start(&self, vm: VmId) -> Result<(), SiteError>;
 
+    /// Starts a VM that is off, with `tracker` set on `disks` before its first instruction (start paused, set,
+    /// resume), so that no write escapes. A VM that is not off, or has the tracker already, is only resumed.
+    async fn start_tracked(&self, vm: VmId, disks: &[String], tracker: &TrackerId) -> Result<(), SiteError>;
+
     /// Asks the guest to stop and waits at most `timeout`. Open captures of the VM must be closed first.
     async fn shut_down(&self, vm: VmId, timeout: Duration) -> Result<ShutdownOutcome, SiteError>;
 

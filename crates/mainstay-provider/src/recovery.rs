@@ -13,7 +13,22 @@ use crate::SiteError;
 /// all but the driver that made it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct VmDefinition(pub Vec<u8>);
+pub struct VmDefinition(#[serde(with = "base64_bytes")] pub Vec<u8>);
+
+/// Bytes as base64 text: definitions travel in JSON, where a list of numbers is four times as long.
+mod base64_bytes {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        STANDARD.decode(text).map_err(D::Error::custom)
+    }
+}
 
 /// A VM to be made from a recovery point.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
