@@ -1,0 +1,181 @@
+//! RPO and replication health of an item, computed from evidence alone.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ItemState, ReplicationPolicy};
+
+/// How well an item is protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Health {
+    /// As promised.
+    Normal,
+    /// Protected, but worse than promised.
+    Warning,
+    /// Not protected any more as the policy asks; a person must look.
+    Critical,
+}
+
+/// What is known about an item's replication.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Evidence {
+    /// The moment that the newest durable recovery point shows.
+    pub last_point_ms: Option<i64>,
+    /// When replication of the item began.
+    pub replicating_since_ms: Option<i64>,
+    /// The error of the last cycle, if it failed: what happened, what to do, and whether it goes away by itself.
+    pub last_error: Option<CycleError>,
+    /// Whether the source's agent is connected.
+    pub is_agent_connected: bool,
+}
+
+/// Why a replication cycle failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CycleError {
+    /// Stable name of the kind of error.
+    pub code: String,
+    /// What happened, to what.
+    pub message: String,
+    /// What to do next.
+    pub remedy: String,
+    /// Whether it is retried without anybody changing anything.
+    pub is_transient: bool,
+}
+
+/// A health error, as shown with the item.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthError {
+    /// Stable name.
+    pub code: String,
+    /// How bad it is.
+    pub level: Health,
+    /// What is wrong.
+    pub message: String,
+    /// What usually causes it.
+    pub possible_causes: String,
+    /// What to do.
+    pub recommended_action: String,
+}
+
+/// The age of the newest durable recovery point, in seconds: what would be lost now.
+pub fn rpo_seconds(last_point_ms: Option<i64>, now_ms: i64) -> Option<i64> {
+    last_point_ms.map(|last_ms| ((now_ms - last_ms).max(0) + 999) / 1000)
+}
+
+/// Slack on top of three copy frequencies before the RPO counts as missed: one capture, its transfer and a
+/// retry or two fit in it.
+const RPO_WARNING_SLACK_SECONDS: i64 = 30;
+/// Factor over the warning limit from which a missed RPO is critical.
+const RPO_CRITICAL_FACTOR: i64 = 10;
+
+/// Health of an item while it replicates, with all reasons; the worst reason decides.
+pub fn replication_health(
+    state: &ItemState,
+    policy: &ReplicationPolicy,
+    evidence: &Evidence,
+    now_ms: i64,
+) -> (Health, Vec<HealthError>) {
+    if !state.phase.is_replicating() {
+        return (Health::Normal, Vec::new());
+    }
+    let mut errors = Vec::new();
+    if !evidence.is_agent_connected {
+        errors.push(HealthError {
+            code: "AgentDisconnected".to_owned(),
+            level: Health::Critical,
+            message: "The agent of the protected site is not connected; nothing is replicated.".to_owned(),
+            possible_causes: "The host or its agent is down, or the network to the server is cut.".to_owned(),
+            recommended_action: "Check the host and the network. If the site is lost, fail over.".to_owned(),
+        });
+    }
+    if let Some(error) = &evidence.last_error {
+        errors.push(HealthError {
+            code: error.code.clone(),
+            level: if error.is_transient { Health::Warning } else { Health::Critical },
+            message: error.message.clone(),
+            possible_causes: "The last replication cycle failed.".to_owned(),
+            recommended_action: if error.remedy.is_empty() {
+                "It is retried. See the item's events.".to_owned()
+            } else {
+                error.remedy.clone()
+            },
+        });
+    }
+    let reference_ms = evidence.last_point_ms.or(evidence.replicating_since_ms);
+    let limit_seconds = i64::from(policy.copy_frequency_seconds) * 3 + RPO_WARNING_SLACK_SECONDS;
+    // Initial replication takes as long as the disks are large; only deltas promise an RPO.
+    if let (Some(_), Some(rpo_seconds)) = (evidence.last_point_ms, rpo_seconds(reference_ms, now_ms))
+        && rpo_seconds > limit_seconds
+    {
+        let is_critical = rpo_seconds > limit_seconds * RPO_CRITICAL_FACTOR;
+        errors.push(HealthError {
+            code: "RpoExceeded".to_owned(),
+            level: if is_critical { Health::Critical } else { Health::Warning },
+            message: format!(
+                "The newest recovery point is {rpo_seconds} s old; the policy copies every {} s.",
+                policy.copy_frequency_seconds
+            ),
+            possible_causes: "The VM writes faster than the link carries, or cycles fail.".to_owned(),
+            recommended_action: "Compare the VM's write rate with the link, or raise the copy frequency."
+                .to_owned(),
+        });
+    }
+    let health = errors.iter().map(|error| error.level).max().unwrap_or(Health::Normal);
+    (health, errors)
+}
+
+/// Delay before the next try after `failures` failed ones in a row: Site Recovery's ladder of 1, 2, 4, 8 and 10
+/// minutes, then every 30 minutes. Connections are retried faster, by those who hold them.
+pub fn retry_delay_seconds(failures: u32) -> u32 {
+    match failures {
+        0 => 0,
+        1 => 60,
+        2 => 120,
+        3 => 240,
+        4 => 480,
+        5 => 600,
+        _ => 1800,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Phase;
+
+    const POLICY: ReplicationPolicy = ReplicationPolicy {
+        copy_frequency_seconds: 30,
+        retention_hours: 24,
+        app_consistent_frequency_hours: 0,
+        bytes_per_second_max: None,
+    };
+
+    fn health_at(seconds: i64) -> Health {
+        let state = ItemState { phase: Phase::Protected, ..ItemState::new() };
+        let evidence = Evidence { last_point_ms: Some(0), is_agent_connected: true, ..Evidence::default() };
+        replication_health(&state, &POLICY, &evidence, seconds * 1000).0
+    }
+
+    #[test]
+    fn a_growing_rpo_warns_and_then_is_critical() {
+        assert_eq!(health_at(120), Health::Normal);
+        assert_eq!(health_at(121), Health::Warning);
+        assert_eq!(health_at(1201), Health::Critical);
+    }
+
+    #[test]
+    fn a_lost_agent_is_critical_only_while_replicating() {
+        let evidence = Evidence::default();
+        let mut state = ItemState { phase: Phase::Protected, ..ItemState::new() };
+        let (health, errors) = replication_health(&state, &POLICY, &evidence, 0);
+        assert_eq!((health, errors[0].code.as_str()), (Health::Critical, "AgentDisconnected"));
+        state.phase = Phase::UnplannedFailoverCommitted;
+        assert_eq!(replication_health(&state, &POLICY, &evidence, 0).0, Health::Normal);
+    }
+
+    #[test]
+    fn rpo_is_rounded_up_and_never_negative() {
+        assert_eq!(rpo_seconds(None, 5), None);
+        assert_eq!(rpo_seconds(Some(1000), 1001), Some(1));
+        assert_eq!(rpo_seconds(Some(5000), 1000), Some(0));
+    }
+}

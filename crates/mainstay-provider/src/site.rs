@@ -1,0 +1,381 @@
+//! What the control plane asks of a registered host.
+//!
+//! An [`Operation`] is a whole, repeatable piece of work: the agent makes it safe to repeat, to drop and
+//! to kill. Operations on the same item exclude each other at the agent, so that a repeated one
+//! follows the remains of the first. Implementations of [`Site`]: `mainstay_agent::HostSite` (over any
+//! [`crate::Hypervisor`]) and [`crate::RemoteSite`] (over a connection to one).
+
+use async_trait::async_trait;
+use mainstay_model::{Generation, ItemId, PointId, SessionId, VmId};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{
+    Consistency, ErrorKind, GuestAddress, HostFacts, Hydration, Inventory, NicPlan, PowerState,
+    ShutdownOutcome, SiteError, VirtualMachine, VmDefinition,
+};
+
+/// How far an operation is; sent at most a few times a second.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Progress {
+    /// What is being done, a few words for a person.
+    pub phase: String,
+    /// Bytes dealt with so far.
+    pub bytes_done: u64,
+    /// Bytes to deal with in all; 0 = not known yet.
+    pub bytes_total: u64,
+    /// Bytes that went over the data connection.
+    pub bytes_moved: u64,
+}
+
+/// Receives progress. Must return at once.
+pub trait ProgressSink: Send + Sync {
+    /// The newest progress; replaces what was said before.
+    fn report(&self, progress: Progress);
+}
+
+/// Discards progress.
+pub struct NoProgress;
+
+impl ProgressSink for NoProgress {
+    fn report(&self, _: Progress) {}
+}
+
+/// A registered host.
+///
+/// Dropping the future of [`Site::perform`] cancels the operation: it stops soon and leaves what the next
+/// operation on the item can carry on from.
+#[async_trait]
+pub trait Site: Send + Sync {
+    /// Carries out an operation and answers with its [`Operation::Answer`] as JSON. Use [`call`].
+    async fn perform(
+        &self,
+        operation: SiteOperation,
+        progress: &dyn ProgressSink,
+    ) -> Result<Value, SiteError>;
+}
+
+/// A typed operation and its answer.
+pub trait Operation: Into<SiteOperation> {
+    /// What a success answers.
+    type Answer: Serialize + DeserializeOwned + Send;
+}
+
+/// Carries out a typed operation.
+pub async fn call<O: Operation>(
+    site: &dyn Site,
+    operation: O,
+    progress: &dyn ProgressSink,
+) -> Result<O::Answer, SiteError> {
+    let operation = operation.into();
+    let name = operation.name();
+    let answer = site.perform(operation, progress).await?;
+    serde_json::from_value(answer).map_err(|error| {
+        SiteError::new(ErrorKind::Failed, format!("the agent's answer to {name} cannot be read: {error}"))
+            .with_remedy("Update the agent and the server to the same version.")
+    })
+}
+
+macro_rules! operations {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* } -> $answer:ty;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+            pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+
+            impl From<$name> for SiteOperation {
+                fn from(operation: $name) -> Self {
+                    Self::$name(operation)
+                }
+            }
+
+            impl Operation for $name {
+                type Answer = $answer;
+            }
+        )*
+
+        /// Any operation, as it travels to the agent.
+        #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+        pub enum SiteOperation { $($(#[$doc])* $name($name),)* }
+
+        impl SiteOperation {
+            /// The operation's name, for logs and metrics.
+            pub fn name(&self) -> &'static str {
+                match self { $(Self::$name(_) => stringify!($name),)* }
+            }
+        }
+    };
+}
+
+operations! {
+    /// Reads what is on the host.
+    Discover {} -> Discovery;
+
+    /// Reads one VM afresh, with the host's facts.
+    Examine {
+        /// The VM.
+        vm: VmId,
+    } -> Examination;
+
+    /// Prepares a VM for replication: takes autostart over and keeps a record of the item.
+    Protect {
+        /// The replicated item.
+        item: ItemId,
+        /// Its VM on this host.
+        vm: VmId,
+        /// Keys of the replicated disks; position = index in the store.
+        disks: Vec<String>,
+        /// The item's generation.
+        generation: Generation,
+    } -> ();
+
+    /// Removes every trace of the item from the host and its VM; the VM itself stays as it is.
+    Unprotect {
+        /// The replicated item.
+        item: ItemId,
+    } -> ();
+
+    /// Takes a capture and ships what changed since `parent` as a new recovery point.
+    Replicate {
+        /// The replicated item.
+        item: ItemId,
+        /// The generation in which the host believes to be the active one.
+        generation: Generation,
+        /// Names the transfer: the same session never makes two recovery points.
+        session: SessionId,
+        /// The point that the changes build on; `None` = the replica is empty.
+        parent: Option<PointId>,
+        /// Ask the guest to take part.
+        application_consistent: bool,
+        /// Compare every block by hash instead of trusting trackers.
+        compare_all: bool,
+        /// Bytes per second on the wire at most; `None` = as fast as it goes.
+        bytes_per_second_max: Option<u64>,
+    } -> Replicated;
+
+    /// The host is no longer the active one since `generation`: running transfers of the item end. With
+    /// `stop_vm` the VM is stopped as by a power cut if it runs.
+    StandDown {
+        /// The replicated item.
+        item: ItemId,
+        /// The generation that is now active elsewhere.
+        generation: Generation,
+        /// Whether to stop the VM.
+        stop_vm: bool,
+    } -> StoodDown;
+
+    /// Reads whether a VM runs.
+    ReadPower {
+        /// The VM.
+        vm: VmId,
+    } -> PowerState;
+
+    /// Starts a VM; for a VM of an item on this host with a tracker, so that the next delta is known.
+    StartVm {
+        /// The replicated item.
+        item: ItemId,
+        /// The VM.
+        vm: VmId,
+    } -> ();
+
+    /// Asks the guest to stop and waits.
+    ShutDownVm {
+        /// The replicated item.
+        item: ItemId,
+        /// The VM.
+        vm: VmId,
+        /// How long the guest may take, in milliseconds.
+        timeout_ms: u64,
+    } -> ShutdownOutcome;
+
+    /// Stops a VM as a power cut would.
+    PowerOffVm {
+        /// The VM.
+        vm: VmId,
+    } -> ();
+
+    /// Makes a VM from a recovery point, without starting it. Its disks are served out of the store.
+    CreateRecoveryVm {
+        /// The replicated item.
+        item: ItemId,
+        /// The generation in which this VM is the active one (a test copy: the present one).
+        generation: Generation,
+        /// The VM's identifier, chosen by the caller.
+        vm: VmId,
+        /// The recovery point.
+        point: PointId,
+        /// Its name on this host.
+        name: String,
+        /// Whether it is a test copy.
+        is_test: bool,
+        /// The definition from the recovery point.
+        definition: VmDefinition,
+        /// Keys and sizes in bytes of the disks in the order of the store.
+        disks: Vec<(String, u64)>,
+        /// Virtual processors; `None` = as defined.
+        vcpus: Option<u32>,
+        /// Memory in bytes; `None` = as defined.
+        memory_bytes: Option<u64>,
+        /// What becomes of each adapter.
+        nics: Vec<NicPlan>,
+    } -> ();
+
+    /// Copies a running recovery VM's disks out of the store, or goes on; answers how far it is. When it is
+    /// complete, the host has let go of the recovery point.
+    Hydrate {
+        /// The replicated item.
+        item: ItemId,
+        /// The VM.
+        vm: VmId,
+    } -> Hydration;
+
+    /// Removes a recovery VM with its disks, or what there is of one.
+    RemoveRecoveryVm {
+        /// The replicated item.
+        item: ItemId,
+        /// The VM.
+        vm: VmId,
+    } -> ();
+
+    /// Gives adapters of a running recovery VM their planned addresses and answers what the guest then says.
+    ApplyAddresses {
+        /// The VM.
+        vm: VmId,
+        /// The plans that name an address.
+        nics: Vec<NicPlan>,
+    } -> Vec<GuestAddress>;
+
+    /// Checks that a home VM can receive a failback and holds it: off, without snapshots, not started.
+    PrepareHome {
+        /// The replicated item.
+        item: ItemId,
+        /// The home VM's identifier.
+        vm: VmId,
+        /// The generation of the failback.
+        generation: Generation,
+        /// Keys and sizes of the disks.
+        disks: Vec<(String, u64)>,
+        /// If the VM does not exist: the definition to make it from; `None` = that is an error.
+        create_from: Option<VmDefinition>,
+    } -> HomePrepared;
+
+    /// Brings the staging area at home to the state of a recovery point.
+    StageHome {
+        /// The replicated item.
+        item: ItemId,
+        /// The home VM.
+        vm: VmId,
+        /// The point to reach.
+        to: PointId,
+        /// Fetch everything, trusting nothing that is at home.
+        full: bool,
+    } -> Staged;
+
+    /// Proves by hashes that the staging area equals a recovery point in every block that was staged.
+    VerifyHome {
+        /// The replicated item.
+        item: ItemId,
+        /// The home VM.
+        vm: VmId,
+        /// The point to compare with.
+        to: PointId,
+    } -> Verified;
+
+    /// Merges the staging area into the home disks.
+    CommitHome {
+        /// The replicated item.
+        item: ItemId,
+        /// The home VM.
+        vm: VmId,
+        /// The point that the home disks now equal.
+        to: PointId,
+    } -> ();
+
+    /// Throws the staging area away; the home disks are as they were before it.
+    DiscardHome {
+        /// The replicated item.
+        item: ItemId,
+        /// The home VM.
+        vm: VmId,
+    } -> ();
+
+    /// How to reach a VM's console from the host.
+    ReadConsole {
+        /// The VM.
+        vm: VmId,
+    } -> String;
+}
+
+/// Answer of [`Discover`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Discovery {
+    /// The host.
+    pub host: HostFacts,
+    /// Its VMs and networks.
+    pub inventory: Inventory,
+}
+
+/// Answer of [`Examine`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Examination {
+    /// The host.
+    pub host: HostFacts,
+    /// The VM.
+    pub vm: VirtualMachine,
+}
+
+/// Answer of [`Replicate`]: the recovery point exists and is durable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replicated {
+    /// The recovery point.
+    pub point: PointId,
+    /// The moment it shows, milliseconds since the Unix epoch by the host's clock.
+    pub taken_at_ms: i64,
+    /// What was reached.
+    pub consistency: Consistency,
+    /// Why less than what was asked for was reached; empty otherwise.
+    pub note: String,
+    /// Bytes of blocks that differed from the replica.
+    pub bytes_changed: u64,
+    /// Bytes that went over the data connection.
+    pub bytes_moved: u64,
+    /// Why changes had to be found by hashes; `None` if the tracker was intact.
+    pub resynchronized: Option<String>,
+}
+
+/// Answer of [`StandDown`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoodDown {
+    /// Whether a running VM was stopped.
+    pub was_stopped: bool,
+}
+
+/// Answer of [`PrepareHome`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HomePrepared {
+    /// Whether the VM had to be made, so that everything must be fetched.
+    pub was_created: bool,
+    /// Whether the host prevents the VM's start while it is staged.
+    pub is_start_prevented: bool,
+}
+
+/// Answer of [`StageHome`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Staged {
+    /// Bytes of blocks that were staged.
+    pub bytes_changed: u64,
+    /// Bytes that went over the data connection.
+    pub bytes_moved: u64,
+    /// Bytes at home that had to be hashed because it was not known what had changed there.
+    pub bytes_hashed: u64,
+}
+
+/// Answer of [`VerifyHome`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Bytes compared.
+    pub bytes_compared: u64,
+    /// Bytes in blocks that differ; anything but 0 is a failure.
+    pub bytes_different: u64,
+}
