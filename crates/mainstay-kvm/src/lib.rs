@@ -1,0 +1,2 @@
+//! The KVM driver.
+pub mod libvirt;

@@ -1,0 +1,50 @@
+//! libvirt's errors, and what they mean to a caller.
+
+use mainstay_provider::{ErrorKind, SiteError};
+
+/// What libvirt said.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct LibvirtError {
+    /// `virErrorNumber`.
+    pub code: i32,
+    /// libvirt's own words.
+    pub message: String,
+    /// Whether the connection to the daemon is gone.
+    pub is_disconnected: bool,
+}
+
+pub(crate) const NO_SUPPORT: i32 = 3;
+pub(crate) const NO_DOMAIN: i32 = 42;
+pub(crate) const NO_NETWORK: i32 = 43;
+const NO_CONNECT: i32 = 5;
+const INVALID_CONNECTION: i32 = 6;
+const AUTH_FAILED: i32 = 45;
+const OPERATION_TIMEOUT: i32 = 68;
+const AGENT_UNRESPONSIVE: i32 = 86;
+const ACCESS_DENIED: i32 = 88;
+
+impl LibvirtError {
+    pub(crate) fn new(code: i32, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), is_disconnected: false }
+    }
+}
+
+impl From<LibvirtError> for SiteError {
+    fn from(error: LibvirtError) -> Self {
+        if error.is_disconnected {
+            return Self::new(ErrorKind::Unavailable, format!("libvirt is away: {}", error.message))
+                .with_remedy("Check that libvirtd runs on the host.");
+        }
+        let kind = match error.code {
+            NO_DOMAIN | NO_NETWORK => ErrorKind::NotFound,
+            NO_CONNECT | INVALID_CONNECTION | AGENT_UNRESPONSIVE => ErrorKind::Unavailable,
+            // Another job holds the domain.
+            OPERATION_TIMEOUT => ErrorKind::Busy,
+            AUTH_FAILED | ACCESS_DENIED | NO_SUPPORT => ErrorKind::Refused,
+            _ if error.message.contains("No space left") => ErrorKind::NoSpace,
+            _ => ErrorKind::Failed,
+        };
+        Self::new(kind, format!("libvirt: {}", error.message))
+    }
+}
