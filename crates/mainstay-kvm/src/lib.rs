@@ -1,2 +1,4 @@
 //! The KVM driver.
 pub mod libvirt;
+mod probe;
+pub use probe::hardware_acceleration;

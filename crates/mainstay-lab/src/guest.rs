@@ -1,0 +1,171 @@
+//! The ledger guest as a virtual machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use mainstay_kvm::hardware_acceleration;
+use mainstay_model::VmId;
+use tokio::process::Command;
+
+use crate::site::Site;
+
+/// Kernel and initramfs of the ledger guest, as `cargo xtask guest` makes them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestImages {
+    kernel: PathBuf,
+    initrd: PathBuf,
+}
+
+impl GuestImages {
+    /// The images in a directory.
+    pub fn in_directory(directory: &Path) -> Result<Self> {
+        let images = Self { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd.img") };
+        for path in [&images.kernel, &images.initrd] {
+            if !path.exists() {
+                bail!("{} is missing; make it with `cargo xtask guest`", path.display());
+            }
+        }
+        Ok(images)
+    }
+
+    /// The images in `$MAINSTAY_GUEST_DIR`, or in the repository this was built from.
+    pub fn find() -> Result<Self> {
+        if let Some(directory) = std::env::var_os("MAINSTAY_GUEST_DIR") {
+            return Self::in_directory(Path::new(&directory));
+        }
+        let crate_directory = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let repository = crate_directory.ancestors().nth(2).context("the crate lies outside a repository")?;
+        Self::in_directory(&repository.join(".cache/guest"))
+    }
+}
+
+/// The format of a ledger disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskImage {
+    /// A sparse file.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+impl DiskImage {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// A ledger guest to be made.
+#[derive(Clone, Debug)]
+pub struct LedgerVm {
+    /// Its name, also that of its file of acknowledgements.
+    pub name: String,
+    /// Its identity.
+    pub id: VmId,
+    /// One or two disks; the ledger keeps a copy on each.
+    pub disks: Vec<DiskImage>,
+    /// Size of each disk.
+    pub disk_mib: u64,
+    /// More words for the kernel's command line, such as `ledger.rate=50 ledger.churn_kib=256`.
+    pub options: String,
+    /// The multicast group (`address:port`) that stands for the site's production network.
+    pub network: Option<String>,
+}
+
+impl LedgerVm {
+    /// A guest with two qcow2 disks of 64 MiB and no network.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            id: VmId(uuid::Uuid::new_v4()),
+            disks: vec![DiskImage::Qcow2; 2],
+            disk_mib: 64,
+            options: String::new(),
+            network: None,
+        }
+    }
+
+    /// Makes the disks and defines the machine, without starting it.
+    pub async fn create(&self, site: &Site, images: &GuestImages) -> Result<()> {
+        let mut disks = String::new();
+        for (index, format) in self.disks.iter().enumerate() {
+            let key = ["vda", "vdb"].get(index).context("the ledger guest has at most two disks")?;
+            let path = self.disk_path(site, index);
+            self.make_disk(*format, &path).await?;
+            site.account().give(&path)?;
+            disks.push_str(&format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/>\
+                 <source file='{}'/><target dev='{key}' bus='virtio'/></disk>",
+                format.name(),
+                path.display(),
+            ));
+        }
+        let xml = self.xml(site, images, &disks).await?;
+        site.libvirt().define(xml).await?;
+        Ok(())
+    }
+
+    /// Where a disk lies.
+    pub fn disk_path(&self, site: &Site, index: usize) -> PathBuf {
+        let format = self.disks.get(index).map_or("none", |format| format.name());
+        site.images().join(format!("{}-{index}.{format}", self.name))
+    }
+
+    async fn make_disk(&self, format: DiskImage, path: &Path) -> Result<()> {
+        let raw = path.with_extension("new");
+        fs::File::create(&raw)?.set_len(self.disk_mib * 1024 * 1024)?;
+        // Not in an ordinary user's path.
+        run(Command::new("/usr/sbin/mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(&raw)).await?;
+        if format == DiskImage::Raw {
+            fs::rename(&raw, path)?;
+        } else {
+            run(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(path))
+                .await?;
+            fs::remove_file(&raw)?;
+        }
+        Ok(())
+    }
+
+    async fn xml(&self, site: &Site, images: &GuestImages, disks: &str) -> Result<String> {
+        let domain_type = if hardware_acceleration().await.is_ok() { "kvm" } else { "qemu" };
+        let interface = match &self.network {
+            Some(group) => {
+                let (address, port) = group.split_once(':').context("a group is ADDRESS:PORT")?;
+                format!(
+                    "<interface type='mcast'><source address='{address}' port='{port}'/>\
+                     <model type='virtio'/></interface>"
+                )
+            }
+            None => String::new(),
+        };
+        Ok(format!(
+            "<domain type='{domain_type}'><name>{name}</name><uuid>{id}</uuid>\
+             <memory unit='MiB'>192</memory><vcpu>1</vcpu>\
+             <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
+             <cmdline>console=ttyS0 quiet panic=1 {options}</cmdline></os>\
+             <features><acpi/></features><clock offset='utc'/><on_reboot>restart</on_reboot><devices>{disks}{interface}\
+             <channel type='file'><source path='{acks}' append='on'/><target type='virtio' name='ledger'/></channel>\
+             <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+             <serial type='pty'><target port='0'/></serial>\
+             <controller type='usb' model='none'/><memballoon model='none'/></devices></domain>",
+            name = self.name,
+            id = self.id,
+            kernel = images.kernel.display(),
+            initrd = images.initrd.display(),
+            options = self.options,
+            acks = site.acks().join(&self.name).display(),
+        ))
+    }
+}
+
+async fn run(command: &mut Command) -> Result<()> {
+    let name = command.as_std().get_program().to_string_lossy().into_owned();
+    let output = command.output().await.with_context(|| format!("starting {name}"))?;
+    if !output.status.success() {
+        bail!("{name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
