@@ -34,8 +34,7 @@ pub const FRAME_RUNS_MAX: usize = 1024;
 /// Bytes before the run table.
 pub const FRAME_HEADER_BYTES: usize = 36;
 /// No frame is longer: header, 1024 runs of three varints (5 + 3 + 10 bytes), 64 raw blocks.
-pub const FRAME_BYTES_MAX: usize =
-    FRAME_HEADER_BYTES + FRAME_RUNS_MAX * 18 + FRAME_BLOCKS_MAX * BLOCK_LENGTH;
+pub const FRAME_BYTES_MAX: usize = FRAME_HEADER_BYTES + FRAME_RUNS_MAX * 18 + FRAME_BLOCKS_MAX * BLOCK_LENGTH;
 
 const MAGIC: &[u8; 4] = b"MSFR";
 const VERSION: u8 = 1;
@@ -120,9 +119,7 @@ impl FrameBuilder {
 
     /// Whether a run at this place keeps the order.
     pub fn accepts(&self, disk: u16, block: u64) -> bool {
-        self.runs
-            .last()
-            .is_none_or(|last| (disk, block) >= (last.disk, last.block + u64::from(last.count)))
+        self.runs.last().is_none_or(|last| (disk, block) >= (last.disk, last.block + u64::from(last.count)))
     }
 
     /// Adds whole blocks; a partial last block (the end of a disk) is padded with zeros. Joins the run
@@ -322,6 +319,10 @@ fn parse_runs(header: &Header, mut table: &[u8]) -> Result<Vec<FrameRun>, FrameE
         }
         if kind == RunKind::Data {
             blocks += u64::from(count);
+            let joins = |last: &FrameRun| last.kind == kind && disk_step == 0 && gap == 0;
+            if runs.last().is_some_and(joins) {
+                return Err(FrameError::Malformed("data runs not joined"));
+            }
         }
         runs.push(FrameRun { disk, block, count, kind });
     }

@@ -124,10 +124,7 @@ pub(crate) enum LogState {
 }
 
 /// Reads the log, handing each staged record to `each`, up to the first damaged or torn one.
-pub(crate) fn read_log(
-    path: &Path,
-    mut each: impl FnMut(Record) -> io::Result<()>,
-) -> io::Result<LogState> {
+pub(crate) fn read_log(path: &Path, mut each: impl FnMut(Record) -> io::Result<()>) -> io::Result<LogState> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LogState::Nothing),
