@@ -1,0 +1,6 @@
+//! The store from outside.
+
+mod crash;
+mod oracle;
+mod rules;
+mod support;
