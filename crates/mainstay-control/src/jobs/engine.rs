@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
-use super::{Done, ItemChange, Step, StepContext, Undone};
+use super::{Done, ItemChange, Step, StepContext, Task, Undone};
 use crate::{
     Control, ControlError,
     db::{ItemRecord, JobError, JobRecord, JobState, StepRecord},
@@ -559,6 +559,11 @@ fn begin(item: &mut ItemRecord, job: &JobRecord) -> Result<(), ControlError> {
 
 fn not_allowed(job: &JobRecord, reason: &str) -> ControlError {
     ControlError::NotAllowed { reason: format!("job {}: {reason}", job.id), allowed: Vec::new() }
+}
+
+/// The tasks of an operation's jobs, in the order of their step logs.
+pub fn tasks(operation: Operation) -> Vec<Task> {
+    workflows::steps(operation).into_iter().map(|step| step.task).collect()
 }
 
 /// The pure log of a job.

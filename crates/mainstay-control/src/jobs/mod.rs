@@ -3,5 +3,5 @@
 mod engine;
 mod step;
 
-pub use engine::{Engine, Fault, Faults, JobRequest, job_log};
+pub use engine::{Engine, Fault, Faults, JobRequest, job_log, tasks};
 pub use step::{Done, ItemChange, Patience, Step, StepAction, StepContext, Task, Undone};
