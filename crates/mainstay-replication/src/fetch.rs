@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use mainstay_block::frame::{Frame, FrameRun, RunKind};
 use mainstay_block::hash_table::HashTable;
 use mainstay_block::{BLOCK_BYTES, BlockDevice, BlockHasher};
@@ -149,7 +149,7 @@ impl Fetching<'_> {
 
     async fn apply(&mut self, frame: &Frame) -> Result<(), ReplicationError> {
         let job = self.job;
-        let writes = stream::iter(frame.parts()).map(|(run, data)| write(job, run, data));
+        let writes = stream::iter(frame.parts()).map(|(run, data)| write(job, run, data).boxed());
         let written = writes.buffer_unordered(WRITES_IN_FLIGHT).try_collect::<Vec<(u64, bool)>>().await?;
         for (bytes, data) in written {
             *(if data { &mut self.report.data_bytes } else { &mut self.report.zero_bytes }) += bytes;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use mainstay_block::{
     BLOCK_BYTES, BlockDevice, BlockError, BlockHash, Extent, ExtentKind, HashKey, blocks_of, check_range,
 };
@@ -173,7 +173,11 @@ impl Driver {
         self.converse(receiver, &transmitter).await
     }
 
-    async fn converse(&mut self, receiver: Receiver, transmitter: &Transmitter) -> Result<(), ReplicationError> {
+    async fn converse(
+        &mut self,
+        receiver: Receiver,
+        transmitter: &Transmitter,
+    ) -> Result<(), ReplicationError> {
         let incoming = stream::unfold(receiver, |mut receiver| async move {
             let message = receiver.receive().await;
             Some((message, receiver))
@@ -237,15 +241,19 @@ impl RemoteDisk {
         let end = first.checked_add(count).filter(|end| *end <= blocks_of(self.bytes));
         let end = end.ok_or(ReplicationError::Protocol("hashes of blocks outside the disk"))?;
         let firsts = (first..end).step_by(HASHES_PER_QUERY as usize);
-        let queries = firsts.map(|first| async move {
-            let count = HASHES_PER_QUERY.min(end - first) as u32;
-            let query = Query::Hashes { disk: self.index, key: key.0, first, count };
-            let answer = self.mount.ask(query).await?;
-            if answer.payload.len() != count as usize * 8 {
-                return Err(ReplicationError::Protocol("wrong number of hashes"));
+        let queries = firsts.map(|first| {
+            async move {
+                let count = HASHES_PER_QUERY.min(end - first) as u32;
+                let query = Query::Hashes { disk: self.index, key: key.0, first, count };
+                let answer = self.mount.ask(query).await?;
+                if answer.payload.len() != count as usize * 8 {
+                    return Err(ReplicationError::Protocol("wrong number of hashes"));
+                }
+                let word =
+                    |bytes: &[u8]| bytes.iter().rev().fold(0, |sum, byte| (sum << 8) | u64::from(*byte));
+                Ok(answer.payload.chunks_exact(8).map(|hash| BlockHash(word(hash))).collect::<Vec<_>>())
             }
-            let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |sum, byte| (sum << 8) | u64::from(*byte));
-            Ok(answer.payload.chunks_exact(8).map(|hash| BlockHash(word(hash))).collect::<Vec<_>>())
+            .boxed()
         });
         let parts: Vec<_> = stream::iter(queries).buffered(4).try_collect().await?;
         Ok(parts.concat())
@@ -285,8 +293,8 @@ impl BlockDevice for RemoteDisk {
             return Ok(piece.unwrap_or_else(|| BytesMut::zeroed(length as usize).freeze()));
         }
         let mut out = BytesMut::zeroed(length as usize);
-        let reads = pieces.into_iter().map(|(at, length)| async move {
-            self.read_piece(at, length).await.map(|piece| (at, piece))
+        let reads = pieces.into_iter().map(|(at, length)| {
+            async move { self.read_piece(at, length).await.map(|piece| (at, piece)) }.boxed()
         });
         let mut reads = stream::iter(reads).buffer_unordered(PIECES_IN_FLIGHT);
         while let Some((at, piece)) = reads.try_next().await? {

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder};
 use mainstay_block::hash_table::Verdict;
 use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of};
@@ -91,7 +91,8 @@ fn block_ranges(disk: &SendDisk) -> Vec<Range<u64>> {
     let outward = |range: &Range<u64>| {
         (range.start / BLOCK_BYTES).min(blocks)..range.end.div_ceil(BLOCK_BYTES).min(blocks)
     };
-    let mut ranges: Vec<Range<u64>> = disk.ranges.iter().map(outward).filter(|range| !range.is_empty()).collect();
+    let mut ranges: Vec<Range<u64>> =
+        disk.ranges.iter().map(outward).filter(|range| !range.is_empty()).collect();
     ranges.sort_unstable_by_key(|range| range.start);
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges {
@@ -143,12 +144,11 @@ async fn build(
         let piece: Option<Piece> = pieces.recv().await;
         piece.map(|piece| (piece, pieces))
     });
-    let examined = pieces.map(|piece| async move { Ok((piece, examine(job, piece).await?)) });
+    let examined = pieces
+        .map(|piece| async move { Ok::<_, ReplicationError>((piece, examine(job, piece).await?)) }.boxed());
     let mut examined = Box::pin(examined.buffered(options.reads_in_flight.max(1)));
     let mut frame = FrameBuilder::new();
-    while let Some((piece, changes)) =
-        examined.next().await.transpose().map_err(|error: ReplicationError| error)?
-    {
+    while let Some((piece, changes)) = examined.try_next().await? {
         for change in changes {
             let (disk, data) = match &change {
                 Change::Data { disk, .. } => (*disk, true),
@@ -206,7 +206,9 @@ async fn examine(job: &SendJob, piece: Piece) -> Result<Vec<Change>, Replication
         tokio::task::spawn_blocking(move || {
             let verdicts = table.compare(piece.first, &data)?;
             let mut changes: Vec<Change> = Vec::new();
-            for ((block, verdict), at) in (piece.first..).zip(verdicts).zip((0..).step_by(BLOCK_BYTES as usize)) {
+            for ((block, verdict), at) in
+                (piece.first..).zip(verdicts).zip((0..).step_by(BLOCK_BYTES as usize))
+            {
                 match verdict {
                     Verdict::Same => {}
                     Verdict::Data(hash) => {
@@ -238,9 +240,12 @@ async fn compress(
         let frame: Option<FrameBuilder> = frames.recv().await;
         frame.map(|frame| (frame, frames))
     });
-    let encoded = frames.map(|frame| async move {
-        let task = tokio::task::spawn_blocking(move || frame.finish()).await;
-        Ok::<_, ReplicationError>(task.map_err(|error| ReplicationError::internal(&error))??)
+    let encoded = frames.map(|frame| {
+        async move {
+            let task = tokio::task::spawn_blocking(move || frame.finish()).await;
+            Ok::<_, ReplicationError>(task.map_err(|error| ReplicationError::internal(&error))??)
+        }
+        .boxed()
     });
     let mut encoded = Box::pin(encoded.buffered(FRAMES_COMPRESSING));
     while let Some(frame) = encoded.try_next().await? {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
-use futures::{StreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, stream};
 use mainstay_block::{BlockDevice as _, ExtentKind, HashKey, is_zero};
 use mainstay_store::{PointMeta, PointReader, Session, SessionSpec, Store, StoreError};
 use uuid::Uuid;
@@ -71,7 +71,7 @@ pub async fn serve_connection(
 ) -> Result<ServeReport, ReplicationError> {
     let traffic = Arc::new(Traffic::default());
     let (receiver, transmitter) = split(stream, &traffic);
-    match serve(receiver, &transmitter, store, authorize).await {
+    match serve(receiver, &transmitter, store, authorize).boxed().await {
         Ok((access, committed)) => Ok(ServeReport { access, committed, traffic }),
         Err(error) => {
             if !matches!(error, ReplicationError::Connection(_)) {
@@ -111,16 +111,16 @@ async fn serve(
     let committed = match hello.purpose {
         Purpose::Replicate { session, generation, parent, disks, fork } => {
             let spec = SessionSpec { session, replica, generation, parent, disks, fork };
-            replicate(receiver, transmitter, store, spec).await?
+            replicate(receiver, transmitter, store, spec).boxed().await?
         }
         Purpose::Mount { point } => {
             let reader = store.open_point(replica, point).await?;
-            mount(receiver, transmitter, &reader).await?;
+            mount(receiver, transmitter, &reader).boxed().await?;
             None
         }
         Purpose::Fetch(request) => {
             tokio::select! {
-                done = serve_fetch::serve(receiver, transmitter, store, replica, request) => done?,
+                done = serve_fetch::serve(receiver, transmitter, store, replica, request).boxed() => done?,
                 error = transmitter.ping_forever() => return Err(error),
             }
             None
@@ -162,7 +162,9 @@ async fn replicate(
     };
     match &done {
         // A refused session is over; one whose connection broke goes on, as does one that may be asked again.
-        Err(error) if !error.is_transient() && error.refusal().0 != RefusalKind::Unavailable => session.abort(),
+        Err(error) if !error.is_transient() && error.refusal().0 != RefusalKind::Unavailable => {
+            session.abort()
+        }
         _ => {}
     }
     done
@@ -231,7 +233,7 @@ async fn mount(
                     Kind::Done => return Ok(()),
                     Kind::Query => {
                         let query: Query = message.body()?;
-                        answers.push(answer(transmitter, reader, message.tag, query));
+                        answers.push(answer(transmitter, reader, message.tag, query).boxed());
                     }
                     _ => return Err(ReplicationError::Protocol("unexpected message")),
                 }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use bytes::Bytes;
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use mainstay_block::frame::FrameBuilder;
 use mainstay_block::{BLOCK_BYTES, BlockDevice as _, ExtentKind, blocks_of, is_zero};
 use mainstay_store::{PointReader, Store, StoreError};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use crate::ReplicationError;
@@ -39,17 +40,52 @@ pub(crate) async fn serve(
 ) -> Result<(), ReplicationError> {
     let reader = store.open_point(replica, request.to).await?;
     let ranges = ranges(store, replica, &reader, &request).await?;
-    let bytes: u64 =
-        ranges.values().flatten().map(|range| (range.end - range.start) * BLOCK_BYTES).sum();
+    let bytes: u64 = ranges.values().flatten().map(|range| (range.end - range.start) * BLOCK_BYTES).sum();
     let welcome = Welcome::Point { version: VERSION, disks: reader.info().disks.clone(), bytes };
     transmitter.send(&Message::control(Kind::Welcome, 0, &welcome)?).await?;
-    let all = ranges.into_iter().flat_map(|(disk, ranges)| ranges.into_iter().map(move |range| (disk, range)));
-    let reader = &reader;
-    // Extents are asked for range by range, so that a large difference needs no large list.
-    let pieces = stream::iter(all).then(|(disk, range)| pieces(reader, disk, range));
-    let pieces = pieces.map_ok(|pieces| stream::iter(pieces.into_iter().map(Ok))).try_flatten();
-    let frames = pieces.map_ok(|piece| encode(reader, piece)).try_buffered(PIECES_IN_FLIGHT);
-    let mut frames = Box::pin(frames);
+    let (sink, source) = mpsc::channel(64);
+    let (planned, sent) =
+        futures::join!(plan(&reader, ranges, sink).boxed(), transmit(&reader, transmitter, source).boxed());
+    sent?;
+    planned?;
+    // The client confirms, so that the stream is not closed with data in flight.
+    receiver.expect(Kind::Done).await.map(|_| ())
+}
+
+/// Hands out the pieces, range by range, so that a large difference needs no large list.
+async fn plan(
+    reader: &PointReader,
+    ranges: BTreeMap<u16, Vec<Range<u64>>>,
+    sink: mpsc::Sender<Result<Piece, ReplicationError>>,
+) -> Result<(), ReplicationError> {
+    for (disk, ranges) in ranges {
+        for range in ranges {
+            let found = match pieces(reader, disk, range).await {
+                Ok(pieces) => pieces.into_iter().map(Ok).collect(),
+                Err(error) => vec![Err(error)],
+            };
+            for piece in found {
+                if sink.send(piece).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sends the frames of all pieces in order, then how many they were.
+async fn transmit(
+    reader: &PointReader,
+    transmitter: &Transmitter,
+    source: mpsc::Receiver<Result<Piece, ReplicationError>>,
+) -> Result<(), ReplicationError> {
+    let pieces = stream::unfold(source, |mut source| async move {
+        let piece: Option<Result<Piece, ReplicationError>> = source.recv().await;
+        piece.map(|piece| (piece, source))
+    });
+    let frames = pieces.map(|piece| async move { encode(reader, piece?).await }.boxed());
+    let mut frames = Box::pin(frames.buffered(PIECES_IN_FLIGHT));
     let mut number = 0;
     while let Some(encoded) = frames.try_next().await? {
         for frame in encoded {
@@ -57,9 +93,7 @@ pub(crate) async fn serve(
             transmitter.send(&Message::new(Kind::Frame, number, frame)).await?;
         }
     }
-    transmitter.send(&Message::new(Kind::Done, number, Bytes::new())).await?;
-    // The client confirms, so that the stream is not closed with data in flight.
-    receiver.expect(Kind::Done).await.map(|_| ())
+    transmitter.send(&Message::new(Kind::Done, number, Bytes::new())).await
 }
 
 /// What is asked for, per disk, sorted, disjoint, from the resume position on.

@@ -64,10 +64,10 @@ pub(crate) enum Kind {
 
 impl Kind {
     fn parse(value: u8) -> Option<Self> {
-        use Kind::{Ack, Answer, Commit, Committed, Done, Flush, Frame, Hello, Ping, Query, Refusal, Welcome};
-        let all = [
-            Hello, Welcome, Refusal, Ping, Frame, Ack, Flush, Commit, Committed, Query, Answer, Done,
-        ];
+        use Kind::{
+            Ack, Answer, Commit, Committed, Done, Flush, Frame, Hello, Ping, Query, Refusal, Welcome,
+        };
+        let all = [Hello, Welcome, Refusal, Ping, Frame, Ack, Flush, Commit, Committed, Query, Answer, Done];
         all.into_iter().find(|kind| *kind as u8 == value)
     }
 
