@@ -39,7 +39,8 @@ impl ServerLink {
     pub fn new(identity: &Identity, address: &str) -> anyhow::Result<Self> {
         let (host, _) = address.rsplit_once(':').with_context(|| format!("'{address}' is not HOST:PORT"))?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let name = ServerName::try_from(host).with_context(|| format!("'{address}' has no valid host name"))?;
+        let name =
+            ServerName::try_from(host).with_context(|| format!("'{address}' has no valid host name"))?;
         Ok(Self {
             address: address.to_owned(),
             name,
@@ -54,7 +55,9 @@ impl ServerLink {
             stream.set_nodelay(true)?;
             TlsConnector::from(tls.clone()).connect(self.name.clone(), stream).await
         });
-        let stream = dialled.await.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the server does not answer"))??;
+        let stream = dialled
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the server does not answer"))??;
         Ok(Box::new(stream))
     }
 }
@@ -87,7 +90,9 @@ pub async fn run(link: ServerLink, site: Arc<dyn Site>, stop: CancellationToken)
                 pause = RETRY_MIN;
                 is_told = false;
             }
-            Err(error) if is_told => tracing::debug!(server = link.address, %error, "the server still cannot be reached"),
+            Err(error) if is_told => {
+                tracing::debug!(server = link.address, %error, "the server still cannot be reached")
+            }
             Err(error) => {
                 tracing::warn!(server = link.address, %error, "the server cannot be reached; trying on");
                 is_told = true;

@@ -35,7 +35,9 @@ pub struct RegistrationKey {
 impl RegistrationKey {
     /// Reads a key as `mainstay host key` printed it.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
-        let bytes = URL_SAFE_NO_PAD.decode(text.trim()).context("the registration key is not whole; copy it again")?;
+        let bytes = URL_SAFE_NO_PAD
+            .decode(text.trim())
+            .context("the registration key is not whole; copy it again")?;
         serde_json::from_slice(&bytes).context("the registration key is not one of Mainstay's; copy it again")
     }
 }
@@ -66,7 +68,12 @@ fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
 }
 
 /// Exchanges a registration key for a certificate. The private key is made here and stays here.
-pub async fn register(data_dir: &Path, key: &RegistrationKey, host: &str, version: &str) -> anyhow::Result<Identity> {
+pub async fn register(
+    data_dir: &Path,
+    key: &RegistrationKey,
+    host: &str,
+    version: &str,
+) -> anyhow::Result<Identity> {
     let dir = identity_dir(data_dir);
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let key_pair = KeyPair::generate()?;
@@ -76,11 +83,18 @@ pub async fn register(data_dir: &Path, key: &RegistrationKey, host: &str, versio
         version: version.to_owned(),
         certificate_request: CertificateParams::default().serialize_request(&key_pair)?.pem()?,
     };
-    let client =
-        Client::new(&Connection { url: key.url.clone(), authority_pem: key.authority.clone(), token: String::new() })?;
+    let client = Client::new(&Connection {
+        url: key.url.clone(),
+        authority_pem: key.authority.clone(),
+        token: String::new(),
+    })?;
     let answer: RegisterAnswer = client.post("/api/v1/register", &request).await?;
-    let identity =
-        Identity { provider: answer.provider, fabric: answer.fabric, endpoint: answer.endpoint, dir: dir.clone() };
+    let identity = Identity {
+        provider: answer.provider,
+        fabric: answer.fabric,
+        endpoint: answer.endpoint,
+        dir: dir.clone(),
+    };
     write_private(&dir.join("agent.key"), &key_pair.serialize_pem())?;
     write_private(&dir.join("agent.pem"), &answer.certificate)?;
     write_private(&dir.join("ca.pem"), &answer.authority)?;
@@ -95,23 +109,29 @@ impl Identity {
         let dir = identity_dir(data_dir);
         let path = dir.join(IDENTITY_FILE);
         let text = fs::read_to_string(&path).with_context(|| {
-            format!("this agent is not registered ({} is missing): run `mainstay agent register --key KEY`", path.display())
+            format!(
+                "this agent is not registered ({} is missing): run `mainstay agent register --key KEY`",
+                path.display()
+            )
         })?;
-        let mut identity: Self = serde_json::from_str(&text).with_context(|| format!("read {}", path.display()))?;
+        let mut identity: Self =
+            serde_json::from_str(&text).with_context(|| format!("read {}", path.display()))?;
         identity.dir = dir;
         Ok(identity)
     }
 
     /// TLS towards the server, with this agent's certificate, for one protocol.
     pub(crate) fn tls(&self, protocol: &[u8]) -> anyhow::Result<Arc<ClientConfig>> {
-        let certificate = CertificateDer::from_pem_file(self.dir.join("agent.pem")).context("read agent.pem")?;
+        let certificate =
+            CertificateDer::from_pem_file(self.dir.join("agent.pem")).context("read agent.pem")?;
         let key = PrivateKeyDer::from_pem_file(self.dir.join("agent.key")).context("read agent.key")?;
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(self.dir.join("ca.pem")).context("read ca.pem")?)?;
-        let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(vec![certificate], key)?;
+        let mut config =
+            ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_protocol_versions(&[&rustls::version::TLS13])?
+                .with_root_certificates(roots)
+                .with_client_auth_cert(vec![certificate], key)?;
         config.alpn_protocols = vec![protocol.to_vec()];
         Ok(Arc::new(config))
     }

@@ -26,7 +26,12 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves agents until `stop`.
-pub(crate) async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, control: Arc<Control>, stop: CancellationToken) {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    control: Arc<Control>,
+    stop: CancellationToken,
+) {
     let acceptor = TlsAcceptor::from(tls);
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let tasks = TaskTracker::new();
@@ -52,7 +57,7 @@ pub(crate) async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, control
             let _place = place;
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = serve_connection(stream, acceptor, control) => {}
+                () = serve_peer(stream, acceptor, control) => {}
             }
         });
     }
@@ -60,7 +65,7 @@ pub(crate) async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, control
     tasks.wait().await;
 }
 
-async fn serve_connection(stream: TcpStream, acceptor: TlsAcceptor, control: Arc<Control>) {
+async fn serve_peer(stream: TcpStream, acceptor: TlsAcceptor, control: Arc<Control>) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
@@ -75,12 +80,18 @@ async fn serve_connection(stream: TcpStream, acceptor: TlsAcceptor, control: Arc
     // The certificate may outlive the registration.
     let name = match control.provider(provider).await {
         Ok(record) => record.name,
-        Err(error) => return tracing::warn!(%provider, %error, "a host that is not registered was turned away"),
+        Err(error) => {
+            return tracing::warn!(%provider, %error, "a host that is not registered was turned away");
+        }
     };
     match stream.get_ref().1.alpn_protocol() {
-        Some(protocol) if protocol == CONTROL_PROTOCOL => serve_control(stream, provider, name, control).await,
+        Some(protocol) if protocol == CONTROL_PROTOCOL => {
+            serve_control(stream, provider, name, control).await
+        }
         Some(protocol) if protocol == DATA_PROTOCOL => serve_data(stream, provider, control).await,
-        _ => tracing::warn!(%provider, "an agent speaks no protocol that this server knows; update the older one"),
+        _ => {
+            tracing::warn!(%provider, "an agent speaks no protocol that this server knows; update the older one")
+        }
     }
 }
 
@@ -88,11 +99,23 @@ fn peer(stream: &TlsStream<TcpStream>) -> Option<ProviderId> {
     certificate_provider(stream.get_ref().1.peer_certificates()?.first()?)
 }
 
-async fn serve_control(stream: TlsStream<TcpStream>, provider: ProviderId, name: String, control: Arc<Control>) {
+async fn serve_control(
+    stream: TlsStream<TcpStream>,
+    provider: ProviderId,
+    name: String,
+    control: Arc<Control>,
+) {
     let (site, run) = RemoteSite::connect(stream);
     let site: Arc<dyn Site> = site;
     control.sites.insert(provider, site.clone());
-    tell(&control, &name, "AgentConnected", Health::Normal, format!("the agent of host '{name}' is connected")).await;
+    tell(
+        &control,
+        &name,
+        "AgentConnected",
+        Health::Normal,
+        format!("the agent of host '{name}' is connected"),
+    )
+    .await;
     let refreshing = {
         let control = control.clone();
         // In the connection's own time: the refresh needs the connection to run.

@@ -13,8 +13,8 @@ use std::{
 
 use mainstay_model::ProviderId;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls::{
     RootCertStore, ServerConfig,
@@ -75,7 +75,8 @@ fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> AuthorityError + '_
 fn write_private(path: &Path, text: &str) -> Result<(), AuthorityError> {
     let temporary = path.with_extension("new");
     let write = || {
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         fs::rename(&temporary, path)
@@ -131,7 +132,10 @@ impl Authority {
     }
 
     /// A certificate for the server under its names, made anew at every start: nothing depends on it living long.
-    fn server_certificate(&self, names: &[String]) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), AuthorityError> {
+    fn server_certificate(
+        &self,
+        names: &[String],
+    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), AuthorityError> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "Mainstay server");
@@ -144,7 +148,8 @@ impl Authority {
         }
         validity(&mut params, CERTIFICATE_DAYS);
         let certificate = params.signed_by(&key, &self.issuer)?;
-        let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| AuthorityError::Tls(error.to_owned()))?;
+        let key = PrivateKeyDer::try_from(key.serialize_der())
+            .map_err(|error| AuthorityError::Tls(error.to_owned()))?;
         Ok((vec![certificate.der().clone()], key))
     }
 

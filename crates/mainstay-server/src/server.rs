@@ -35,7 +35,11 @@ pub struct Initialized {
 }
 
 /// Makes the vault, the certificate authority and the first token. Called again it makes nothing anew.
-pub async fn initialize(config: &ServerConfig, resource_group: &str, vault: &str) -> anyhow::Result<Initialized> {
+pub async fn initialize(
+    config: &ServerConfig,
+    resource_group: &str,
+    vault: &str,
+) -> anyhow::Result<Initialized> {
     let control = open(config).await?;
     let authority = Authority::open(&config.data_dir.join("pki"))?;
     let vault = VaultRecord {
@@ -98,8 +102,9 @@ pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
     let (api_tls, agent_tls) = (authority.api_tls(&config.names)?, authority.agent_tls(&config.names)?);
     let api_listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
-    let agent_listener =
-        TcpListener::bind(config.agent_listen).await.with_context(|| format!("listen on {}", config.agent_listen))?;
+    let agent_listener = TcpListener::bind(config.agent_listen)
+        .await
+        .with_context(|| format!("listen on {}", config.agent_listen))?;
     let (api_address, agent_address) = (api_listener.local_addr()?, agent_listener.local_addr()?);
     let name = config.names.first().map_or("localhost", String::as_str);
     let agent_endpoint = if config.agent_endpoint.is_empty() {
@@ -139,7 +144,8 @@ impl Running {
 
 /// One recorder for the process, also when several servers run in it (tests).
 fn metrics_recorder() -> metrics_exporter_prometheus::PrometheusHandle {
-    static HANDLE: std::sync::OnceLock<metrics_exporter_prometheus::PrometheusHandle> = std::sync::OnceLock::new();
+    static HANDLE: std::sync::OnceLock<metrics_exporter_prometheus::PrometheusHandle> =
+        std::sync::OnceLock::new();
     HANDLE
         .get_or_init(|| {
             let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
@@ -152,7 +158,12 @@ fn metrics_recorder() -> metrics_exporter_prometheus::PrometheusHandle {
         .clone()
 }
 
-async fn serve_api(listener: TcpListener, acceptor: TlsAcceptor, router: axum::Router, stop: CancellationToken) {
+async fn serve_api(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    router: axum::Router,
+    stop: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let tasks = TaskTracker::new();
     loop {
@@ -172,7 +183,8 @@ async fn serve_api(listener: TcpListener, acceptor: TlsAcceptor, router: axum::R
                 continue;
             }
         };
-        let (acceptor, service, stop) = (acceptor.clone(), TowerToHyperService::new(router.clone()), stop.clone());
+        let (acceptor, service, stop) =
+            (acceptor.clone(), TowerToHyperService::new(router.clone()), stop.clone());
         tasks.spawn(async move {
             let _place = place;
             let stream = match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {

@@ -15,8 +15,12 @@ pub(crate) struct ByteCache<K: Hash + Eq + Clone, V> {
     limit: usize,
 }
 
+/// A value being loaded or loaded.
+type Cell<V> = Arc<OnceCell<Arc<V>>>;
+
 struct Inner<K: Hash + Eq + Clone, V> {
-    cells: LruCache<K, (Arc<OnceCell<Arc<V>>>, usize)>,
+    /// With the weight accounted for each; 0 until it is loaded.
+    cells: LruCache<K, (Cell<V>, usize)>,
     bytes: usize,
 }
 
@@ -62,7 +66,7 @@ impl<K: Hash + Eq + Clone, V> ByteCache<K, V> {
         Ok(value)
     }
 
-    fn account(&self, key: &K, cell: &Arc<OnceCell<Arc<V>>>, weight: usize) {
+    fn account(&self, key: &K, cell: &Cell<V>, weight: usize) {
         let mut inner = self.lock();
         if let Some((there, weighed)) = inner.cells.peek_mut(key)
             && Arc::ptr_eq(there, cell)

@@ -7,6 +7,7 @@ use mainstay_block::blocks_of;
 use uuid::Uuid;
 
 use crate::manifest::Manifest;
+use crate::reader::refs;
 use crate::{Store, StoreError};
 
 /// The blocks of one disk that may differ.
@@ -48,7 +49,7 @@ impl Store {
             path.extend(manifest.path(earlier.layer, stop));
         }
         let mut changed: BTreeMap<u16, Vec<Range<u64>>> = BTreeMap::new();
-        for map in shared.open_maps(replica, path.into_iter().map(|(map, _)| map)).await? {
+        for map in shared.open_maps(replica, refs(&path)).await? {
             for (index, chunk) in map.footer.chunks.iter().enumerate() {
                 let entries = map.chunk(&shared.storage, &shared.chunks, index).await?;
                 let ranges = changed.entry(chunk.disk).or_default();

@@ -90,10 +90,11 @@ impl StoreError {
         Self::Storage { key: key.to_string(), source: Arc::new(source) }
     }
 
-    pub(crate) fn damaged(key: &impl ToString, what: impl ToString) -> Self {
-        Self::Damaged { key: key.to_string(), what: what.to_string() }
+    pub(crate) fn damaged(key: &impl ToString, what: impl Into<String>) -> Self {
+        Self::Damaged { key: key.to_string(), what: what.into() }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
     pub(crate) fn internal(what: impl ToString) -> Self {
         Self::Internal(what.to_string())
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use mainstay_block::frame::{FRAME_BYTES_MAX, Frame, RunKind};
 use mainstay_block::{
     BLOCK_BYTES, BlockDevice, BlockError, BlockHash, BlockHasher, Extent, ExtentKind, HashKey, blocks_of,
@@ -13,6 +13,7 @@ use mainstay_block::{
 use uuid::Uuid;
 
 use crate::extent_map::{Entry, Location, gaps, push_joined};
+use crate::map_file::MapRef;
 use crate::map_reader::MapReader;
 use crate::store::Shared;
 use crate::{PointInfo, Store, StoreError, keys};
@@ -64,7 +65,7 @@ impl Store {
             let before = self.shared.manifest(replica).await?;
             let layer = before.point(point).ok_or(StoreError::NoPoint(point))?.layer;
             let path = before.path(layer, None);
-            let maps = self.shared.open_maps(replica, path.iter().map(|(map, _)| map.clone())).await;
+            let maps = self.shared.open_maps(replica, refs(&path)).await;
             let snapshot = match maps {
                 Ok(maps) => Arc::new(Snapshot { replica, maps }),
                 Err(StoreError::Damaged { .. })
@@ -101,13 +102,19 @@ impl Store {
     }
 }
 
+/// The maps of a path.
+pub(crate) fn refs(path: &[(MapRef, Option<Uuid>)]) -> Vec<MapRef> {
+    path.iter().map(|(map, _)| map.clone()).collect()
+}
+
 impl Shared {
     pub(crate) async fn open_maps(
         &self,
         replica: Uuid,
-        maps: impl Iterator<Item = crate::map_file::MapRef>,
+        maps: Vec<MapRef>,
     ) -> Result<Vec<MapReader>, StoreError> {
-        let maps = stream::iter(maps).map(|map| async move { self.open_map(replica, &map).await });
+        // Boxed here and in other streams of ours, or the compiler cannot see that the whole is `Send`.
+        let maps = stream::iter(maps).map(|map| async move { self.open_map(replica, &map).await }.boxed());
         maps.buffered(FOOTERS_IN_FLIGHT).try_collect().await
     }
 
@@ -225,9 +232,12 @@ impl PointDisk {
         let (shared, snapshot) = (&self.reader.shared, &self.reader.snapshot);
         let entries = snapshot.resolve(shared, self.index, first, end).await?;
         let data = entries.into_iter().filter_map(|entry| entry.place.map(|place| (entry, place)));
-        let parts = stream::iter(data).map(|(entry, place)| async move {
-            let data = shared.entry_data(snapshot.replica, self.index, &entry, &place).await?;
-            Ok::<_, StoreError>((entry.start, data))
+        let parts = stream::iter(data).map(|(entry, place)| {
+            async move {
+                let data = shared.entry_data(snapshot.replica, self.index, &entry, &place).await?;
+                Ok::<_, StoreError>((entry.start, data))
+            }
+            .boxed()
         });
         let mut parts = parts.buffered(FRAMES_IN_FLIGHT);
         let base = first * BLOCK_BYTES;

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashSet};
 use uuid::Uuid;
 
 use crate::manifest::Manifest;
-use crate::reader::Snapshot;
+use crate::reader::{Snapshot, refs};
 use crate::{Store, StoreError, keys, segment};
 
 /// One damaged object.
@@ -133,7 +133,7 @@ impl Store {
         let mut affected = BTreeSet::new();
         for point in descendants(manifest, layer) {
             let Some(at) = manifest.point(point) else { continue };
-            let path = manifest.path(at.layer, None).into_iter().map(|(map, _)| map);
+            let path = refs(&manifest.path(at.layer, None));
             // A damaged map on the way is reported by itself; then every suspect counts.
             let Ok(maps) = shared.open_maps(replica, path).await else {
                 affected.insert(point);

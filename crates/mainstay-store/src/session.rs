@@ -302,21 +302,43 @@ impl Session {
     /// # Errors
     /// [`StoreError::Fenced`], [`StoreError::NotHead`], [`StoreError::Full`] and those of writing segments.
     pub async fn commit(&self, meta: PointMeta) -> Result<Uuid, StoreError> {
-        let inner = &self.inner;
         if meta.definition.as_ref().is_some_and(|definition| definition.len() > DEFINITION_BYTES_MAX) {
             return Err(StoreError::Invalid("the definition is too large"));
         }
+        // In a task of its own: a caller that goes away must not leave a manifest behind that lands later
+        // than somebody was told that there is none.
+        let session = self.clone();
+        let task = tokio::spawn(async move { session.commit_once(&meta).await });
+        task.await.map_err(StoreError::internal)?
+    }
+
+    async fn commit_once(&self, meta: &PointMeta) -> Result<Uuid, StoreError> {
+        let inner = &self.inner;
         let mut committed = inner.committing.lock().await;
         if let Some(point) = *committed {
             return Ok(point);
         }
         self.flush().await?;
         self.wait_durable(self.received()).await?;
-        let point = inner.commit(&meta).await?;
+        let point = inner.commit(meta).await?;
         *committed = Some(point);
         lock(&inner.state).closed = true;
         inner.shared.forget_session(inner.spec.session);
         Ok(point)
+    }
+
+    /// Waits for a commit that is under way and returns its point; without one, ends the session, which then
+    /// can never become a point.
+    pub async fn conclude(&self) -> Option<Uuid> {
+        let committed = self.inner.committing.lock().await;
+        if committed.is_none() {
+            self.abort();
+        }
+        *committed
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
+        self.inner.progress.borrow().failed.is_some()
     }
 }
 

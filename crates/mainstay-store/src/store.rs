@@ -176,8 +176,12 @@ impl Store {
     pub async fn begin(&self, spec: SessionSpec) -> Result<Session, StoreError> {
         spec.validate()?;
         let shared = &self.shared;
-        let attached = lock(&shared.sessions).get(&spec.session).cloned();
-        if let Some(inner) = attached {
+        let attached = self.attach(spec.session);
+        if let Some(dead) = attached.as_ref().filter(|attached| attached.is_dead()) {
+            // A segment could not be written; the sender begins again and finds nothing received.
+            dead.abort();
+        }
+        if let Some(Session { inner }) = attached.filter(|attached| !attached.is_dead()) {
             if inner.spec != spec {
                 return Err(StoreError::Invalid("the session exists with another specification"));
             }
@@ -213,11 +217,17 @@ impl Store {
         lock(&self.shared.sessions).get(&session).map(|inner| Session { inner: Arc::clone(inner) })
     }
 
-    /// The point a session was committed as: what an agent asks after a crash.
+    /// The point a session was committed as: what an agent asks after a crash. `None` is final: a session that
+    /// is still open here ends.
     ///
     /// # Errors
     /// [`StoreError::NoReplica`].
     pub async fn committed(&self, replica: Uuid, session: Uuid) -> Result<Option<Uuid>, StoreError> {
+        if let Some(open) = self.attach(session)
+            && let Some(point) = open.conclude().await
+        {
+            return Ok(Some(point));
+        }
         Ok(self.shared.manifest(replica).await?.committed(session))
     }
 

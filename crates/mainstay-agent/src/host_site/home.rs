@@ -4,14 +4,13 @@ use std::{ops::Range, sync::Arc};
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use mainstay_block::{
-    BLOCK_BYTES, BlockDevice, BlockError, ExtentKind,
-    hash::BlockHasher,
+    BLOCK_BYTES, BlockDevice, BlockError, BlockHasher, ExtentKind, HashKey,
     hash_table::{Fill, HashTable, Verdict},
 };
 use mainstay_model::{CaptureId, ItemId, PointId, VmId};
 use mainstay_provider::{
-    CaptureLimits, CaptureRequest, CapturedDisk, Changed, CommitHome, ErrorKind, HomePrepared, PowerState, PrepareHome,
-    SiteError, StageHome, Staged, StagingDisk, StagingSpec, Verified, VerifyHome,
+    CaptureLimits, CaptureRequest, CapturedDisk, Changed, CommitHome, ErrorKind, HomePrepared, PowerState,
+    PrepareHome, SiteError, StageHome, Staged, StagingDisk, StagingSpec, Verified, VerifyHome,
 };
 use mainstay_replication::{FetchJob, FetchTarget, Mount, MountOptions, fetch};
 use tokio_util::sync::CancellationToken;
@@ -47,11 +46,16 @@ impl Inner {
                     ErrorKind::Refused,
                     format!("the home VM {} is {power:?}; it must be off during a failback", order.vm),
                 )
-                .with_remedy("Shut it down at home: what it writes now would be lost. Then start the failback again."));
+                .with_remedy(
+                    "Shut it down at home: what it writes now would be lost. Then start the failback again.",
+                ));
             }
             Err(error) if error.kind == ErrorKind::NotFound => {
                 let Some(definition) = &order.create_from else { return Err(error) };
-                let disk = |(key, size_bytes): &(String, u64)| StagingDisk { key: key.clone(), size_bytes: *size_bytes };
+                let disk = |(key, size_bytes): &(String, u64)| StagingDisk {
+                    key: key.clone(),
+                    size_bytes: *size_bytes,
+                };
                 let disks = order.disks.iter().map(disk).collect();
                 let spec = StagingSpec { vm: order.vm, item: order.item, disks };
                 self.hypervisor.create_home_vm(order.vm, definition, &spec).await?;
@@ -60,12 +64,13 @@ impl Inner {
             Err(error) => return Err(error),
         };
         // Prepared before, by a job that was interrupted: what was staged still counts.
-        let staging = present.as_ref().and_then(|present| present.staging.clone()).unwrap_or_else(|| StagingFile {
-            disks: order.disks.clone(),
-            is_blank: was_created || present.as_ref().is_none_or(|present| present.base.is_none()),
-            touched: vec![Vec::new(); order.disks.len()],
-            ..StagingFile::default()
-        });
+        let staging =
+            present.as_ref().and_then(|present| present.staging.clone()).unwrap_or_else(|| StagingFile {
+                disks: order.disks.clone(),
+                is_blank: was_created || present.as_ref().is_none_or(|present| present.base.is_none()),
+                touched: vec![Vec::new(); order.disks.len()],
+                ..StagingFile::default()
+            });
         let is_blank = staging.is_blank;
         let record = ItemFile {
             item: order.item,
@@ -117,7 +122,10 @@ impl Inner {
     pub(super) async fn stage_home(&self, order: &StageHome, work: &Work) -> Result<Staged, SiteError> {
         let mut record = self.record(order.item)?;
         let Some(mut staging) = record.staging.clone() else {
-            return Err(SiteError::new(ErrorKind::Failed, format!("item {} has no staging area", order.item)));
+            return Err(SiteError::new(
+                ErrorKind::Failed,
+                format!("item {} has no staging area", order.item),
+            ));
         };
         if staging.at == Some(order.to) {
             return Ok(Staged { bytes_changed: 0, bytes_moved: 0, bytes_hashed: 0 });
@@ -177,17 +185,19 @@ impl Inner {
 
     /// What differs between the home disks and the point that their hash tables describe: what the tracker says, or
     /// everything, compared by hash. Answers tables, differing block ranges per disk, the point, bytes hashed.
-    #[expect(clippy::type_complexity, reason = "the four parts of one answer, taken apart at its only caller")]
+    #[expect(
+        clippy::type_complexity,
+        reason = "the four parts of one answer, taken apart at its only caller"
+    )]
     async fn local_differences(
         &self,
         record: &ItemFile,
         sizes: &[u64],
         work: &Work,
     ) -> Result<(Vec<Arc<HashTable>>, Vec<Vec<Range<u64>>>, Option<PointId>, u64), SiteError> {
-        let base = record
-            .base
-            .as_ref()
-            .ok_or_else(|| SiteError::new(ErrorKind::Failed, "what the home disks were replicated as is not known"))?;
+        let base = record.base.as_ref().ok_or_else(|| {
+            SiteError::new(ErrorKind::Failed, "what the home disks were replicated as is not known")
+        })?;
         let (tables, are_known) = self.tables_at(record, sizes, Some(base.point), work).await?;
         let request = CaptureRequest {
             capture: CaptureId(Uuid::now_v7()),
@@ -223,25 +233,39 @@ impl Inner {
             return Ok(Verified { bytes_compared: 0, bytes_different: 0 });
         };
         if staging.at != Some(order.to) {
-            return Err(SiteError::new(ErrorKind::Failed, format!("the staging area is not at point {}", order.to)));
+            return Err(SiteError::new(
+                ErrorKind::Failed,
+                format!("the staging area is not at point {}", order.to),
+            ));
         }
         let devices = self.staging_devices(&record).await?;
         let stop = work.cancel.child_token();
         let _stop_on_drop = stop.clone().drop_guard();
-        let mount =
-            Mount::open(self.server.clone(), order.item.0, order.to.0, &MountOptions::default(), CancellationToken::clone(&stop))
-                .await
-                .map_err(|error| data_error(&error))?;
+        let mount = Mount::open(
+            self.server.clone(),
+            order.item.0,
+            order.to.0,
+            &MountOptions::default(),
+            CancellationToken::clone(&stop),
+        )
+        .await
+        .map_err(|error| data_error(&error))?;
         // A key that neither side knew before: agreement cannot be an accident of how the data got here.
-        let key = mainstay_block::hash::HashKey(rand::random());
+        let key = HashKey(rand::random());
         let hasher = BlockHasher::new(key);
-        let total: u64 = staging.touched.iter().flatten().map(|(first, end)| (end - first) * BLOCK_BYTES).sum();
+        let total: u64 =
+            staging.touched.iter().flatten().map(|(first, end)| (end - first) * BLOCK_BYTES).sum();
         let mut verified = Verified { bytes_compared: 0, bytes_different: 0 };
-        for (index, ((device, touched), (name, _))) in devices.iter().zip(&staging.touched).zip(&staging.disks).enumerate() {
+        for (index, ((device, touched), (name, _))) in
+            devices.iter().zip(&staging.touched).zip(&staging.disks).enumerate()
+        {
             let remote = u16::try_from(index).ok().and_then(|index| mount.disk(index)).ok_or_else(|| {
-                SiteError::new(ErrorKind::NotFound, format!("recovery point {} has no disk '{name}'", order.to))
+                SiteError::new(
+                    ErrorKind::NotFound,
+                    format!("recovery point {} has no disk '{name}'", order.to),
+                )
             })?;
-            let pieces = touched.iter().flat_map(|(first, end)| pieces(*first, *end));
+            let pieces: Vec<_> = touched.iter().flat_map(|(first, end)| pieces(*first, *end)).collect();
             let mut compared = stream::iter(pieces)
                 .map(|piece| {
                     let (device, remote) = (device.clone(), remote.clone());
@@ -256,8 +280,9 @@ impl Inner {
                         let ours = tokio::task::spawn_blocking(move || hasher.hash_all(&data))
                             .await
                             .map_err(|error| SiteError::new(ErrorKind::Failed, error.to_string()))?;
-                        let different = ours.iter().zip(&theirs).filter(|(ours, theirs)| ours != theirs).count()
-                            + ours.len().abs_diff(theirs.len());
+                        let different =
+                            ours.iter().zip(&theirs).filter(|(ours, theirs)| ours != theirs).count()
+                                + ours.len().abs_diff(theirs.len());
                         Ok::<_, SiteError>((length, different as u64 * BLOCK_BYTES))
                     }
                 })
@@ -274,7 +299,10 @@ impl Inner {
     pub(super) async fn commit_home(&self, order: &CommitHome) -> Result<(), SiteError> {
         let mut record = self.record(order.item)?;
         if record.staging.as_ref().is_some_and(|staging| staging.at != Some(order.to)) {
-            return Err(SiteError::new(ErrorKind::Failed, format!("the staging area is not at point {}", order.to)));
+            return Err(SiteError::new(
+                ErrorKind::Failed,
+                format!("the staging area is not at point {}", order.to),
+            ));
         }
         if record.staging.is_none() && record.base.as_ref().map(|base| base.point) == Some(order.to) {
             return Ok(());
@@ -300,7 +328,9 @@ impl Inner {
         // The tables may describe what was staged; the disks are what they were. No tracker tells the one from the other,
         // so the next failback compares.
         record.base = match (staging.at, record.base) {
-            (Some(at), Some(_)) => Some(Base { point: at, tracker: Some(mainstay_provider::TrackerId("none".to_owned())) }),
+            (Some(at), Some(_)) => {
+                Some(Base { point: at, tracker: Some(mainstay_provider::TrackerId("none".to_owned())) })
+            }
             (None, base) => base,
             (Some(_), None) => None,
         };
@@ -317,7 +347,11 @@ impl Inner {
 }
 
 /// Compares a disk's possibly changed ranges with its table.
-async fn compare(disk: &CapturedDisk, table: &Arc<HashTable>, work: &Work) -> Result<(Vec<Range<u64>>, u64), SiteError> {
+async fn compare(
+    disk: &CapturedDisk,
+    table: &Arc<HashTable>,
+    work: &Work,
+) -> Result<(Vec<Range<u64>>, u64), SiteError> {
     let size = disk.device.size();
     let ranges = match &disk.changed {
         Changed::Since(ranges) => ranges.clone(),
@@ -359,9 +393,11 @@ async fn compare_piece(
         return Ok((blocks, found.into_iter().map(|(first, count)| (first, first + count)).collect()));
     }
     let data = disk.device.read(offset, length).await.map_err(block_error(&disk.key))?;
-    let compared = tokio::task::spawn_blocking(move || table.compare(piece.start, &data).map(|verdicts| (piece, verdicts)))
-        .await
-        .map_err(|error| SiteError::new(ErrorKind::Failed, error.to_string()))?;
+    let compared = tokio::task::spawn_blocking(move || {
+        table.compare(piece.start, &data).map(|verdicts| (piece, verdicts))
+    })
+    .await
+    .map_err(|error| SiteError::new(ErrorKind::Failed, error.to_string()))?;
     let (piece, verdicts) = compared.map_err(|error| table_error(&error))?;
     let differing = verdicts
         .iter()

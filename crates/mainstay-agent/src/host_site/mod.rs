@@ -18,7 +18,8 @@ use std::{
 use async_trait::async_trait;
 use mainstay_model::{Generation, ItemId, VmId};
 use mainstay_provider::{
-    Discovery, ErrorKind, Examination, Hypervisor, Progress, ProgressSink, Site, SiteError, SiteOperation, Staging,
+    Discovery, ErrorKind, Examination, Hypervisor, Progress, ProgressSink, Site, SiteError, SiteOperation,
+    Staging,
 };
 use mainstay_replication::{Connect, ReplicationError};
 use serde::Serialize;
@@ -57,7 +58,12 @@ struct Work {
 
 impl Work {
     fn report(&self, phase: &str, bytes_done: u64, bytes_total: u64, bytes_moved: u64) {
-        self.progress.send_replace(Progress { phase: phase.to_owned(), bytes_done, bytes_total, bytes_moved });
+        self.progress.send_replace(Progress {
+            phase: phase.to_owned(),
+            bytes_done,
+            bytes_total,
+            bytes_moved,
+        });
     }
 }
 
@@ -148,7 +154,8 @@ impl Site for HostSite {
         let cancel = CancellationToken::new();
         let _cancel_on_drop = cancel.clone().drop_guard();
         let site = self.clone();
-        let mut task = tokio::spawn(async move { site.carry_out(operation, Work { progress, cancel }).await });
+        let mut task =
+            tokio::spawn(async move { site.carry_out(operation, Work { progress, cancel }).await });
         loop {
             tokio::select! {
                 biased;
@@ -169,9 +176,10 @@ impl HostSite {
         let inner = &self.inner;
         let hypervisor = &inner.hypervisor;
         match operation {
-            SiteOperation::Discover(_) => {
-                answer(&Discovery { host: hypervisor.host().await?, inventory: hypervisor.inventory().await? })
-            }
+            SiteOperation::Discover(_) => answer(&Discovery {
+                host: hypervisor.host().await?,
+                inventory: hypervisor.inventory().await?,
+            }),
             SiteOperation::Examine(examine) => {
                 answer(&Examination { host: hypervisor.host().await?, vm: hypervisor.vm(examine.vm).await? })
             }
@@ -287,7 +295,9 @@ impl Inner {
     fn record(&self, item: ItemId) -> Result<ItemFile, SiteError> {
         self.records.item(item)?.ok_or_else(|| {
             SiteError::new(ErrorKind::NotFound, format!("this host has no record of item {item}"))
-                .with_remedy("If the agent's data directory was lost, resynchronize or enable replication anew.")
+                .with_remedy(
+                    "If the agent's data directory was lost, resynchronize or enable replication anew.",
+                )
         })
     }
 }
@@ -313,8 +323,9 @@ fn data_error(error: &ReplicationError) -> SiteError {
     }
     match error {
         ReplicationError::Fenced { .. } => SiteError::new(ErrorKind::Fenced, text),
-        ReplicationError::StoreFull => SiteError::new(ErrorKind::NoSpace, text)
-            .with_remedy("Make space in the recovery site's store, or shorten the retention; replication then goes on."),
+        ReplicationError::StoreFull => SiteError::new(ErrorKind::NoSpace, text).with_remedy(
+            "Make space in the recovery site's store, or shorten the retention; replication then goes on.",
+        ),
         ReplicationError::Cancelled => SiteError::new(ErrorKind::Cancelled, text),
         ReplicationError::Connection(_) => SiteError::new(ErrorKind::Unavailable, text),
         ReplicationError::Refused { kind: mainstay_replication::RefusalKind::Unavailable, .. } => {

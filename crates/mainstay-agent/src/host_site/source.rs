@@ -2,11 +2,10 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use mainstay_block::BlockDevice as _;
 use mainstay_model::{CaptureId, ItemId, PointId, VmId};
 use mainstay_provider::{
-    Capture, CaptureLimits, CaptureRequest, Changed, Consistency, ErrorKind, PowerState, Protect, Replicate, Replicated,
-    SiteError, StandDown, StoodDown, TrackerId,
+    Capture, CaptureLimits, CaptureRequest, Changed, Consistency, ErrorKind, PowerState, Protect, Replicate,
+    Replicated, SiteError, StandDown, StoodDown, TrackerId,
 };
 use mainstay_replication::{SendDisk, SendJob, SendOptions, SendProgress, replicate};
 use mainstay_store::PointMeta;
@@ -27,14 +26,18 @@ impl Inner {
     pub(super) async fn protect(&self, order: Protect) -> Result<(), SiteError> {
         let vm = self.hypervisor.vm(order.vm).await?;
         if let Some(missing) = order.disks.iter().find(|key| !vm.disks.iter().any(|disk| disk.key == **key)) {
-            return Err(SiteError::new(ErrorKind::NotFound, format!("'{}' has no disk '{missing}'", vm.name)));
+            return Err(SiteError::new(
+                ErrorKind::NotFound,
+                format!("'{}' has no disk '{missing}'", vm.name),
+            ));
         }
         let present = self.records.item(order.item)?;
         if let Some(present) = &present {
             check_generation(present, order.generation)?;
         }
         let present = present.filter(|present| present.vm == order.vm);
-        let autostart_before = present.as_ref().and_then(|present| present.autostart_before).or(Some(vm.autostart));
+        let autostart_before =
+            present.as_ref().and_then(|present| present.autostart_before).or(Some(vm.autostart));
         let record = ItemFile {
             item: order.item,
             vm: order.vm,
@@ -70,8 +73,11 @@ impl Inner {
         let record = self.records.item(item)?.filter(|record| record.vm == vm);
         let Some(mut record) = record else { return self.hypervisor.start(vm).await };
         if record.staging.is_some() {
-            return Err(SiteError::new(ErrorKind::Refused, format!("VM {vm} has a staging area of a failback over its disks"))
-                .with_remedy("Complete or cancel the failback first."));
+            return Err(SiteError::new(
+                ErrorKind::Refused,
+                format!("VM {vm} has a staging area of a failback over its disks"),
+            )
+            .with_remedy("Complete or cancel the failback first."));
         }
         let Some(base) = record.base.as_mut().filter(|base| base.tracker.is_none()) else {
             return self.hypervisor.start(vm).await;
@@ -121,7 +127,9 @@ impl Inner {
         let size = |key: &String| {
             vm.disks.iter().find(|disk| disk.key == *key).map(|disk| disk.size_bytes).ok_or_else(|| {
                 SiteError::new(ErrorKind::NotFound, format!("'{}' no longer has disk '{key}'", vm.name))
-                    .with_remedy("Attach the disk again, or disable replication and enable it without the disk.")
+                    .with_remedy(
+                        "Attach the disk again, or disable replication and enable it without the disk.",
+                    )
             })
         };
         let sizes = record.disks.iter().map(size).collect::<Result<Vec<_>, _>>()?;
@@ -142,7 +150,8 @@ impl Inner {
         let capture = self.hypervisor.begin_capture(record.vm, request).await?;
         let result = self.ship(order, &mut record, &*capture, tables, definition.0, work).await;
         let consistency = capture.consistency();
-        let (taken_at_ms, note, tracker) = (capture.taken_at_ms(), capture.note().to_owned(), capture.tracker().clone());
+        let (taken_at_ms, note, tracker) =
+            (capture.taken_at_ms(), capture.note().to_owned(), capture.tracker().clone());
         let unknown = capture.disks().iter().find_map(|disk| match &disk.changed {
             Changed::Unknown { reason } => Some(reason.clone()),
             Changed::Since(_) => None,

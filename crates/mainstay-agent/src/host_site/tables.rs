@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use mainstay_block::{
-    BlockDevice,
-    hash::HashKey,
+    BlockDevice, HashKey,
     hash_table::{Fill, HashTable, HashTableError},
 };
 use mainstay_model::PointId;
@@ -38,7 +37,9 @@ impl Inner {
             }
             tables.push(Arc::new(table));
         }
-        settle(&*self.server, record.item.0, &tables, &work.cancel).await.map_err(|error| data_error(&error))?;
+        settle(&*self.server, record.item.0, &tables, &work.cancel)
+            .await
+            .map_err(|error| data_error(&error))?;
         let wanted = point.map(|point| point.0);
         if tables.iter().all(|table| table.point() == wanted) {
             return Ok((tables, true));
@@ -97,7 +98,10 @@ impl Inner {
         for (index, table) in tables.iter().enumerate() {
             let Some(disk) = u16::try_from(index).ok().and_then(|index| mount.disk(index)) else {
                 // The point is older than the disk: nothing of it is in the replica.
-                table.prepare(session).and_then(|()| table.commit(session, point)).map_err(|error| table_error(&error))?;
+                table
+                    .prepare(session)
+                    .and_then(|()| table.commit(session, point))
+                    .map_err(|error| table_error(&error))?;
                 continue;
             };
             let bytes = disk.size().min(table.disk_bytes());

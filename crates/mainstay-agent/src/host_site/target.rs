@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use mainstay_block::{BlockDevice as _, hash_table::Fill};
+use mainstay_block::hash_table::Fill;
 use mainstay_model::{ItemId, VmId};
 use mainstay_nbd::{Exports, Server};
 use mainstay_provider::{
-    ApplyAddresses, CreateRecoveryVm, ErrorKind, GuestAddress, Hydration, RecoveryDisk, RecoveryVmSpec, SiteError,
+    ApplyAddresses, CreateRecoveryVm, ErrorKind, GuestAddress, Hydration, RecoveryDisk, RecoveryVmSpec,
+    SiteError,
 };
 use mainstay_replication::{Mount, MountOptions};
 use tokio_util::sync::CancellationToken;
@@ -33,14 +34,22 @@ impl Inner {
             return Ok(());
         }
         let stop = CancellationToken::new();
-        let mount =
-            Mount::open(self.server.clone(), record.item.0, record.point.0, &MountOptions::default(), stop.clone())
-                .await
-                .map_err(|error| data_error(&error))?;
+        let mount = Mount::open(
+            self.server.clone(),
+            record.item.0,
+            record.point.0,
+            &MountOptions::default(),
+            stop.clone(),
+        )
+        .await
+        .map_err(|error| data_error(&error))?;
         let exports = Exports::new();
         for (index, (key, _)) in record.disks.iter().enumerate() {
             let disk = u16::try_from(index).ok().and_then(|index| mount.disk(index)).ok_or_else(|| {
-                SiteError::new(ErrorKind::NotFound, format!("recovery point {} has no disk '{key}'", record.point))
+                SiteError::new(
+                    ErrorKind::NotFound,
+                    format!("recovery point {} has no disk '{key}'", record.point),
+                )
             })?;
             exports.insert(key.clone(), Arc::new(disk), true);
         }
@@ -153,7 +162,10 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) async fn apply_addresses(&self, order: &ApplyAddresses) -> Result<Vec<GuestAddress>, SiteError> {
+    pub(super) async fn apply_addresses(
+        &self,
+        order: &ApplyAddresses,
+    ) -> Result<Vec<GuestAddress>, SiteError> {
         for nic in &order.nics {
             if let Some(address) = &nic.address {
                 self.hypervisor.set_guest_address(order.vm, &nic.mac, address).await?;
@@ -166,7 +178,10 @@ impl Inner {
             {
                 return Err(SiteError::new(
                     ErrorKind::Failed,
-                    format!("the guest does not report address {wanted} after it was set on adapter {}", nic.mac),
+                    format!(
+                        "the guest does not report address {wanted} after it was set on adapter {}",
+                        nic.mac
+                    ),
                 )
                 .with_remedy("Set the address from within the guest."));
             }

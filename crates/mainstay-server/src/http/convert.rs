@@ -2,11 +2,11 @@
 
 use jiff::Timestamp;
 use mainstay_api::arm::{
-    self, AZURE, ContainerMappingProperties, ContainerProperties, CurrentScenario, DiskDetails, EventProperties,
-    FabricProperties, HYPERV_REPLICA_AZURE, HealthError, InitialReplicationDetails, ItemDetails, ItemDisk, ItemIpConfig,
-    ItemNic, ItemProperties, JobErrorDetails, JobProperties, JobTask, NAMESPACE, NetworkProperties, PolicyDetails,
-    PolicyProperties, ProtectableItemProperties, ProviderProperties, RecoveryPointProperties, Resource, ServiceError,
-    VirtualMachineDetails,
+    self, AZURE, ContainerMappingProperties, ContainerProperties, CurrentScenario, DiskDetails,
+    EventProperties, FabricProperties, HYPERV_REPLICA_AZURE, HealthError, InitialReplicationDetails,
+    ItemDetails, ItemDisk, ItemIpConfig, ItemNic, ItemProperties, JobErrorDetails, JobProperties, JobTask,
+    NAMESPACE, NetworkProperties, PolicyDetails, PolicyProperties, ProtectableItemProperties,
+    ProviderProperties, RecoveryPointProperties, Resource, ServiceError, VirtualMachineDetails,
 };
 use mainstay_control::{
     app::{ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord},
@@ -14,13 +14,14 @@ use mainstay_control::{
     jobs::{Task, job_log, tasks},
 };
 use mainstay_model::{Ending, Health, StepState, projection};
-use mainstay_provider::{Firmware, MacPolicy, Network, PowerState};
+use mainstay_provider::{Firmware, MacPolicy, Network};
 use mainstay_store::{Consistency, PointInfo};
 use serde_json::{Value, json};
 
 /// RFC 3339 text of a time in milliseconds since the Unix epoch.
 pub(super) fn time_text(time_ms: i64) -> String {
-    Timestamp::from_millisecond(time_ms).map_or_else(|_| "9999-12-31T23:59:59Z".to_owned(), |time| time.to_string())
+    Timestamp::from_millisecond(time_ms)
+        .map_or_else(|_| "9999-12-31T23:59:59Z".to_owned(), |time| time.to_string())
 }
 
 /// The last segment of an ARM id; a bare name is itself.
@@ -126,7 +127,9 @@ pub(super) fn policy(ids: &Ids<'_>, record: &PolicyRecord) -> Resource<PolicyPro
             provider_specific_details: PolicyDetails {
                 instance_type: HYPERV_REPLICA_AZURE.to_owned(),
                 recovery_point_history_duration_in_hours: record.policy.retention_hours,
-                application_consistent_snapshot_frequency_in_hours: record.policy.app_consistent_frequency_hours,
+                application_consistent_snapshot_frequency_in_hours: record
+                    .policy
+                    .app_consistent_frequency_hours,
                 replication_interval: record.policy.copy_frequency_seconds,
                 online_replication_start_time: None,
                 encryption: "Disabled".to_owned(),
@@ -136,7 +139,12 @@ pub(super) fn policy(ids: &Ids<'_>, record: &PolicyRecord) -> Resource<PolicyPro
     )
 }
 
-pub(super) fn container(ids: &Ids<'_>, record: &FabricRecord, items: usize, is_paired: bool) -> Resource<ContainerProperties> {
+pub(super) fn container(
+    ids: &Ids<'_>,
+    record: &FabricRecord,
+    items: usize,
+    is_paired: bool,
+) -> Resource<ContainerProperties> {
     resource(
         ids.container(record),
         "replicationFabrics/replicationProtectionContainers",
@@ -271,8 +279,12 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
         let warning = mainstay_model::HealthError {
             code: "161011".to_owned(),
             level: Health::Warning,
-            message: format!("No successful test failover has been done on the virtual machine '{}'.", record.vm_name),
-            possible_causes: "No test failover was done and cleaned up since the VM is replicated.".to_owned(),
+            message: format!(
+                "No successful test failover has been done on the virtual machine '{}'.",
+                record.vm_name
+            ),
+            possible_causes: "No test failover was done and cleaned up since the VM is replicated."
+                .to_owned(),
             recommended_action: "Do a test failover on the virtual machine.".to_owned(),
         };
         errors.push(health_error(&vm, &warning, "TestFailover", &now));
@@ -311,7 +323,10 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
             test_failover_state_description: test_text.to_owned(),
             switch_provider_state: "None".to_owned(),
             switch_provider_state_description: None,
-            allowed_operations: projection::allowed_operations(&record.state).into_iter().map(str::to_owned).collect(),
+            allowed_operations: projection::allowed_operations(&record.state)
+                .into_iter()
+                .map(str::to_owned)
+                .collect(),
             replication_health: health_word(view.health),
             failover_health: if is_rehearsed { "Normal" } else { "Warning" }.to_owned(),
             health_errors: errors,
@@ -382,10 +397,16 @@ fn item_nic(ids: &Ids<'_>, record: &ItemRecord, nic: &mainstay_provider::NicPlan
             is_primary: Some(true),
             is_seleted_for_failover: Some(true),
             recovery_static_ip_address: nic.address.clone(),
-            recovery_ip_address_type: Some(if nic.address.is_some() { "Static" } else { "Dynamic" }.to_owned()),
+            recovery_ip_address_type: Some(
+                if nic.address.is_some() { "Static" } else { "Dynamic" }.to_owned(),
+            ),
         }],
         selection_type: Some("SelectedByUser".to_owned()),
-        tfo_vm_network_id: record.target.test_network.as_ref().map(|name| ids.network(&record.recovery_fabric, name)),
+        tfo_vm_network_id: record
+            .target
+            .test_network
+            .as_ref()
+            .map(|name| ids.network(&record.recovery_fabric, name)),
         mac_policy: Some(if nic.mac_policy == MacPolicy::Keep { "Keep" } else { "Generate" }.to_owned()),
     }
 }
@@ -419,7 +440,9 @@ pub(super) fn job(ids: &Ids<'_>, record: &JobRecord) -> Resource<JobProperties> 
         JobState::InProgress => ("InProgress", "InProgress"),
         JobState::Suspended => ("Suspended", "WaitingForUserInput"),
         JobState::Cancelling => ("Cancelling", "Cancelling"),
-        JobState::Ended(Ending::Succeeded) => ("Succeeded", if has_warnings(record) { "CompletedWithInformation" } else { "Completed" }),
+        JobState::Ended(Ending::Succeeded) => {
+            ("Succeeded", if has_warnings(record) { "CompletedWithInformation" } else { "Completed" })
+        }
         JobState::Ended(Ending::Failed) => ("Failed", "Failed"),
         JobState::Ended(Ending::Cancelled) => ("Cancelled", "Cancelled"),
         JobState::Ended(Ending::Stuck) => ("Failed", "Stuck"),
@@ -439,7 +462,12 @@ pub(super) fn job(ids: &Ids<'_>, record: &JobRecord) -> Resource<JobProperties> 
             errors.insert(0, job_error(record, step, &stuck));
         }
     }
-    let tasks = record.steps.iter().zip(tasks(record.operation)).map(|(step, task)| job_task(record, step, task)).collect();
+    let tasks = record
+        .steps
+        .iter()
+        .zip(tasks(record.operation))
+        .map(|(step, task)| job_task(record, step, task))
+        .collect();
     resource(
         ids.job(record.id),
         "replicationJobs",
@@ -477,7 +505,10 @@ fn has_warnings(record: &JobRecord) -> bool {
 
 fn allowed_actions(record: &JobRecord) -> Vec<String> {
     let mut actions = Vec::new();
-    if job_log(record).check_cancel().is_ok() && !matches!(record.state, JobState::Ended(_)) && !record.is_cancel_requested {
+    if job_log(record).check_cancel().is_ok()
+        && !matches!(record.state, JobState::Ended(_))
+        && !record.is_cancel_requested
+    {
         actions.push("Cancel".to_owned());
     }
     match record.state {
@@ -512,7 +543,11 @@ fn job_task(job: &JobRecord, step: &StepRecord, task: Task) -> JobTask {
         name: task.name.to_owned(),
         start_time: Some(step.started_ms.map_or_else(no_time, time_text)),
         end_time: Some(step.ended_ms.map_or_else(no_time, time_text)),
-        allowed_actions: if step.state == StepState::Waiting { vec!["Resume".to_owned()] } else { Vec::new() },
+        allowed_actions: if step.state == StepState::Waiting {
+            vec!["Resume".to_owned()]
+        } else {
+            Vec::new()
+        },
         friendly_name: task.friendly_name.to_owned(),
         state: state.to_owned(),
         state_description: description.to_owned(),
@@ -593,13 +628,4 @@ pub(super) fn network(ids: &Ids<'_>, fabric: &str, record: &Network) -> Resource
             network_type: format!("{:?}", record.kind),
         },
     )
-}
-
-/// For people: whether a VM runs.
-pub(super) fn power_word(power: PowerState) -> &'static str {
-    match power {
-        PowerState::Running => "Running",
-        PowerState::Paused => "Paused",
-        PowerState::Off => "Off",
-    }
 }

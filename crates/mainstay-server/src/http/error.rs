@@ -17,7 +17,12 @@ pub(super) struct ApiError {
 }
 
 impl ApiError {
-    pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn new(
+        status: StatusCode,
+        code: &str,
+        message: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
         Self { status, code: code.to_owned(), message: message.into(), remedy: remedy.into(), allowed: None }
     }
 
@@ -35,7 +40,12 @@ impl ApiError {
     }
 
     pub(super) fn no_such_path() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "ResourceNotFound", "there is nothing at this path", "Check the path and the method.")
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "ResourceNotFound",
+            "there is nothing at this path",
+            "Check the path and the method.",
+        )
     }
 
     pub(super) fn internal(message: String) -> Self {
@@ -47,7 +57,9 @@ impl From<ControlError> for ApiError {
     fn from(error: ControlError) -> Self {
         let message = error.to_string();
         match error {
-            ControlError::NotFound { .. } => Self::new(StatusCode::NOT_FOUND, "ResourceNotFound", message, "List what there is."),
+            ControlError::NotFound { .. } => {
+                Self::new(StatusCode::NOT_FOUND, "ResourceNotFound", message, "List what there is.")
+            }
             ControlError::Invalid { code, remedy, .. } => Self::bad_request(code, message, remedy),
             ControlError::NotAllowed { allowed, .. } => {
                 let allowed: Vec<_> = allowed.iter().map(|operation| format!("{operation:?}")).collect();
@@ -61,7 +73,9 @@ impl From<ControlError> for ApiError {
                     ..Self::new(StatusCode::CONFLICT, "OperationNotAllowed", message, remedy)
                 }
             }
-            ControlError::Conflict(_) => Self::new(StatusCode::CONFLICT, "Conflict", message, "Look again, then try again."),
+            ControlError::Conflict(_) => {
+                Self::new(StatusCode::CONFLICT, "Conflict", message, "Look again, then try again.")
+            }
             ControlError::Site(error) => {
                 let status = match error.kind {
                     ErrorKind::NotFound => StatusCode::NOT_FOUND,
@@ -97,7 +111,9 @@ impl IntoResponse for ApiError {
         let body = serde_json::to_vec(&body).unwrap_or_default();
         let mut response = (self.status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
         }
         response
     }

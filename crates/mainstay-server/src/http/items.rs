@@ -3,8 +3,8 @@
 use axum::response::{IntoResponse as _, Response};
 use hyper::{Method, StatusCode};
 use mainstay_api::arm::{
-    ApplyRecoveryPointInput, CommentsInput, EnableProtectionInput, FailoverDetails, FailoverInput, ItemProperties, Request,
-    Resource, UpdateItemInput,
+    ApplyRecoveryPointInput, CommentsInput, EnableProtectionInput, FailoverDetails, FailoverInput,
+    ItemProperties, Request, Resource, UpdateItemInput,
 };
 use mainstay_control::{
     ControlError,
@@ -41,10 +41,12 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         }
         (&Method::PUT, [_, _]) => enable(call, &fabric, name).await,
         // The result of an operation that removed its item, or of any other.
-        (&Method::GET, [_, _, "operationresults", _]) => match call.control().item_named(&fabric.name, name).await {
-            Err(ControlError::NotFound { .. }) => Ok(StatusCode::NO_CONTENT.into_response()),
-            item => json(&show(call, &item?).await?),
-        },
+        (&Method::GET, [_, _, "operationresults", _]) => {
+            match call.control().item_named(&fabric.name, name).await {
+                Err(ControlError::NotFound { .. }) => Ok(StatusCode::NO_CONTENT.into_response()),
+                item => json(&show(call, &item?).await?),
+            }
+        }
         _ => {
             let item = call.control().item_named(&fabric.name, name).await?;
             on_item(call, &fabric, &item, &path[2..]).await
@@ -64,7 +66,12 @@ pub(super) async fn list_all(call: &Call) -> Result<Response, ApiError> {
     list(shown)
 }
 
-async fn on_item(call: &Call, fabric: &FabricRecord, item: &ItemRecord, rest: &[&str]) -> Result<Response, ApiError> {
+async fn on_item(
+    call: &Call,
+    fabric: &FabricRecord,
+    item: &ItemRecord,
+    rest: &[&str],
+) -> Result<Response, ApiError> {
     let control = call.control();
     let by = call.who.clone();
     let id = Ids(&call.api.vault).item(fabric, &item.name);
@@ -146,7 +153,9 @@ async fn enable(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Respon
     if let Some(included) = &input.provider_specific_details.disks_to_include {
         let found = control.protectable_items(&fabric.name).await?;
         if let Some(found) = found.iter().find(|found| found.vm.id == vm) {
-            if let Some(unknown) = included.iter().find(|key| !found.vm.disks.iter().any(|disk| disk.key == **key)) {
+            if let Some(unknown) =
+                included.iter().find(|key| !found.vm.disks.iter().any(|disk| disk.key == **key))
+            {
                 return Err(ApiError::bad_request(
                     "DiskNotFound",
                     format!("'{}' has no disk '{unknown}'", found.vm.name),
@@ -245,7 +254,10 @@ fn shutdown_timeout_ms() -> u64 {
 fn failover_params(input: &FailoverInput) -> Result<FailoverParams, ApiError> {
     Ok(FailoverParams {
         point: point_choice(&input.provider_specific_details, PointChoice::Latest)?,
-        shutdown_source: input.source_site_operations.as_deref().is_none_or(|word| !word.eq_ignore_ascii_case("NotRequired")),
+        shutdown_source: input
+            .source_site_operations
+            .as_deref()
+            .is_none_or(|word| !word.eq_ignore_ascii_case("NotRequired")),
         shutdown_timeout_ms: shutdown_timeout_ms(),
     })
 }
@@ -266,7 +278,11 @@ fn failback_params(input: &FailoverInput) -> Result<FailbackParams, ApiError> {
     let host = match details.provider_id_for_alternate_recovery.as_deref() {
         None | Some("") => None,
         Some(id) => Some(last_segment(id).parse::<ProviderId>().map_err(|_| {
-            ApiError::bad_request("InvalidProvider", format!("'{id}' is not the id of a registered host"), "List the hosts.")
+            ApiError::bad_request(
+                "InvalidProvider",
+                format!("'{id}' is not the id of a registered host"),
+                "List the hosts.",
+            )
         })?),
     };
     Ok(FailbackParams {
@@ -304,7 +320,9 @@ fn updated_target(item: &ItemRecord, update: UpdateItemInput) -> Result<TargetRe
         if let Some(id) = nic.recovery_vm_network_id {
             plan.network = network(id);
         }
-        if let Some(address) = nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone()) {
+        if let Some(address) =
+            nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone())
+        {
             plan.address = Some(address).filter(|address| !address.is_empty());
         }
         match nic.mac_policy.as_deref() {

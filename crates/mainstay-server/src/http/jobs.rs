@@ -35,7 +35,9 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             };
             Ok(call.accepted(&job, &ids.job(job.id)))
         }
-        (&Method::GET, ["replicationoperationstatus", name]) => json(&operation_status(call, job_id(name)?).await?),
+        (&Method::GET, ["replicationoperationstatus", name]) => {
+            json(&operation_status(call, job_id(name)?).await?)
+        }
         (&Method::GET, ["replicationevents"]) => {
             let events = control.db.events().await.map_err(ControlError::from)?;
             list(events.iter().map(|event| convert::event(&ids, event)).collect())

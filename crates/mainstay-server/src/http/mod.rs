@@ -81,7 +81,11 @@ impl Call {
     fn body<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         let bytes: &[u8] = if self.body.is_empty() || self.body == b"null" { b"{}" } else { &self.body };
         serde_json::from_slice(bytes).map_err(|error| {
-            ApiError::bad_request("InvalidRequestBody", format!("the request body cannot be read: {error}"), "Correct it and try again.")
+            ApiError::bad_request(
+                "InvalidRequestBody",
+                format!("the request body cannot be read: {error}"),
+                "Correct it and try again.",
+            )
         })
     }
 
@@ -104,8 +108,10 @@ impl Call {
             job.id,
             self.api_version
         );
-        let location =
-            format!("{}{resource}/operationresults/{}?api-version={}", self.base_url, job.id, self.api_version);
+        let location = format!(
+            "{}{resource}/operationresults/{}?api-version={}",
+            self.base_url, job.id, self.api_version
+        );
         Response::builder()
             .status(StatusCode::ACCEPTED)
             .header("Azure-AsyncOperation", operation)
@@ -149,7 +155,9 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         .filter(|segment| !segment.is_empty())
         .map(decode)
         .collect::<Option<_>>()
-        .ok_or_else(|| ApiError::bad_request("InvalidPath", "the path is not valid percent-encoded UTF-8", ""))?;
+        .ok_or_else(|| {
+            ApiError::bad_request("InvalidPath", "the path is not valid percent-encoded UTF-8", "")
+        })?;
     let lower: Vec<String> = segments.iter().map(|segment| segment.to_lowercase()).collect();
     let lower: Vec<&str> = lower.iter().map(String::as_str).collect();
     match lower.as_slice() {
@@ -203,7 +211,17 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
             call.segments.drain(..2);
             v1::dispatch(&call).await
         }
-        ["subscriptions", subscription, "resourcegroups", group, "providers", "microsoft.recoveryservices", "vaults", vault, ..] => {
+        [
+            "subscriptions",
+            subscription,
+            "resourcegroups",
+            group,
+            "providers",
+            "microsoft.recoveryservices",
+            "vaults",
+            vault,
+            ..,
+        ] => {
             let known = &call.api.vault;
             let is_ours = known.subscription.eq_ignore_ascii_case(subscription)
                 && known.resource_group.eq_ignore_ascii_case(group)
@@ -221,9 +239,13 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
 async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
     let path = call.path();
     match path.first().map(String::as_str) {
-        Some("replicationjobs" | "replicationoperationstatus" | "replicationevents") => jobs::dispatch(call).await,
+        Some("replicationjobs" | "replicationoperationstatus" | "replicationevents") => {
+            jobs::dispatch(call).await
+        }
         Some("replicationprotecteditems") => items::list_all(call).await,
-        Some("replicationfabrics") if path.get(4).is_some_and(|segment| segment == "replicationprotecteditems") => {
+        Some("replicationfabrics")
+            if path.get(4).is_some_and(|segment| segment == "replicationprotecteditems") =>
+        {
             items::dispatch(call).await
         }
         _ => resources::dispatch(call).await,

@@ -33,7 +33,9 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             }
             list(shown)
         }
-        ["replicationprotectioncontainermappings"] if call.method == Method::GET => mappings(call, None).await,
+        ["replicationprotectioncontainermappings"] if call.method == Method::GET => {
+            mappings(call, None).await
+        }
         ["replicationnetworks"] if call.method == Method::GET => networks(call, None).await,
         ["replicationpolicies", rest @ ..] => policies(call, rest).await,
         _ => Err(ApiError::no_such_path()),
@@ -70,7 +72,9 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
     match (&call.method, rest) {
         (&Method::GET, []) => json(&convert::fabric(&ids, &fabric, is_healthy(call, &fabric).await?)),
         (&Method::GET, ["replicationrecoveryservicesproviders"]) => providers(call, Some(&fabric)).await,
-        (_, ["replicationrecoveryservicesproviders", id, rest @ ..]) => provider(call, &fabric, id, rest).await,
+        (_, ["replicationrecoveryservicesproviders", id, rest @ ..]) => {
+            provider(call, &fabric, id, rest).await
+        }
         (&Method::GET, ["replicationprotectioncontainers"]) => list(vec![container(call, &fabric).await?]),
         (_, ["replicationprotectioncontainers", name, rest @ ..]) => {
             if !fabric.container().eq_ignore_ascii_case(name) {
@@ -86,7 +90,9 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
 async fn in_container(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Response, ApiError> {
     match (&call.method, rest) {
         (&Method::GET, []) => json(&container(call, fabric).await?),
-        (&Method::GET, ["replicationprotectableitems", rest @ ..]) => protectable_items(call, fabric, rest).await,
+        (&Method::GET, ["replicationprotectableitems", rest @ ..]) => {
+            protectable_items(call, fabric, rest).await
+        }
         (&Method::GET, ["replicationprotectioncontainermappings"]) => mappings(call, Some(fabric)).await,
         (_, ["replicationprotectioncontainermappings", _, rest @ ..]) => {
             mapping(call, fabric, &call.segments[5], rest).await
@@ -177,7 +183,12 @@ async fn mappings(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response
     list(shown)
 }
 
-async fn mapping(call: &Call, fabric: &FabricRecord, name: &str, rest: &[&str]) -> Result<Response, ApiError> {
+async fn mapping(
+    call: &Call,
+    fabric: &FabricRecord,
+    name: &str,
+    rest: &[&str],
+) -> Result<Response, ApiError> {
     let control = call.control();
     let mapping = match (&call.method, rest) {
         (&Method::PUT, []) => {
@@ -195,7 +206,9 @@ async fn mapping(call: &Call, fabric: &FabricRecord, name: &str, rest: &[&str]) 
                     )
                 })?)
             };
-            control.put_container_mapping(&fabric.name, name, last_segment(&input.policy_id), recovery_fabric).await?
+            control
+                .put_container_mapping(&fabric.name, name, last_segment(&input.policy_id), recovery_fabric)
+                .await?
         }
         (&Method::GET, []) => control.container_mapping(&fabric.name, name).await?,
         (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
@@ -237,7 +250,9 @@ async fn policies(call: &Call, rest: &[&str]) -> Result<Response, ApiError> {
     let name = call.segments.get(1).map_or("", String::as_str);
     let record = match (&call.method, rest) {
         (&Method::GET, []) => {
-            return list(control.policies().await?.iter().map(|record| convert::policy(&ids, record)).collect());
+            return list(
+                control.policies().await?.iter().map(|record| convert::policy(&ids, record)).collect(),
+            );
         }
         (&Method::GET, [_]) => control.policy(name).await?,
         (&Method::PUT, [_]) => {
@@ -248,7 +263,9 @@ async fn policies(call: &Call, rest: &[&str]) -> Result<Response, ApiError> {
         (&Method::PATCH, [_]) => {
             let input: Request<PolicyInput> = call.body()?;
             let present = control.policy(name).await?.policy;
-            control.put_policy(name, with_settings(present, &input.properties.provider_specific_input)).await?
+            control
+                .put_policy(name, with_settings(present, &input.properties.provider_specific_input))
+                .await?
         }
         (&Method::DELETE, [_]) => {
             control.remove_policy(name).await?;

@@ -4,7 +4,8 @@ use axum::response::Response;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::{Method, StatusCode};
 use mainstay_api::v1::{
-    Console, CycleProgress, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, Token, TokenRequest, Vault,
+    Console, CycleProgress, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, Token,
+    TokenRequest, Vault,
 };
 use mainstay_control::{
     ControlError,
@@ -31,7 +32,9 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             name: call.api.vault.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }),
-        (&Method::POST, ["fabrics", _, "registrationkeys"]) => registration_key(call, &call.segments[1]).await,
+        (&Method::POST, ["fabrics", _, "registrationkeys"]) => {
+            registration_key(call, &call.segments[1]).await
+        }
         (&Method::GET, ["items", id]) => json(&item_status(call, id).await?),
         (&Method::GET, ["items", id, "console"]) => {
             let item = find_item(call, id).await?;
@@ -40,10 +43,13 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
                 _ => (item.primary_provider, item.vm),
             };
             let site = control.sites.get(provider).map_err(ControlError::from)?;
-            let command = call_site(&*site, ReadConsole { vm }, &NoProgress).await.map_err(ControlError::from)?;
+            let command =
+                call_site(&*site, ReadConsole { vm }, &NoProgress).await.map_err(ControlError::from)?;
             json(&Console { command })
         }
-        (&Method::GET, ["tokens"]) => list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect()),
+        (&Method::GET, ["tokens"]) => {
+            list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
+        }
         (&Method::POST, ["tokens"]) => {
             let request: TokenRequest = call.body()?;
             let role = parse_role(&request.role)?;
@@ -78,7 +84,11 @@ fn parse_role(role: &str) -> Result<Role, ApiError> {
         .into_iter()
         .find(|known| format!("{known:?}").eq_ignore_ascii_case(role))
         .ok_or_else(|| {
-            ApiError::bad_request("InvalidRole", format!("'{role}' is not a role"), "Use Reader, Operator or Contributor.")
+            ApiError::bad_request(
+                "InvalidRole",
+                format!("'{role}' is not a role"),
+                "Use Reader, Operator or Contributor.",
+            )
         })
 }
 
@@ -97,17 +107,25 @@ pub(super) async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiErro
     let request: RegisterRequest = serde_json::from_slice(body).map_err(|error| {
         ApiError::bad_request("InvalidRequestBody", format!("the request body cannot be read: {error}"), "")
     })?;
-    let provider = api.control.register_host(&request.secret, &request.host, &request.version).await.map_err(|error| {
-        match error {
-            ControlError::Invalid { code: code @ ("RegistrationKeyInvalid" | "RegistrationKeyExpired"), message, remedy } => {
-                ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy)
-            }
-            error => error.into(),
-        }
-    })?;
-    let certificate = api.authority.sign_agent(&request.certificate_request, provider.id).map_err(|error| {
-        ApiError::bad_request("InvalidCertificateRequest", error.to_string(), "Register with the agent of this version.")
-    })?;
+    let provider =
+        api.control.register_host(&request.secret, &request.host, &request.version).await.map_err(
+            |error| match error {
+                ControlError::Invalid {
+                    code: code @ ("RegistrationKeyInvalid" | "RegistrationKeyExpired"),
+                    message,
+                    remedy,
+                } => ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy),
+                error => error.into(),
+            },
+        )?;
+    let certificate =
+        api.authority.sign_agent(&request.certificate_request, provider.id).map_err(|error| {
+            ApiError::bad_request(
+                "InvalidCertificateRequest",
+                error.to_string(),
+                "Register with the agent of this version.",
+            )
+        })?;
     tracing::info!(provider = %provider.id, host = provider.name, fabric = provider.fabric, "a host was registered");
     json(&RegisterAnswer {
         provider: provider.id.to_string(),

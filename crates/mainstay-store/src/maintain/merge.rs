@@ -53,7 +53,7 @@ impl Store {
             return Ok(false);
         };
         let deltas: Vec<_> = chain.layers.iter().rev().map(|layer| layer.delta.clone()).collect();
-        let maps = shared.open_maps(replica, deltas.into_iter()).await?;
+        let maps = shared.open_maps(replica, deltas).await?;
         let id = shared.new_id();
         let writer = MapWriter::new(replica, id, segment_infos(&maps));
         let keep_zeros = oldest.parent.is_some();
