@@ -1,5 +1,7 @@
 //! The client against our own server.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -123,7 +123,7 @@ async fn answer(
             }
         }
         OPT_LIST | OPT_STRUCTURED_REPLY => {
-            reply(sink, option, REP_ERR_INVALID, b"unexpected payload").await?
+            reply(sink, option, REP_ERR_INVALID, b"unexpected payload").await?;
         }
         _ => reply(sink, option, REP_ERR_UNSUP, b"not supported").await?,
     }

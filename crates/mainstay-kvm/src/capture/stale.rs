@@ -1,0 +1,104 @@
+//! Ending what is left of a capture: after closing it, after a failure, and after the agent died.
+
+use std::time::{Duration, Instant};
+
+use mainstay_model::VmId;
+use mainstay_provider::{ErrorKind, SiteError};
+use serde_json::json;
+
+use super::{CaptureRecord, freeze};
+use crate::error::{While as _, busy};
+use crate::files::{read_record, remove_directory, remove_file, write_record};
+use crate::host::Host;
+use crate::nodes::Nodes;
+use crate::qemu_nbd::end_strays;
+
+/// A backup job ends a moment after it was aborted; under load, some seconds.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(5);
+/// Ends the names of bitmaps that exist only while a map is read.
+pub(crate) const MAP_SUFFIX: &str = "-map";
+
+/// Ends the capture of which there is a record. Trackers stay.
+pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let path = host.files.capture_record(vm);
+    let Some(mut record) = read_record::<CaptureRecord>(&path)? else { return Ok(()) };
+    match host.libvirt.state(vm).await.map_err(SiteError::from) {
+        Ok(state) if state.power != mainstay_provider::PowerState::Off => {
+            if record.is_frozen {
+                freeze::thaw(host, vm, freeze::THAW_TIMEOUT).await.doing("thawing the guest")?;
+                record.is_frozen = false;
+                write_record(&path, &record)?;
+            }
+            if is_ours(host, vm).await? {
+                host.libvirt.abort_job(vm).await.doing("ending a capture")?;
+                wait_until_idle(host, vm).await?;
+                if host.libvirt.state(vm).await?.is_paused_by_io_error {
+                    host.libvirt.resume(vm).await.doing("resuming a guest that a capture paused")?;
+                }
+            }
+            remove_maps(host, vm).await;
+        }
+        Ok(_) => {}
+        Err(error) if error.kind == ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    end_strays(&record.run).await?;
+    remove_directory(&record.run)?;
+    remove_file(&path)
+}
+
+/// Ends the captures that an agent before us left open; answers the VMs concerned.
+pub(crate) async fn abandon_all(host: &Host) -> Result<Vec<VmId>, SiteError> {
+    let mut vms = Vec::new();
+    for vm in host.files.captured_vms()? {
+        if host.has_capture(vm) {
+            continue;
+        }
+        let _lock = host.lock(vm).await;
+        abandon(host, vm).await.doing(&format!("cleaning up after a capture of VM {vm}"))?;
+        vms.push(vm);
+    }
+    Ok(vms)
+}
+
+/// Whether a backup job runs and is ours: only then does it serve on a socket in our directory.
+pub(crate) async fn is_ours(host: &Host, vm: VmId) -> Result<bool, SiteError> {
+    if host.libvirt.job(vm).await?.operation.is_none() {
+        return Ok(false);
+    }
+    // Fails when the job is no backup.
+    let xml = host.libvirt.backup_xml(vm).await.unwrap_or_default();
+    Ok(xml.contains(&format!("{}/", host.files.run().display())))
+}
+
+/// Waits until no job runs on the VM.
+pub(crate) async fn wait_until_idle(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let deadline = Instant::now() + IDLE_TIMEOUT;
+    while host.libvirt.job(vm).await?.operation.is_some() {
+        if Instant::now() > deadline {
+            return Err(busy("a job of the VM does not end", "See `virsh domjobinfo`."));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// Removes the copies of bitmaps from which maps were read. A leftover only costs memory, until the next sweep.
+async fn remove_maps(host: &Host, vm: VmId) {
+    let nodes = match Nodes::query(&host.libvirt, vm).await {
+        Ok(nodes) => nodes,
+        Err(error) => {
+            tracing::debug!(%vm, %error, "cannot look for leftovers of a capture");
+            return;
+        }
+    };
+    for node in nodes.iter() {
+        for bitmap in node.bitmaps.iter().filter(|bitmap| bitmap.name.ends_with(MAP_SUFFIX)) {
+            let arguments = json!({"node": node.name, "name": bitmap.name});
+            if let Err(error) = host.libvirt.qmp(vm, "block-dirty-bitmap-remove", arguments).await {
+                tracing::debug!(%vm, %error, "a copy of a bitmap stays until the next sweep");
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Watching an open capture, so that it never harms the guest: it ends when its scratch files grow beyond their
+//! budget, when it gets old, and when the guest was paused because of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mainstay_model::VmId;
+use mainstay_provider::CaptureLimits;
+use tokio_util::sync::CancellationToken;
+
+use super::device::GivenUp;
+use super::wait_until_idle;
+use crate::host::Host;
+
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Watches until told to stop, or until it had to end the capture.
+pub(crate) async fn watch(
+    host: Arc<Host>,
+    vm: VmId,
+    limits: CaptureLimits,
+    given_up: GivenUp,
+    stop: CancellationToken,
+) {
+    let begun = Instant::now();
+    let reason = loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(PERIOD) => {}
+        }
+        if begun.elapsed() > limits.age_max {
+            break format!("the capture was open for more than {} s", limits.age_max.as_secs());
+        }
+        match host.libvirt.job(vm).await {
+            Ok(job) if job.operation.is_none() => break "the capture's job has ended".to_owned(),
+            Ok(job) if job.scratch_bytes > limits.scratch_bytes_max => {
+                break format!(
+                    "the guest overwrote more than {} bytes during the capture",
+                    limits.scratch_bytes_max
+                );
+            }
+            Ok(_) => {}
+            // libvirt is away for a moment, or the VM has ended; its NBD server tells the reader.
+            Err(error) => tracing::debug!(%vm, %error, "an open capture cannot be watched"),
+        }
+        if host.libvirt.state(vm).await.is_ok_and(|state| state.is_paused_by_io_error) {
+            break "there was no space left for scratch, and the guest was paused".to_owned();
+        }
+    };
+    tracing::warn!(%vm, reason, "a capture is given up");
+    given_up.because(reason);
+    // The job may have ended by itself; what matters is that there is none.
+    let _ = host.libvirt.abort_job(vm).await;
+    if let Err(error) = wait_until_idle(&host, vm).await {
+        tracing::warn!(%vm, %error, "the capture's job does not end");
+    }
+    let is_paused = host.libvirt.state(vm).await.is_ok_and(|state| state.is_paused_by_io_error);
+    if is_paused && let Err(error) = host.libvirt.resume(vm).await {
+        tracing::error!(%vm, %error, "a guest that was paused by a capture cannot be resumed");
+    }
+}

@@ -1,0 +1,116 @@
+//! What a host has: VMs, networks, and what is to know about them.
+
+mod facts;
+mod findings;
+
+use mainstay_model::VmId;
+use mainstay_provider::{
+    Disk, DiskFormat, ErrorKind, Firmware, Inventory, Network, NetworkKind, Nic, PowerState, SiteError,
+    VirtualMachine,
+};
+
+use crate::error::failed;
+use crate::guest;
+use crate::host::Host;
+use crate::libvirt::XmlKind;
+use crate::xml::{Domain, DomainDisk};
+pub(crate) use facts::{facts, machines};
+
+/// Everything on the host.
+pub(crate) async fn inventory(host: &Host) -> Result<Inventory, SiteError> {
+    let mut vms = Vec::new();
+    for id in host.libvirt.domains().await? {
+        match machine(host, id, false).await {
+            Ok(vm) => vms.push(vm),
+            // Removed since it was listed.
+            Err(error) if error.kind == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    vms.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut networks = networks(host).await?;
+    for nic in vms.iter().flat_map(|vm| &vm.nics) {
+        let is_known = nic.network.is_empty() || networks.iter().any(|network| network.name == nic.network);
+        if !is_known {
+            networks.push(Network { name: nic.network.clone(), kind: NetworkKind::Production });
+        }
+    }
+    Ok(Inventory { vms, networks })
+}
+
+/// The networks of the host, without looking at its VMs.
+pub(crate) async fn networks(host: &Host) -> Result<Vec<Network>, SiteError> {
+    let mut networks = host.options.networks.clone();
+    for (name, xml) in host.libvirt.networks().await? {
+        let document = roxmltree::Document::parse(&xml);
+        let document = document.map_err(|error| failed(format!("reading network {name}: {error}")))?;
+        // Without `<forward>` a network reaches nothing but its members and the host.
+        let forwards = document.root_element().children().any(|node| node.has_tag_name("forward"));
+        let kind = if forwards { NetworkKind::Production } else { NetworkKind::Isolated };
+        networks.push(Network { name, kind });
+    }
+    Ok(networks)
+}
+
+/// One VM. Its guest is asked for addresses only if `ask_guest`: a hung agent takes its time.
+pub(crate) async fn machine(host: &Host, id: VmId, ask_guest: bool) -> Result<VirtualMachine, SiteError> {
+    let domain = host.domain(id, XmlKind::Live).await?;
+    let power = host.power(id).await?;
+    let mut disks = Vec::new();
+    let os_key = os_disk(&domain).map(|disk| disk.key.clone());
+    for disk in &domain.disks {
+        disks.push(Disk {
+            key: disk.key.clone(),
+            path: disk.path.clone().unwrap_or_default(),
+            format: format_of(disk),
+            // A disk whose file is missing has no size, and a finding says so.
+            size_bytes: host.libvirt.disk_bytes(id, &disk.key).await.unwrap_or(0),
+            is_os_disk: os_key.as_ref() == Some(&disk.key),
+            is_replicable: findings::obstacle(disk).is_none(),
+        });
+    }
+    let addresses = if ask_guest && power == PowerState::Running && domain.has_agent {
+        guest::addresses(host, id).await.unwrap_or_default()
+    } else {
+        Vec::new()
+    };
+    let addresses_of = |mac: &str| {
+        let own = addresses.iter().filter(|address| address.mac == mac);
+        own.map(|address| address.address.clone()).collect()
+    };
+    let nics = domain.nics.iter().map(|nic| Nic {
+        mac: nic.mac.clone(),
+        network: nic.network.clone(),
+        addresses: addresses_of(&nic.mac),
+    });
+    let nics = nics.collect();
+    let findings = findings::of_machine(host, &domain, power).await?;
+    Ok(VirtualMachine {
+        id,
+        power,
+        firmware: if domain.is_uefi { Firmware::Uefi } else { Firmware::Bios },
+        vcpus: domain.vcpus,
+        memory_bytes: domain.memory_bytes,
+        has_tpm: domain.has_tpm,
+        has_guest_agent: domain.has_agent,
+        autostart: host.libvirt.autostart(id).await?,
+        disks,
+        nics,
+        findings,
+        name: domain.name,
+    })
+}
+
+fn os_disk(domain: &Domain) -> Option<&DomainDisk> {
+    let first =
+        domain.disks.iter().filter(|disk| disk.boot_order.is_some()).min_by_key(|disk| disk.boot_order);
+    first.or_else(|| domain.disks.first())
+}
+
+fn format_of(disk: &DomainDisk) -> DiskFormat {
+    match disk.format.as_str() {
+        "raw" => DiskFormat::Raw,
+        "qcow2" => DiskFormat::Qcow2,
+        _ => DiskFormat::Other,
+    }
+}

@@ -1,0 +1,96 @@
+//! QEMU's block nodes of a running VM, and the dirty bitmaps on them.
+
+use mainstay_model::VmId;
+use mainstay_provider::SiteError;
+use serde_json::{Value, json};
+
+use crate::error::failed;
+use crate::libvirt::Libvirt;
+use crate::xml::DomainDisk;
+
+/// Every bitmap and export of ours begins with this.
+pub(crate) const PREFIX: &str = "ms-";
+
+/// A block node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Node {
+    pub(crate) name: String,
+    pub(crate) is_qcow2: bool,
+    /// Whether bitmaps can be stored in the image.
+    pub(crate) keeps_bitmaps: bool,
+    pub(crate) size_bytes: u64,
+    /// Newest first.
+    pub(crate) bitmaps: Vec<Bitmap>,
+}
+
+/// A dirty bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bitmap {
+    pub(crate) name: String,
+    /// It notes writes, and was there from its first moment on.
+    pub(crate) is_usable: bool,
+}
+
+/// All block nodes of a VM.
+#[derive(Clone, Debug)]
+pub(crate) struct Nodes(Vec<Node>);
+
+impl Nodes {
+    /// Asks QEMU.
+    pub(crate) async fn query(libvirt: &Libvirt, vm: VmId) -> Result<Self, SiteError> {
+        let answer = libvirt.qmp(vm, "query-named-block-nodes", json!({"flat": true})).await?;
+        let list = answer.as_array().ok_or_else(|| failed("QEMU's list of block nodes is no list"))?;
+        Ok(Self(list.iter().filter_map(read_node).collect()))
+    }
+
+    /// The top node of a disk. libvirt names nodes by the index in the live description; a raw disk often has no
+    /// format node.
+    pub(crate) fn top_of(&self, disk: &DomainDisk) -> Result<&Node, SiteError> {
+        let index =
+            disk.index.ok_or_else(|| failed(format!("disk {} has no index: does the VM run?", disk.key)))?;
+        self.by_index(index).ok_or_else(|| failed(format!("QEMU has no block node for disk {}", disk.key)))
+    }
+
+    /// The node that libvirt's index stands for.
+    pub(crate) fn by_index(&self, index: u32) -> Option<&Node> {
+        let named = |kind: &str| {
+            let name = format!("libvirt-{index}-{kind}");
+            self.0.iter().find(|node| node.name == name)
+        };
+        named("format").or_else(|| named("storage"))
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Node> {
+        self.0.iter()
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|node| node.name == name)
+    }
+}
+
+impl Node {
+    pub(crate) fn bitmap(&self, name: &str) -> Option<&Bitmap> {
+        self.bitmaps.iter().find(|bitmap| bitmap.name == name)
+    }
+}
+
+fn read_node(node: &Value) -> Option<Node> {
+    let image = &node["image"];
+    let is_qcow2 = node["drv"] == "qcow2";
+    let bitmaps = node["dirty-bitmaps"].as_array().map(Vec::as_slice).unwrap_or_default();
+    Some(Node {
+        name: node["node-name"].as_str()?.to_owned(),
+        is_qcow2,
+        keeps_bitmaps: is_qcow2 && image["format-specific"]["data"]["compat"] != "0.10",
+        size_bytes: image["virtual-size"].as_u64().unwrap_or(0),
+        bitmaps: bitmaps.iter().filter_map(read_bitmap).collect(),
+    })
+}
+
+fn read_bitmap(bitmap: &Value) -> Option<Bitmap> {
+    Some(Bitmap {
+        name: bitmap["name"].as_str()?.to_owned(),
+        is_usable: bitmap["recording"] == true && bitmap["inconsistent"] != true,
+    })
+}

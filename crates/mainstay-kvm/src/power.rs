@@ -1,0 +1,139 @@
+//! Starting and stopping VMs.
+
+use std::time::{Duration, Instant};
+
+use mainstay_model::VmId;
+use mainstay_provider::{PowerState, ShutdownOutcome, SiteError, TrackerId};
+
+use crate::bitmaps::set_live;
+use crate::capture::CREATION_TRACKER;
+use crate::error::{While as _, busy};
+use crate::host::{Host, find_disk};
+use crate::libvirt::XmlKind;
+use crate::nodes::Nodes;
+
+const POLL: Duration = Duration::from_millis(100);
+/// A guest that has just booted ignores the power button; it is pressed again.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+/// How long resuming is tried while a disk's server comes back: QEMU notices it within half a second or so.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(15);
+const RESUME_POLL: Duration = Duration::from_millis(500);
+
+/// Starts a VM, or lets it go on.
+pub(crate) async fn start(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let _lock = host.lock(vm).await;
+    match host.power(vm).await? {
+        PowerState::Running => Ok(()),
+        PowerState::Paused => resume(host, vm).await,
+        PowerState::Off => {
+            refuse_capture(host, vm)?;
+            crate::recovery::grant_sockets(host, vm).await?;
+            host.libvirt.start(vm, false).await.doing("starting the VM")
+        }
+    }
+}
+
+/// Starts a VM with a tracker set before its first instruction.
+pub(crate) async fn start_tracked(
+    host: &Host,
+    vm: VmId,
+    keys: &[String],
+    tracker: &TrackerId,
+) -> Result<(), SiteError> {
+    let _lock = host.lock(vm).await;
+    match host.power(vm).await? {
+        PowerState::Running => return Ok(()),
+        PowerState::Paused => {}
+        PowerState::Off => {
+            refuse_capture(host, vm)?;
+            crate::recovery::grant_sockets(host, vm).await?;
+            host.libvirt.start(vm, true).await.doing("starting the VM")?;
+        }
+    }
+    // It is always there, made with the images.
+    if tracker.0 != CREATION_TRACKER {
+        let domain = host.domain(vm, XmlKind::Live).await?;
+        let all = Nodes::query(&host.libvirt, vm).await?;
+        let mut nodes = Vec::new();
+        for key in keys {
+            nodes.push(all.top_of(find_disk(&domain, key)?)?);
+        }
+        set_live(host, vm, &nodes, &tracker.0).await.doing("setting a tracker")?;
+    }
+    resume(host, vm).await
+}
+
+/// An open capture of a VM that is off reads its images.
+fn refuse_capture(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    if host.has_capture(vm) {
+        return Err(busy("a capture of the VM is open", "It ends by itself; try again."));
+    }
+    Ok(())
+}
+
+/// Resumes until the VM runs: one that waits for a disk pauses again at once.
+async fn resume(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let deadline = Instant::now() + RESUME_TIMEOUT;
+    loop {
+        let resumed = host.libvirt.resume(vm).await;
+        if host.power(vm).await? == PowerState::Running {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            resumed.doing("resuming the VM")?;
+            return Err(crate::error::failed(
+                "the VM pauses again as soon as it is resumed: a disk reports errors",
+            ));
+        }
+        tokio::time::sleep(RESUME_POLL).await;
+    }
+}
+
+/// Asks the guest to stop.
+pub(crate) async fn shut_down(
+    host: &Host,
+    vm: VmId,
+    timeout: Duration,
+) -> Result<ShutdownOutcome, SiteError> {
+    let _lock = host.lock(vm).await;
+    if host.power(vm).await? == PowerState::Off {
+        return Ok(ShutdownOutcome::Off);
+    }
+    if host.has_capture(vm) {
+        return Err(busy("a capture of the VM is open", "Close it before the VM is shut down."));
+    }
+    let deadline = Instant::now() + timeout;
+    let mut by_agent =
+        host.domain(vm, XmlKind::Live).await?.has_agent && crate::guest::is_agent_up(host, vm).await;
+    let mut ask_at = Instant::now();
+    loop {
+        if Instant::now() >= ask_at {
+            ask_at = Instant::now() + ASK_AGAIN;
+            if let Err(error) = host.libvirt.shut_down(vm, by_agent).await {
+                tracing::debug!(%vm, %error, "a guest cannot be asked to shut down this way");
+                // The next way at once.
+                ask_at = Instant::now() + POLL;
+            }
+            // Both ways in turn: the agent may be gone, or the button ignored.
+            by_agent = !by_agent;
+        }
+        if host.power(vm).await? == PowerState::Off {
+            return Ok(ShutdownOutcome::Off);
+        }
+        if Instant::now() > deadline {
+            return Ok(ShutdownOutcome::Refused);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Stops a VM at once.
+pub(crate) async fn power_off(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let _lock = host.lock(vm).await;
+    if host.power(vm).await? == PowerState::Off {
+        return Ok(());
+    }
+    let destroyed = host.libvirt.destroy(vm).await;
+    // One that has ended by itself in between is off as well.
+    if host.power(vm).await? == PowerState::Off { Ok(()) } else { destroyed.doing("stopping the VM") }
+}

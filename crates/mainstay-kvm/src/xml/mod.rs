@@ -1,0 +1,15 @@
+//! libvirt's descriptions of domains: reading what matters, and rewriting without losing the rest.
+
+mod disks;
+mod nics;
+mod read;
+mod rewrite;
+mod tree;
+
+pub(crate) use disks::{DiskSource, drop_backing_store};
+pub(crate) use nics::NicRules;
+pub(crate) use read::{Domain, DomainDisk, RecoveryMark};
+pub(crate) use rewrite::{Adaptation, adapt};
+
+/// The namespace of what we write into a domain's metadata.
+pub(crate) const NAMESPACE: &str = "https://mainstay.dev/xml/domain/1";

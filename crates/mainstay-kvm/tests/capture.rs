@@ -1,0 +1,214 @@
+//! Captures of real virtual machines: what is said to have changed is enough, always.
+
+mod rig;
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+use mainstay_lab::{DiskImage, LedgerVm, ledger};
+use mainstay_provider::{Changed, Consistency, ErrorKind, Hypervisor as _, PowerState, ShutdownOutcome};
+use rig::{PATIENCE, Rig, apply, assert_same, read_capture, request};
+
+fn busy_vm(name: &str) -> LedgerVm {
+    let mut vm = LedgerVm::new(name);
+    // One of each kind, in the same capture.
+    vm.disks = vec![DiskImage::Qcow2, DiskImage::Raw];
+    vm.options = "ledger.rate=100 ledger.churn_kib=512".to_owned();
+    vm
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deltas_rebuild_every_moment_under_load() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    rig.boot(&vm, 50).await?;
+
+    let first = rig.host.begin_capture(vm.id, request(None)).await?;
+    assert!(first.disks().iter().all(|disk| matches!(disk.changed, Changed::Unknown { .. })));
+    let mut copies = read_capture(first.as_ref()).await?;
+    let mut tracker = first.tracker().clone();
+    first.close().await?;
+
+    for round in 0..4 {
+        rig.let_write(&vm, 50).await?;
+        let mut wanted = request(Some(&tracker));
+        if round == 2 {
+            wanted.freeze_timeout = Some(Duration::from_secs(10));
+        }
+        let next = rig.host.begin_capture(vm.id, wanted).await?;
+        let consistency = if round == 2 { Consistency::Application } else { Consistency::Crash };
+        assert_eq!((next.consistency(), next.note()), (consistency, ""));
+        let bytes = apply(next.as_ref(), &mut copies).await?;
+        let size: u64 = next.disks().iter().map(|disk| disk.device.size()).sum();
+        assert!(bytes > 0 && bytes < size / 2, "{bytes} of {size} bytes changed");
+        assert_same(&copies, &read_capture(next.as_ref()).await?);
+        let new_tracker = next.tracker().clone();
+        next.close().await?;
+        // In the second round the recovery point never becomes durable: the old tracker goes on.
+        if round != 1 {
+            rig.host.confirm_tracker(vm.id, &new_tracker).await?;
+            assert_eq!(rig.bitmaps(vm.id).await?, [new_tracker.0.clone(), new_tracker.0.clone()]);
+            tracker = new_tracker;
+        }
+    }
+    rig.let_write(&vm, 10).await?;
+    let verdict = ledger::query(&rig.site, vm.id).await?;
+    assert!(verdict.is_whole(), "{verdict:?}");
+    rig.host.remove_trackers(vm.id).await?;
+    assert!(rig.bitmaps(vm.id).await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_and_a_daemon_that_die_in_a_capture_leave_nothing_behind() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    rig.boot(&vm, 20).await?;
+    let first = rig.host.begin_capture(vm.id, request(None)).await?;
+    let mut copies = read_capture(first.as_ref()).await?;
+    let tracker = first.tracker().clone();
+    let second = rig.host.begin_capture(vm.id, request(None)).await.err().map(|error| error.kind);
+    assert_eq!(second, Some(ErrorKind::Busy));
+    first.close().await?;
+
+    rig.let_write(&vm, 20).await?;
+    let open = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+    rig.site.kill().await?;
+    // The data goes on flowing without libvirt.
+    open.disks()[0].device.read(0, 4096).await?;
+    drop(open);
+    rig.site.start().await?;
+    let restarted = rig.restarted_driver()?;
+    assert_eq!(restarted.abandon_stale_captures().await?, [vm.id]);
+    assert_eq!(restarted.abandon_stale_captures().await?, []);
+    rig.let_write(&vm, 20).await?;
+
+    let next = restarted.begin_capture(vm.id, request(Some(&tracker))).await?;
+    apply(next.as_ref(), &mut copies).await?;
+    assert_same(&copies, &read_capture(next.as_ref()).await?);
+    next.close().await?;
+    assert_eq!(std::fs::read_dir(rig.site.driver_directory().join("run"))?.count(), 0);
+
+    // Somebody else's backup is waited for, not ended.
+    let uri = rig.site.uri();
+    let begun = Command::new("virsh").args(["-q", "-c", uri, "backup-begin", "web"]).status()?;
+    assert!(begun.success());
+    let foreign = restarted.begin_capture(vm.id, request(None)).await.err().map(|error| error.kind);
+    // A push backup of small disks may have ended by then; what matters is that it was not aborted by us.
+    assert!(matches!(foreign, None | Some(ErrorKind::Busy)), "{foreign:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_capture_ends_by_itself_before_it_harms_the_guest() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    rig.boot(&vm, 20).await?;
+    let mut wanted = request(None);
+    // The ledger's own files are rewritten all the time, so scratch grows at once.
+    wanted.limits.scratch_bytes_max = 64 * 1024;
+    let capture = rig.host.begin_capture(vm.id, wanted).await?;
+    let device = capture.disks()[0].device.clone();
+    let ended = tokio::time::timeout(PATIENCE, async {
+        loop {
+            if let Err(error) = device.read(0, 4096).await {
+                return error.to_string();
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let reason = ended.await?;
+    assert!(reason.contains("overwrote more than"), "{reason}");
+    capture.close().await?;
+    rig.let_write(&vm, 20).await?;
+    let mut wanted = request(None);
+    wanted.limits.age_max = Duration::from_secs(1);
+    let capture = rig.host.begin_capture(vm.id, wanted).await?;
+    let device = capture.disks()[1].device.clone();
+    let aged = tokio::time::timeout(PATIENCE, async {
+        while device.read(0, 4096).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    aged.await?;
+    capture.close().await?;
+    rig.let_write(&vm, 20).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_is_off_is_captured_and_a_dead_tracker_is_noticed() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    rig.boot(&vm, 20).await?;
+    let live = rig.host.begin_capture(vm.id, request(None)).await?;
+    let mut copies = read_capture(live.as_ref()).await?;
+    let tracker = live.tracker().clone();
+    live.close().await?;
+    rig.let_write(&vm, 20).await?;
+
+    // A clean end: the qcow2 disk's tracker is in the file, the raw disk's is gone.
+    assert_eq!(rig.host.shut_down(vm.id, PATIENCE).await?, ShutdownOutcome::Off);
+    let off = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+    let refused = rig.host.start(vm.id).await.err().map(|error| error.kind);
+    assert_eq!(refused, Some(ErrorKind::Busy));
+    let now = read_capture(off.as_ref()).await?;
+    let Changed::Since(ranges) = &off.disks()[0].changed else { panic!("{:?}", off.disks()[0].changed) };
+    for range in ranges {
+        let range = range.start as usize..range.end as usize;
+        copies[0][range.clone()].copy_from_slice(&now[0][range]);
+    }
+    assert_same(&copies[..1], &now[..1]);
+    assert!(matches!(off.disks()[1].changed, Changed::Unknown { .. }));
+    let tracker = off.tracker().clone();
+    off.close().await?;
+    rig.host.confirm_tracker(vm.id, &tracker).await?;
+    let mut copies = now;
+
+    // The tracker set while it was off works after the start, on qcow2.
+    rig.host.start(vm.id).await?;
+    rig.let_write(&vm, 20).await?;
+    let live = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+    let now = read_capture(live.as_ref()).await?;
+    let Changed::Since(ranges) = &live.disks()[0].changed else { panic!("{:?}", live.disks()[0].changed) };
+    for range in ranges {
+        let range = range.start as usize..range.end as usize;
+        copies[0][range.clone()].copy_from_slice(&now[0][range]);
+    }
+    assert_same(&copies[..1], &now[..1]);
+    let tracker = live.tracker().clone();
+    live.close().await?;
+    rig.host.confirm_tracker(vm.id, &tracker).await?;
+
+    // QEMU dies, and with it both trackers.
+    rig.kill_qemu(&vm).await?;
+    for is_running in [false, true] {
+        if is_running {
+            rig.host.start(vm.id).await?;
+            rig.let_write(&vm, 5).await?;
+        }
+        let after = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+        for disk in after.disks() {
+            assert!(matches!(disk.changed, Changed::Unknown { .. }), "{:?}", disk.changed);
+        }
+        after.close().await?;
+    }
+    let tracked = vec!["vda".to_owned(), "vdb".to_owned()];
+    rig.host.power_off(vm.id).await?;
+    rig.host.start_tracked(vm.id, &tracked, &tracker).await?;
+    assert_eq!(rig.host.power(vm.id).await?, PowerState::Running);
+    rig.let_write(&vm, 5).await?;
+    let after = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+    assert!(after.disks().iter().all(|disk| matches!(disk.changed, Changed::Since(_))));
+    after.close().await?;
+    rig.host.remove_trackers(vm.id).await?;
+    rig.host.power_off(vm.id).await?;
+    rig.host.remove_trackers(vm.id).await?;
+    let info = Command::new("qemu-img").arg("info").arg(vm.disk_path(&rig.site, 0)).output()?;
+    assert!(!String::from_utf8_lossy(&info.stdout).contains("ms-"));
+    Ok(())
+}
