@@ -95,7 +95,7 @@ async fn fetch_between(bench: &Arc<Bench>, points: &[(Uuid, Vec<Vec<u8>>)], budg
         targets.push(FetchTarget {
             index: index as u16,
             device: device.clone(),
-            extra: Vec::from([2..3]),
+            extra: std::iter::once(2..3).collect(),
             table,
         });
         devices.push(device);
