@@ -348,4 +348,5 @@ impl BlockDevice for RemoteDisk {
     }
 }
 
-const _: () = assert!(READ_PIECE_BYTES <= ANSWER_BYTES_MAX as u64 && READ_PIECE_BYTES % BLOCK_BYTES == 0);
+const _: () =
+    assert!(READ_PIECE_BYTES <= ANSWER_BYTES_MAX as u64 && READ_PIECE_BYTES.is_multiple_of(BLOCK_BYTES));

@@ -186,7 +186,7 @@ pub async fn replicate(
         let done = unless_cancelled(cancel, async {
             let scan = async {
                 scan(job, options, progress, sink).await?;
-                Ok(std::future::pending::<()>().await)
+                std::future::pending::<Result<(), ReplicationError>>().await
             };
             tokio::select! {
                 point = link.run(source, cancel) => point,

@@ -163,7 +163,7 @@ async fn replicate(
     match &done {
         // A refused session is over; one whose connection broke goes on, as does one that may be asked again.
         Err(error) if !error.is_transient() && error.refusal().0 != RefusalKind::Unavailable => {
-            session.abort()
+            session.abort();
         }
         _ => {}
     }

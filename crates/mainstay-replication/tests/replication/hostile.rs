@@ -10,20 +10,22 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::bench::store_options;
 
-fn serve(bytes: Vec<u8>) -> bool {
+/// Whether the server ended well, and what it said.
+fn serve(bytes: &[u8]) -> (bool, Vec<u8>) {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let store = Store::open(Arc::new(InMemory::new()), store_options());
         let (mut client, server) = tokio::io::duplex(1 << 20);
         let write = async {
-            client.write_all(&bytes).await.unwrap();
+            client.write_all(bytes).await.unwrap();
             client.shutdown().await.unwrap();
             let mut answer = Vec::new();
             client.read_to_end(&mut answer).await.unwrap();
+            answer
         };
-        let (served, ()) = tokio::join!(serve_connection(Box::new(server), &store, &|_| true), write);
-        served.is_ok()
+        let (served, answer) = tokio::join!(serve_connection(Box::new(server), &store, &|_| true), write);
+        (served.is_ok(), answer)
     })
 }
 
@@ -50,7 +52,7 @@ proptest! {
 
     #[test]
     fn random_bytes_end_the_connection(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
-        prop_assert!(!serve(bytes));
+        prop_assert!(!serve(&bytes).0);
     }
 
     #[test]
@@ -62,7 +64,7 @@ proptest! {
         for (kind, tag, payload) in &messages {
             bytes.extend(message(*kind, *tag % 3, payload.len() as u32, payload));
         }
-        prop_assert!(!serve(bytes));
+        prop_assert!(!serve(&bytes).0);
     }
 
     #[test]
@@ -70,12 +72,19 @@ proptest! {
         let mut bytes = hello();
         let at = at % bytes.len();
         bytes[at] = value;
-        serve(bytes);
+        serve(&bytes);
     }
 }
 
 #[test]
 fn lengths_are_limited_before_anything_is_allocated() {
-    assert!(!serve(message(1, 0, u32::MAX, &[])));
-    assert!(!serve(message(5, 0, 400_000, &[])));
+    assert!(!serve(&message(1, 0, u32::MAX, &[])).0);
+    assert!(!serve(&message(5, 0, 400_000, &[])).0);
+}
+
+/// The other tests stand on this hello being a good one.
+#[test]
+fn the_sound_hello_is_welcome() {
+    let (_, answer) = serve(&hello());
+    assert_eq!(&answer[..5], b"MSDP\x02");
 }

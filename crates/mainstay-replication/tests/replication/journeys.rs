@@ -92,7 +92,12 @@ async fn fetch_between(bench: &Arc<Bench>, points: &[(Uuid, Vec<Vec<u8>>)], budg
         let path = dir.path().join(format!("{index}"));
         let table = HashTable::create(&path, content.len() as u64, HashKey([5; 32]), Fill::Unknown).unwrap();
         let table = Some(Arc::new(table));
-        targets.push(FetchTarget { index: index as u16, device: device.clone(), extra: vec![2..3], table });
+        targets.push(FetchTarget {
+            index: index as u16,
+            device: device.clone(),
+            extra: std::iter::once(2..3).collect(),
+            table,
+        });
         devices.push(device);
     }
     *bench.budgets.lock().unwrap() = budgets.into();

@@ -39,9 +39,9 @@ impl Connect for Far {
 }
 
 /// Delivers every byte `ONE_WAY` after it was written; any number may be on the way.
-async fn carry<T: Send + 'static>(mut from: ReadHalf<T>, mut to: WriteHalf<T>)
+async fn carry<T>(mut from: ReadHalf<T>, mut to: WriteHalf<T>)
 where
-    T: tokio::io::AsyncRead + tokio::io::AsyncWrite,
+    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + 'static,
 {
     let (sink, mut source) = mpsc::channel::<(Instant, Vec<u8>)>(4096);
     tokio::spawn(async move {

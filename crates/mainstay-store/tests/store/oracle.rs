@@ -40,7 +40,7 @@ fn step() -> impl Strategy<Value = Step> {
     let size = || prop_oneof![Just(0usize), 4096usize..400_000];
     prop_oneof![
         12 => writes().prop_map(Step::Capture),
-        1 => ([4096usize..400_000].prop_map(|[a]| a), size(), writes())
+        1 => (4096usize..400_000, size(), writes())
             .prop_map(|(a, b, writes)| Step::Resize([a, b], writes)),
         1 => writes().prop_map(Step::Restart),
         5 => proptest::collection::vec(0usize..40, 1..4).prop_map(Step::Delete),
