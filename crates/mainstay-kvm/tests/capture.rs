@@ -185,7 +185,7 @@ async fn a_vm_that_is_off_is_captured_and_a_dead_tracker_is_noticed() -> Result<
     rig.host.confirm_tracker(vm.id, &tracker).await?;
 
     // QEMU dies, and with it both trackers.
-    rig.kill_qemu(&vm).await?;
+    rig.kill_qemu(vm.id, &vm.name).await?;
     for is_running in [false, true] {
         if is_running {
             rig.host.start(vm.id).await?;
