@@ -15,6 +15,8 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// The hypervisor: a libvirt URI.
     pub libvirt_uri: String,
+    /// Networks that libvirt has no object for: `bridge:NAME`, `mcast:ADDRESS:PORT`.
+    pub networks: Vec<String>,
     /// Address of the server's agent endpoint, `HOST:PORT`; empty = what registration answered.
     pub server: String,
 }
@@ -25,6 +27,7 @@ impl Default for AgentConfig {
             data_dir: PathBuf::from("/var/lib/mainstay/agent"),
             run_dir: PathBuf::from("/run/mainstay"),
             libvirt_uri: "qemu:///system".to_owned(),
+            networks: Vec::new(),
             server: String::new(),
         }
     }

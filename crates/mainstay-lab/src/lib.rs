@@ -7,9 +7,17 @@
 
 mod account;
 mod guest;
+mod lab;
+mod lab_file;
 pub mod ledger;
+mod link;
+mod process;
 mod site;
 
 pub use account::Account;
 pub use guest::{DiskImage, GuestImages, LedgerVm};
+pub use lab::{HOME, Lab, LabAction, LabOptions, LabStatus, LedgerCopy, RECOVERY, SiteStatus};
+pub use lab_file::{LabFile, LabSite, LabVm};
+pub use link::relay;
+pub use process::Process;
 pub use site::Site;
