@@ -161,6 +161,8 @@ async fn synchronize_once(
     let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, full };
     let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
     moved.add(&staged);
+    // What home is at must stay known: the next round, or the next failback, tells from it.
+    step.control.move_hold(item.id, replicated.point, item.vm).await?;
     Ok((replicated.point, staged.bytes_changed))
 }
 

@@ -73,6 +73,16 @@ impl Control {
         Ok(self.store.pin(item.0, point.0, holder.0).await?)
     }
 
+    /// `holder` builds on another point now.
+    pub(crate) async fn move_hold(
+        &self,
+        item: ItemId,
+        point: PointId,
+        holder: VmId,
+    ) -> Result<(), ControlError> {
+        Ok(self.store.move_pin(item.0, point.0, holder.0).await?)
+    }
+
     /// The VM needs no point any more.
     pub(crate) async fn release_point(&self, item: ItemId, holder: VmId) -> Result<(), ControlError> {
         match self.store.unpin(item.0, holder.0).await {
