@@ -6,6 +6,7 @@
 //! they hold a whole prefix of what was acknowledged.
 
 mod account;
+pub mod demo;
 mod guest;
 mod lab;
 mod lab_file;

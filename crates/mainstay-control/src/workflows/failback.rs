@@ -138,6 +138,8 @@ struct Moved {
     bytes_moved: u64,
     /// Bytes that went from the recovery VM into the store.
     bytes_captured: u64,
+    /// The point that home equals.
+    point: Option<PointId>,
 }
 
 impl Moved {
@@ -161,6 +163,7 @@ async fn synchronize_once(
     let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, full };
     let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
     moved.add(&staged);
+    moved.point = Some(replicated.point);
     // What home is at must stay known: the next round, or the next failback, tells from it.
     step.control.move_hold(item.id, replicated.point, item.vm).await?;
     Ok((replicated.point, staged.bytes_changed))
