@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow};
 use mainstay_agent::{Identity, ServerLink};
-use mainstay_block::{BLOCK_BYTES, BlockDevice as _};
+use mainstay_block::{BLOCK_BYTES, BlockDevice as _, BlockHash, BlockHasher, HashKey};
 use mainstay_replication::{Connect, Mount, MountOptions};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{Lab, RECOVERY};
 
-/// Bytes compared at once.
+/// Bytes read at once.
 const PIECE_BYTES: u64 = 4 << 20;
 
 /// Reads recovery points as the recovery site's agent does.
@@ -19,13 +19,19 @@ pub(super) struct Images {
     link: Arc<dyn Connect>,
     replica: Uuid,
     stop: CancellationToken,
+    key: HashKey,
 }
 
 impl Images {
     pub(super) fn open(lab: &Lab, replica: Uuid) -> Result<Self> {
         let identity = Identity::load(&lab.dir().join(RECOVERY).join("agent"))?;
         let link = ServerLink::new(&identity, &identity.endpoint)?;
-        Ok(Self { link: Arc::new(link), replica, stop: CancellationToken::new() })
+        Ok(Self {
+            link: Arc::new(link),
+            replica,
+            stop: CancellationToken::new(),
+            key: HashKey(rand::random()),
+        })
     }
 
     async fn mount(&self, point: Uuid) -> Result<Mount> {
@@ -34,37 +40,44 @@ impl Images {
             .map_err(|error| anyhow!("recovery point {point} cannot be opened: {}", error.with_causes()))
     }
 
-    /// Bytes of the 4 KiB blocks that differ between two points; without the first: that are not zero.
-    pub(super) async fn difference(&self, from: Option<Uuid>, to: Uuid) -> Result<u64> {
-        let to = self.mount(to).await?;
-        let from = match from {
-            Some(from) => Some(self.mount(from).await?),
-            None => None,
-        };
-        let mut blocks = 0;
-        for spec in to.disks() {
-            let new = to.disk(spec.index).context("a disk of the point")?;
-            let old = from.as_ref().and_then(|from| from.disk(spec.index));
+    /// What a point's disks hold now, block by block.
+    pub(super) async fn read(&self, point: Uuid) -> Result<Image> {
+        let mount = self.mount(point).await?;
+        let hasher = BlockHasher::new(self.key);
+        let mut disks = Vec::new();
+        for spec in mount.disks() {
+            let disk = mount.disk(spec.index).context("a disk of the point")?;
+            let mut hashes = Vec::new();
             let mut offset = 0;
-            while offset < new.size() {
-                let length = PIECE_BYTES.min(new.size() - offset);
-                let after = new.read(offset, length).await?;
-                let known = old.as_ref().map_or(0, |old| old.size()).saturating_sub(offset).min(length);
-                let mut before = match &old {
-                    Some(old) if known > 0 => old.read(offset, known).await?.to_vec(),
-                    _ => Vec::new(),
-                };
-                before.resize(after.len(), 0);
-                let size = usize::try_from(BLOCK_BYTES)?;
-                blocks += after
-                    .chunks(size)
-                    .zip(before.chunks(size))
-                    .filter(|(after, before)| after != before)
-                    .count() as u64;
+            while offset < disk.size() {
+                let length = PIECE_BYTES.min(disk.size() - offset);
+                hashes.extend(hasher.hash_all(&disk.read(offset, length).await?));
                 offset += length;
             }
+            disks.push(hashes);
         }
-        Ok(blocks * BLOCK_BYTES)
+        Ok(Image { disks })
+    }
+}
+
+/// What the disks of a VM hold at a moment: a keyed hash for each 4 KiB block. Read whole, so that it can be compared also
+/// when the point is long gone.
+pub(super) struct Image {
+    disks: Vec<Vec<BlockHash>>,
+}
+
+impl Image {
+    /// Bytes of the blocks that differ from an earlier image; without one: that are not zero.
+    pub(super) fn bytes_changed_since(&self, earlier: Option<&Self>) -> u64 {
+        let mut blocks = 0;
+        for (index, hashes) in self.disks.iter().enumerate() {
+            let before = earlier.and_then(|earlier| earlier.disks.get(index));
+            for (block, hash) in hashes.iter().enumerate() {
+                let before = before.and_then(|before| before.get(block)).copied().unwrap_or(BlockHash::ZERO);
+                blocks += u64::from(*hash != before);
+            }
+        }
+        blocks * BLOCK_BYTES
     }
 }
 

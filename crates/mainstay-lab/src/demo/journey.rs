@@ -11,7 +11,7 @@ use super::{
     DemoReport, Narrator, PhaseReport,
     acknowledgements::{Watch, now_ms},
     api::{Item, Job, Point},
-    images::Images,
+    images::{Image, Images},
 };
 use crate::{
     HOME, Lab, LabAction, LedgerCopy, RECOVERY,
@@ -191,7 +191,7 @@ async fn initial_replication(world: &World<'_>, phases: &mut Phases<'_>) -> Resu
     let status = world.item.status().await?;
     let (found, _) = world.answer(LedgerCopy::Active).await?;
     let phase = phases.now();
-    phase.bytes_changed = Some(world.images.difference(None, first.id).await?);
+    phase.bytes_changed = Some(world.images.read(first.id).await?.bytes_changed_since(None));
     phase.bytes_moved = Some(status.bytes_moved);
     phase.rpo_seconds = status.rpo_seconds.map(|seconds| seconds as f64);
     phase.ledger = Some(found.clone());
@@ -209,10 +209,11 @@ async fn delta_replication(world: &World<'_>, phases: &mut Phases<'_>, first: Po
     phases.worked();
     let status = world.item.status().await?;
     let mut changed = 0;
-    let mut from = last;
+    let mut before = world.images.read(last.id).await?;
     for point in &points {
-        changed += world.images.difference(Some(from.id), point.id).await?;
-        from = *point;
+        let after = world.images.read(point.id).await?;
+        changed += after.bytes_changed_since(Some(&before));
+        before = after;
     }
     let (found, _) = world.answer(LedgerCopy::Active).await?;
     let phase = phases.now();
@@ -268,7 +269,7 @@ async fn test_failover(world: &World<'_>, phases: &mut Phases<'_>) -> Result<()>
 }
 
 /// Failover with the source killed, change of the recovery point, commit. Answers the point that runs.
-async fn failover(world: &mut World<'_>, phases: &mut Phases<'_>) -> Result<Point> {
+async fn failover(world: &mut World<'_>, phases: &mut Phases<'_>) -> Result<Image> {
     let points = world.item.points().await?;
     ensure!(points.len() >= 2, "there are not enough recovery points to change to another");
     phases.begin();
@@ -330,11 +331,12 @@ async fn failover(world: &mut World<'_>, phases: &mut Phases<'_>) -> Result<Poin
     whole(&found)?;
     phases.now().ledger = Some(found);
     phases.proved("no recovery point is left, and a change is refused");
-    Ok(older)
+    // The state that home and the recovery VM have in common, as long as the store keeps it.
+    world.images.read(older.id).await
 }
 
 /// Failback with delta synchronisation, completion, commit, reverse replication.
-async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Point) -> Result<()> {
+async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Image) -> Result<()> {
     phases.begin();
     let body = json!({ "properties": { "failoverDirection": "RecoveryToPrimary", "providerSpecificDetails": {
         "instanceType": "HyperVReplicaAzureFailback", "dataSyncOption": "ForDownTime",
@@ -343,10 +345,10 @@ async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Point) -> 
     phases.worked();
     ensure!(job.0.properties.state == "Suspended", "the job is {}, not waiting", job.0.properties.state);
     let output = job.output("VmDataSync");
-    let staged = uuid_at(&output, "/point")?;
+    let staged = world.images.read(uuid_at(&output, "/point")?).await?;
     let (found, _) = world.answer(LedgerCopy::Active).await?;
     let phase = phases.now();
-    phase.bytes_changed = Some(world.images.difference(Some(chosen.id), staged).await?);
+    phase.bytes_changed = Some(staged.bytes_changed_since(Some(&chosen)));
     phase.bytes_moved = count_at(&output, "/bytes_moved");
     phase.ledger = Some(found.clone());
     ensure!(found.site == RECOVERY, "the VM runs at {} during the synchronisation", found.site);
@@ -361,10 +363,10 @@ async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Point) -> 
     let (found, status) = world.answer(LedgerCopy::Active).await?;
     let rto = requested.elapsed().as_secs_f64();
     let output = job.output("VmFailback");
-    let common = uuid_at(&output, "/point")?;
+    let common = world.images.read(uuid_at(&output, "/point")?).await?;
     let resumed = resumed_at(&status);
     let phase = phases.now();
-    phase.bytes_changed = Some(world.images.difference(Some(staged), common).await?);
+    phase.bytes_changed = Some(common.bytes_changed_since(Some(&staged)));
     phase.bytes_moved = count_at(&output, "/moved/bytes_moved");
     phase.rpo_seconds = Some(0.0);
     phase.rto_seconds = Some(rto);
@@ -401,11 +403,11 @@ async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Point) -> 
     let job = world.item.run(Method::POST, "reProtect", &body).await?;
     phases.worked();
     let output = job.output("VmStartInitialReplication");
-    let reversed = uuid_at(&output, "/point")?;
+    let reversed = world.images.read(uuid_at(&output, "/point")?).await?;
     let (found, _) = world.answer(LedgerCopy::Active).await?;
     let item = world.item.show().await?;
     let phase = phases.now();
-    phase.bytes_changed = Some(world.images.difference(Some(common), reversed).await?);
+    phase.bytes_changed = Some(reversed.bytes_changed_since(Some(&common)));
     phase.bytes_moved = count_at(&output, "/bytes_moved");
     phase.ledger = Some(found.clone());
     ensure!(item.protection_state == "Protected", "the item is {}", item.protection_state);
@@ -416,7 +418,7 @@ async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Point) -> 
 
 async fn planned_failover(world: &World<'_>, phases: &mut Phases<'_>) -> Result<()> {
     phases.begin();
-    let last = *world.item.points().await?.last().context("a recovery point")?;
+    let last = world.item.points().await?.last().context("a recovery point")?.id;
     let body = json!({ "properties": { "failoverDirection": "PrimaryToRecovery",
         "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure" } } });
     let job = world.item.begin(Method::POST, "plannedFailover", &body).await?;
@@ -426,12 +428,13 @@ async fn planned_failover(world: &World<'_>, phases: &mut Phases<'_>) -> Result<
     let (found, status) = world.answer(LedgerCopy::Active).await?;
     let rto = requested.elapsed().as_secs_f64();
     let output = job.output("VmPrepareForFailover");
-    let shipped = uuid_at(&output, "/point")?;
+    let last = world.images.read(last).await?;
+    let shipped = world.images.read(uuid_at(&output, "/point")?).await?;
     let resumed = resumed_at(&status);
     let earlier = &status.boots[..status.boots.len().saturating_sub(1)];
     let acknowledged = world.watch.acknowledged_at(now_ms(), earlier);
     let phase = phases.now();
-    phase.bytes_changed = Some(world.images.difference(Some(last.id), shipped).await?);
+    phase.bytes_changed = Some(shipped.bytes_changed_since(Some(&last)));
     phase.bytes_moved = count_at(&output, "/bytes_moved");
     phase.rpo_seconds = Some(0.0);
     phase.rto_seconds = Some(rto);
