@@ -132,7 +132,12 @@ impl ReplicationError {
             },
             _ => RefusalKind::Invalid,
         };
-        (kind, self.to_string())
+        let message = match self {
+            // Its own words: the peer has no source to look at.
+            Self::Store(error) => error.to_string(),
+            error => error.to_string(),
+        };
+        (kind, message)
     }
 
     pub(crate) fn from_refusal(kind: RefusalKind, message: String) -> Self {

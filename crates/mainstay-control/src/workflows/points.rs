@@ -63,14 +63,22 @@ impl Control {
         }
     }
 
-    /// Keeps a point's data for as long as `holder` (a VM that reads it, or builds on it) needs it.
+    /// Keeps a point's data for as long as `holder` (a VM that reads it, or builds on it) needs it. What the holder
+    /// held before, it lets go of.
     pub(crate) async fn hold_point(
         &self,
         item: ItemId,
         point: PointId,
         holder: VmId,
     ) -> Result<(), ControlError> {
-        Ok(self.store.pin(item.0, point.0, holder.0).await?)
+        match self.store.pin(item.0, point.0, holder.0).await {
+            // It holds another point: a step that was interrupted had chosen that one.
+            Err(StoreError::Invalid(_)) => {
+                self.store.unpin(item.0, holder.0).await?;
+                Ok(self.store.pin(item.0, point.0, holder.0).await?)
+            }
+            result => Ok(result?),
+        }
     }
 
     /// The VM needs no point any more.

@@ -36,20 +36,6 @@ async fn read_export(socket: &std::path::Path, export: &str, size: u64) -> Resul
     attempt.await
 }
 
-/// Reads as QEMU does: again and again while the server is away.
-async fn read_patiently(socket: &std::path::Path, export: &str, size: u64) -> Result<Vec<u8>, SiteError> {
-    let deadline = tokio::time::Instant::now() + RECONNECT_MAX;
-    loop {
-        match read_export(socket, export, size).await {
-            Err(error) if tokio::time::Instant::now() > deadline => {
-                return Err(SiteError::new(ErrorKind::Unavailable, format!("NBD: {error}")));
-            }
-            Err(_) => tokio::time::sleep(RECONNECT_PAUSE).await,
-            done => return done,
-        }
-    }
-}
-
 impl Machine {
     /// The disks as the guest sees them, given complete bases.
     pub(super) fn contents(&self, mut bases: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
@@ -64,8 +50,24 @@ impl Machine {
 }
 
 impl SimHypervisor {
-    /// The disks beneath what a recovery VM wrote; for a home VM its disks.
+    /// The disks beneath what a recovery VM wrote; for a home VM its disks. Reads as QEMU does: again and again while
+    /// the server of a disk is away.
     pub(super) async fn bases(&self, vm: VmId) -> Result<Vec<Vec<u8>>, SiteError> {
+        let deadline = tokio::time::Instant::now() + RECONNECT_MAX;
+        loop {
+            // Looked at anew each time: hydration may have ended in between, and the server with it.
+            match self.read_bases(vm).await {
+                Err(error) if error.kind == ErrorKind::NotFound => return Err(error),
+                Err(error) if tokio::time::Instant::now() > deadline => {
+                    return Err(SiteError::new(ErrorKind::Unavailable, format!("NBD: {error}")));
+                }
+                Err(_) => tokio::time::sleep(RECONNECT_PAUSE).await,
+                done => return done,
+            }
+        }
+    }
+
+    async fn read_bases(&self, vm: VmId) -> Result<Vec<Vec<u8>>, SiteError> {
         let disks: Vec<_> = {
             let mut state = self.lock();
             let machine = state.machine(vm)?;
@@ -76,7 +78,7 @@ impl SimHypervisor {
         for (mut base, missing, source) in disks {
             if let Some((socket, export)) = source.filter(|_| !missing.is_empty()) {
                 let size = base.len() as u64;
-                let theirs = read_patiently(&socket, &export, size).await?;
+                let theirs = read_export(&socket, &export, size).await?;
                 for block in missing {
                     let range = block_range(block, size);
                     base[range.clone()].copy_from_slice(&theirs[range]);
