@@ -4,29 +4,24 @@ use std::{ops::Range, sync::Arc};
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use mainstay_block::{
-    BLOCK_BYTES, BlockDevice, BlockError, BlockHasher, ExtentKind, HashKey,
-    hash_table::{Fill, HashTable, Verdict},
+    BLOCK_BYTES, BlockDevice, BlockHasher, HashKey,
+    hash_table::{Fill, HashTable},
 };
 use mainstay_model::{CaptureId, ItemId, PointId, VmId};
 use mainstay_provider::{
     CaptureLimits, CaptureRequest, CapturedDisk, Changed, CommitHome, ErrorKind, HomePrepared, PowerState,
     PrepareHome, SiteError, StageHome, Staged, StagingDisk, StagingSpec, Verified, VerifyHome,
 };
-use mainstay_replication::{FetchJob, FetchTarget, Mount, MountOptions, fetch};
+use mainstay_replication::{FetchJob, FetchReport, FetchTarget, Mount, MountOptions, fetch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{Inner, Work, check_generation, data_error, tables::table_error};
+use super::{
+    Inner, Work, check_generation,
+    compare::{PIECES_IN_FLIGHT, Touched, block_error, compare, merge, pieces},
+    data_error,
+};
 use crate::records::{Base, ItemFile, StagingFile};
-
-/// Bytes read and hashed at once: enough to keep a disk busy, little enough to report progress.
-const PIECE_BYTES: u64 = 1 << 20;
-/// Pieces in flight.
-const PIECES_IN_FLIGHT: usize = 8;
-
-fn block_error(key: &str) -> impl Fn(BlockError) -> SiteError + '_ {
-    move |error| SiteError::new(ErrorKind::Failed, format!("disk '{key}': {error}"))
-}
 
 fn spec(record: &ItemFile, staging: &StagingFile) -> StagingSpec {
     let disk = |(key, size_bytes): &(String, u64)| StagingDisk { key: key.clone(), size_bytes: *size_bytes };
@@ -64,8 +59,9 @@ impl Inner {
             Err(error) => return Err(error),
         };
         // Prepared before, by a job that was interrupted: what was staged still counts.
+        let staged = present.as_ref().and_then(|present| present.staging.clone()).filter(|_| !was_created);
         let staging =
-            present.as_ref().and_then(|present| present.staging.clone()).unwrap_or_else(|| StagingFile {
+            staged.unwrap_or_else(|| StagingFile {
                 disks: order.disks.clone(),
                 is_blank: was_created || present.as_ref().is_none_or(|present| present.base.is_none()),
                 touched: vec![Vec::new(); order.disks.len()],
@@ -131,43 +127,17 @@ impl Inner {
             return Ok(Staged { bytes_changed: 0, bytes_moved: 0, bytes_hashed: 0 });
         }
         let devices = self.staging_devices(&record).await?;
-        let sizes: Vec<_> = staging.disks.iter().map(|(_, size)| *size).collect();
-        let is_full = order.full || staging.is_blank;
-        let (tables, extras, from, bytes_hashed) = if is_full {
-            let tables = self.created_tables(&record, &sizes, Fill::Unknown)?;
-            let extras = sizes.iter().map(|size| vec![0..size.div_ceil(BLOCK_BYTES)]).collect();
-            (tables, extras, None, 0)
-        } else if let Some(at) = staging.at {
-            let (tables, _) = self.tables_at(&record, &sizes, Some(at), work).await?;
-            (tables, vec![Vec::new(); sizes.len()], Some(at), 0)
-        } else {
-            self.local_differences(&record, &sizes, work).await?
-        };
-        let names: Vec<_> = staging.disks.iter().map(|(key, _)| key.clone()).collect();
         let touched: Vec<_> = devices.into_iter().map(|device| Arc::new(Touched::new(device))).collect();
-        let targets = touched
-            .iter()
-            .zip(&tables)
-            .zip(extras)
-            .enumerate()
-            .map(|(index, ((device, table), extra))| FetchTarget {
-                index: u16::try_from(index).unwrap_or(u16::MAX),
-                device: device.clone(),
-                extra,
-                table: Some(table.clone()),
-            })
-            .collect();
-        work.report("Fetching what changed at the recovery site", 0, 0, 0);
-        let job = FetchJob {
-            replica: order.item.0,
-            to: order.to.0,
-            from: from.map(|point| point.0),
-            difference: !is_full,
-            session: Uuid::new_v4(),
-            targets,
+        let fetched = self.fetch_differences(order, &record, &staging, &touched, work).await;
+        let (report, bytes_hashed) = match fetched {
+            // What home equals is not in the store any more, or never was: its content still tells what differs.
+            Err(error) if error.kind == ErrorKind::NotFound => {
+                tracing::warn!(item = %order.item, %error, "home is compared with the recovery point by hashes");
+                self.fetch_compared(order, &record, &staging, &touched, work).await?
+            }
+            fetched => fetched?,
         };
-        let report = fetch(&*self.server, &job, &work.cancel).await.map_err(|error| data_error(&error))?;
-        tracing::info!(item = %order.item, ?names, bytes = report.data_bytes, "changes were staged at home");
+        tracing::info!(item = %order.item, bytes = report.data_bytes, "changes were staged at home");
         for (all, new) in staging.touched.iter_mut().zip(&touched) {
             all.extend(new.ranges());
             merge(all);
@@ -181,6 +151,91 @@ impl Inner {
             bytes_moved: report.traffic.sent() + report.traffic.received(),
             bytes_hashed,
         })
+    }
+
+    /// Fetches what differs between the point that home equals and the one to reach.
+    async fn fetch_differences(
+        &self,
+        order: &StageHome,
+        record: &ItemFile,
+        staging: &StagingFile,
+        touched: &[Arc<Touched>],
+        work: &Work,
+    ) -> Result<(FetchReport, u64), SiteError> {
+        let sizes: Vec<_> = staging.disks.iter().map(|(_, size)| *size).collect();
+        let is_full = order.full || staging.is_blank;
+        let (tables, extras, from, bytes_hashed) = if is_full {
+            let tables = self.created_tables(record, &sizes, Fill::Unknown)?;
+            let extras = sizes.iter().map(|size| vec![0..size.div_ceil(BLOCK_BYTES)]).collect();
+            (tables, extras, None, 0)
+        } else if let Some(at) = staging.at {
+            let (tables, _) = self.tables_at(record, &sizes, Some(at), work).await?;
+            (tables, vec![Vec::new(); sizes.len()], Some(at), 0)
+        } else {
+            self.local_differences(record, &sizes, work).await?
+        };
+        let report = self.fetch_home(order, from, touched, &tables, extras, work).await?;
+        Ok((report, bytes_hashed))
+    }
+
+    /// Fetches the blocks in which home and the point to reach differ by their hashes.
+    async fn fetch_compared(
+        &self,
+        order: &StageHome,
+        record: &ItemFile,
+        staging: &StagingFile,
+        touched: &[Arc<Touched>],
+        work: &Work,
+    ) -> Result<(FetchReport, u64), SiteError> {
+        let sizes: Vec<_> = staging.disks.iter().map(|(_, size)| *size).collect();
+        let tables = self.rebuilt_tables(record, &sizes, order.to.0, work).await?;
+        let (mut extras, mut bytes_hashed) = (Vec::new(), 0);
+        for ((device, table), (key, _)) in touched.iter().zip(&tables).zip(&staging.disks) {
+            let reason = "home equals no recovery point of the store".to_owned();
+            let changed = Changed::Unknown { reason };
+            let disk = CapturedDisk { key: key.clone(), device: device.clone(), changed };
+            let compared = tokio::select! {
+                () = work.cancel.cancelled() => {
+                    return Err(SiteError::new(ErrorKind::Cancelled, "cancelled while comparing"));
+                }
+                compared = compare(&disk, table, work) => compared,
+            };
+            let (ranges, bytes) = compared?;
+            extras.push(ranges);
+            bytes_hashed += bytes;
+        }
+        let report = self.fetch_home(order, None, touched, &tables, extras, work).await?;
+        Ok((report, bytes_hashed))
+    }
+
+    async fn fetch_home(
+        &self,
+        order: &StageHome,
+        from: Option<PointId>,
+        touched: &[Arc<Touched>],
+        tables: &[Arc<HashTable>],
+        extras: Vec<Vec<Range<u64>>>,
+        work: &Work,
+    ) -> Result<FetchReport, SiteError> {
+        work.report("Fetching what changed at the recovery site", 0, 0, 0);
+        let targets = touched.iter().zip(tables).zip(extras).enumerate();
+        let target = |(index, ((device, table), extra)): (usize, ((&Arc<Touched>, &Arc<HashTable>), _))| {
+            FetchTarget {
+                index: u16::try_from(index).unwrap_or(u16::MAX),
+                device: device.clone(),
+                extra,
+                table: Some(table.clone()),
+            }
+        };
+        let job = FetchJob {
+            replica: order.item.0,
+            to: order.to.0,
+            from: from.map(|point| point.0),
+            difference: from.is_some(),
+            session: Uuid::new_v4(),
+            targets: targets.map(target).collect(),
+        };
+        fetch(&*self.server, &job, &work.cancel).await.map_err(|error| data_error(&error))
     }
 
     /// What differs between the home disks and the point that their hash tables describe: what the tracker says, or
@@ -198,11 +253,14 @@ impl Inner {
         let base = record.base.as_ref().ok_or_else(|| {
             SiteError::new(ErrorKind::Failed, "what the home disks were replicated as is not known")
         })?;
-        let (tables, are_known) = self.tables_at(record, sizes, Some(base.point), work).await?;
+        // The last transfer may have become a point without this host having heard of it: its tables then describe that.
+        let described = self.described_point(record, sizes, work).await?;
+        let point = described.unwrap_or(base.point);
+        let (tables, are_known) = self.tables_at(record, sizes, Some(point), work).await?;
         let request = CaptureRequest {
             capture: CaptureId(Uuid::now_v7()),
             disks: record.disks.clone(),
-            since: base.tracker.clone().filter(|_| are_known),
+            since: base.tracker.clone().filter(|_| are_known && point == base.point),
             freeze_timeout: None,
             limits: CaptureLimits { scratch_bytes_max: u64::MAX, age_max: std::time::Duration::MAX },
         };
@@ -223,7 +281,7 @@ impl Inner {
         };
         capture.close().await?;
         let (differences, bytes_hashed) = compared?;
-        Ok((tables, differences, Some(base.point), bytes_hashed))
+        Ok((tables, differences, Some(point), bytes_hashed))
     }
 
     pub(super) async fn verify_home(&self, order: &VerifyHome, work: &Work) -> Result<Verified, SiteError> {
@@ -343,155 +401,5 @@ impl Inner {
             Some(staging) => staging.close().await,
             None => Ok(()),
         }
-    }
-}
-
-/// Compares a disk's possibly changed ranges with its table.
-async fn compare(
-    disk: &CapturedDisk,
-    table: &Arc<HashTable>,
-    work: &Work,
-) -> Result<(Vec<Range<u64>>, u64), SiteError> {
-    let size = disk.device.size();
-    let ranges = match &disk.changed {
-        Changed::Since(ranges) => ranges.clone(),
-        Changed::Unknown { reason } => {
-            tracing::info!(disk = disk.key, reason, "the home disk is compared by hashes");
-            std::iter::once(0..size).filter(|range| !range.is_empty()).collect()
-        }
-    };
-    let total: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-    let mut differing: Vec<(u64, u64)> = Vec::new();
-    let mut done = 0;
-    for range in ranges {
-        let first = range.start / BLOCK_BYTES;
-        let end = range.end.min(size).div_ceil(BLOCK_BYTES);
-        let mut found = stream::iter(pieces(first, end))
-            .map(|piece| compare_piece(disk, table.clone(), piece))
-            .buffer_unordered(PIECES_IN_FLIGHT);
-        while let Some((blocks, ranges)) = found.try_next().await? {
-            differing.extend(ranges);
-            done += blocks * BLOCK_BYTES;
-            work.report("Comparing the home disks", done, total, 0);
-        }
-    }
-    merge(&mut differing);
-    Ok((differing.into_iter().map(|(first, end)| first..end).collect(), done))
-}
-
-async fn compare_piece(
-    disk: &CapturedDisk,
-    table: Arc<HashTable>,
-    piece: Range<u64>,
-) -> Result<(u64, Vec<(u64, u64)>), SiteError> {
-    let offset = piece.start * BLOCK_BYTES;
-    let length = ((piece.end - piece.start) * BLOCK_BYTES).min(disk.device.size() - offset);
-    let extents = disk.device.extents(offset, length).await.map_err(block_error(&disk.key))?;
-    let blocks = piece.end - piece.start;
-    if extents.iter().all(|extent| extent.kind == ExtentKind::Zero) {
-        let found = table.not_zero(piece.start, blocks).map_err(|error| table_error(&error))?;
-        return Ok((blocks, found.into_iter().map(|(first, count)| (first, first + count)).collect()));
-    }
-    let data = disk.device.read(offset, length).await.map_err(block_error(&disk.key))?;
-    let compared = tokio::task::spawn_blocking(move || {
-        table.compare(piece.start, &data).map(|verdicts| (piece, verdicts))
-    })
-    .await
-    .map_err(|error| SiteError::new(ErrorKind::Failed, error.to_string()))?;
-    let (piece, verdicts) = compared.map_err(|error| table_error(&error))?;
-    let differing = verdicts
-        .iter()
-        .enumerate()
-        .filter(|(_, verdict)| !matches!(verdict, Verdict::Same))
-        .map(|(index, _)| (piece.start + index as u64, piece.start + index as u64 + 1))
-        .collect();
-    Ok((blocks, differing))
-}
-
-/// Cuts a block range into pieces.
-fn pieces(first: u64, end: u64) -> impl Iterator<Item = Range<u64>> {
-    let step = PIECE_BYTES / BLOCK_BYTES;
-    (first..end).step_by(step as usize).map(move |start| start..(start + step).min(end))
-}
-
-/// Sorts ranges and joins those that touch.
-fn merge(ranges: &mut Vec<(u64, u64)>) {
-    ranges.sort_unstable();
-    let mut merged: Vec<(u64, u64)> = Vec::new();
-    for (first, end) in ranges.drain(..) {
-        match merged.last_mut() {
-            Some(last) if first <= last.1 => last.1 = last.1.max(end),
-            _ => merged.push((first, end)),
-        }
-    }
-    *ranges = merged;
-}
-
-/// A device that remembers which blocks were written, for the proof.
-struct Touched {
-    device: Arc<dyn BlockDevice>,
-    ranges: std::sync::Mutex<Vec<(u64, u64)>>,
-}
-
-impl Touched {
-    fn new(device: Arc<dyn BlockDevice>) -> Self {
-        Self { device, ranges: std::sync::Mutex::default() }
-    }
-
-    fn note(&self, offset: u64, length: u64) {
-        super::lock(&self.ranges).push((offset / BLOCK_BYTES, (offset + length).div_ceil(BLOCK_BYTES)));
-    }
-
-    fn ranges(&self) -> Vec<(u64, u64)> {
-        super::lock(&self.ranges).clone()
-    }
-}
-
-#[async_trait::async_trait]
-impl BlockDevice for Touched {
-    fn size(&self) -> u64 {
-        self.device.size()
-    }
-
-    async fn read(&self, offset: u64, length: u64) -> Result<bytes::Bytes, BlockError> {
-        self.device.read(offset, length).await
-    }
-
-    async fn write(&self, offset: u64, data: bytes::Bytes) -> Result<(), BlockError> {
-        self.note(offset, data.len() as u64);
-        self.device.write(offset, data).await
-    }
-
-    async fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), BlockError> {
-        self.note(offset, length);
-        self.device.write_zeroes(offset, length).await
-    }
-
-    async fn flush(&self) -> Result<(), BlockError> {
-        self.device.flush().await
-    }
-
-    async fn extents(&self, offset: u64, length: u64) -> Result<Vec<mainstay_block::Extent>, BlockError> {
-        self.device.extents(offset, length).await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_are_joined_where_they_touch() {
-        let mut ranges = vec![(5, 7), (0, 2), (2, 3), (6, 9)];
-        merge(&mut ranges);
-        assert_eq!(ranges, [(0, 3), (5, 9)]);
-    }
-
-    #[test]
-    fn pieces_cover_the_range_exactly() {
-        let all: Vec<_> = pieces(3, 600).collect();
-        assert_eq!(all.first(), Some(&(3..259)));
-        assert_eq!(all.last().map(|piece| piece.end), Some(600));
-        assert!(all.windows(2).all(|pair| pair[0].end == pair[1].start));
     }
 }

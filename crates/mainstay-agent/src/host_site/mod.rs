@@ -4,6 +4,7 @@
 //! to stop, cleans up after itself and only then lets go of the lock: a repeated operation never meets the remains of
 //! the first one at work.
 
+mod compare;
 mod home;
 mod source;
 mod tables;
@@ -21,7 +22,7 @@ use mainstay_provider::{
     Discovery, ErrorKind, Examination, Hypervisor, Progress, ProgressSink, Site, SiteError, SiteOperation,
     Staging,
 };
-use mainstay_replication::{Connect, ReplicationError};
+use mainstay_replication::{Connect, RefusalKind, ReplicationError};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::watch;
@@ -323,8 +324,11 @@ fn data_error(error: &ReplicationError) -> SiteError {
         ),
         ReplicationError::Cancelled => SiteError::new(ErrorKind::Cancelled, text),
         ReplicationError::Connection(_) => SiteError::new(ErrorKind::Unavailable, text),
-        ReplicationError::Refused { kind: mainstay_replication::RefusalKind::Unavailable, .. } => {
+        ReplicationError::Refused { kind: RefusalKind::Unavailable, .. } => {
             SiteError::new(ErrorKind::Unavailable, text)
+        }
+        ReplicationError::Refused { kind: RefusalKind::NotFound, .. } => {
+            SiteError::new(ErrorKind::NotFound, text)
         }
         _ => SiteError::new(ErrorKind::Failed, text),
     }

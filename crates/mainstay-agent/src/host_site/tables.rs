@@ -29,6 +29,25 @@ impl Inner {
         point: Option<PointId>,
         work: &Work,
     ) -> Result<(Vec<Arc<HashTable>>, bool), SiteError> {
+        let tables = self.settled_tables(record, sizes, work).await?;
+        let wanted = point.map(|point| point.0);
+        if tables.iter().all(|table| table.point() == wanted) {
+            return Ok((tables, true));
+        }
+        let tables = match wanted {
+            None => self.blank_tables(record, sizes)?,
+            Some(point) => self.rebuilt_tables(record, sizes, point, work).await?,
+        };
+        Ok((tables, false))
+    }
+
+    /// The tables as they are, with the end of every transfer decided.
+    async fn settled_tables(
+        &self,
+        record: &ItemFile,
+        sizes: &[u64],
+        work: &Work,
+    ) -> Result<Vec<Arc<HashTable>>, SiteError> {
         let mut tables = Vec::new();
         for (index, size) in sizes.iter().enumerate() {
             let table = self.open_table(record, index, *size)?;
@@ -40,15 +59,19 @@ impl Inner {
         settle(&*self.server, record.item.0, &tables, &work.cancel)
             .await
             .map_err(|error| data_error(&error))?;
-        let wanted = point.map(|point| point.0);
-        if tables.iter().all(|table| table.point() == wanted) {
-            return Ok((tables, true));
-        }
-        let tables = match wanted {
-            None => self.blank_tables(record, sizes)?,
-            Some(point) => self.rebuilt_tables(record, sizes, point, work).await?,
-        };
-        Ok((tables, false))
+        Ok(tables)
+    }
+
+    /// The point that all tables of an item describe, if they describe one.
+    pub(super) async fn described_point(
+        &self,
+        record: &ItemFile,
+        sizes: &[u64],
+        work: &Work,
+    ) -> Result<Option<PointId>, SiteError> {
+        let tables = self.settled_tables(record, sizes, work).await?;
+        let first = tables.first().and_then(|table| table.point());
+        Ok(first.filter(|_| tables.iter().all(|table| table.point() == first)).map(PointId))
     }
 
     fn open_table(&self, record: &ItemFile, index: usize, size: u64) -> Result<HashTable, SiteError> {
@@ -79,7 +102,7 @@ impl Inner {
         sizes.iter().enumerate().map(create).collect()
     }
 
-    async fn rebuilt_tables(
+    pub(super) async fn rebuilt_tables(
         &self,
         record: &ItemFile,
         sizes: &[u64],

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use mainstay_model::{Health, PointId};
+use mainstay_model::{Health, PointId, VmId};
 use mainstay_provider::{
     CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerOffVm, PowerState, PrepareHome, ReadPower,
     ShutDownVm, ShutdownOutcome, StageHome, Staged, StartVm, VerifyHome,
@@ -126,6 +126,7 @@ impl StepAction for PrepareHomeVm {
         let item = step.item().await?;
         step.call(item.primary_provider, DiscardHome { item: item.id, vm: item.vm }, Patience::OUTAGE)
             .await?;
+        step.control.release_point(item.id, head_holder(&item)).await?;
         Ok(Undone::default())
     }
 }
@@ -149,13 +150,26 @@ impl Moved {
     }
 }
 
+/// Holds the head while a synchronisation builds on it: the item's own name, because no VM stands for it.
+fn head_holder(item: &ItemRecord) -> VmId {
+    VmId(item.id.0)
+}
+
 /// Captures the recovery VM and stages the result at home; answers the point that home now equals.
+///
+/// Home can be told only the difference from a point that the store still has. The home VM's pin holds the point
+/// that home is known to equal. If this was interrupted before, home may equal the present head instead: that is held
+/// too before a new head replaces it.
 async fn synchronize_once(
     step: &StepContext<'_>,
     item: &ItemRecord,
     full: bool,
     moved: &mut Moved,
 ) -> Result<(PointId, u64), JobError> {
+    let control = step.control;
+    if let Some(head) = control.head(item.id).await? {
+        control.hold_point(item.id, head, head_holder(item)).await?;
+    }
     let replicated = replicate(step, item, Patience::OUTAGE, false).await?;
     moved.bytes_captured += replicated.bytes_moved;
     // Nothing to fail over to: it leaves the catalogue at once, and stays as the head that the next delta builds on.
@@ -164,8 +178,8 @@ async fn synchronize_once(
     let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
     moved.add(&staged);
     moved.point = Some(replicated.point);
-    // What home is at must stay known: the next round, or the next failback, tells from it.
-    step.control.move_hold(item.id, replicated.point, item.vm).await?;
+    control.hold_point(item.id, replicated.point, item.vm).await?;
+    control.release_point(item.id, head_holder(item)).await?;
     Ok((replicated.point, staged.bytes_changed))
 }
 
@@ -243,6 +257,16 @@ struct BroughtHome {
     bytes_compared: u64,
 }
 
+/// A run of this step that was interrupted after it had shut the recovery side out has proved home equal to the head,
+/// which nobody can replace any more.
+async fn point_of_interrupted_run(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+) -> Result<Option<PointId>, JobError> {
+    let replica = step.control.store.replica(item.id.0).await.map_err(ControlError::from)?;
+    Ok(replica.head.filter(|_| replica.generation > item.state.generation.0).map(PointId))
+}
+
 struct BringHome;
 
 #[async_trait]
@@ -253,7 +277,11 @@ impl StepAction for BringHome {
         let prepared: HomePrepared = step.expect_output(PREPARE)?;
         let mut moved = Moved::default();
         let full = !params.synchronize_before || prepared.was_created;
-        let (point, _) = synchronize_once(step, &item, full, &mut moved).await?;
+        let generation = item.state.generation.next();
+        let point = match point_of_interrupted_run(step, &item).await? {
+            Some(point) => point,
+            None => synchronize_once(step, &item, full, &mut moved).await?.0,
+        };
         let verify = VerifyHome { item: item.id, vm: item.vm, to: point };
         let verified = step.call(item.primary_provider, verify, Patience::OUTAGE).await?;
         if verified.bytes_different > 0 {
@@ -267,7 +295,6 @@ impl StepAction for BringHome {
             ));
         }
         // The recovery side writes no more: what home is about to become is final.
-        let generation = item.state.generation.next();
         step.control.store.raise_generation(item.id.0, generation.0).await.map_err(ControlError::from)?;
         let commit = CommitHome { item: item.id, vm: item.vm, to: point };
         step.call(item.primary_provider, commit, Patience::OUTAGE).await?;

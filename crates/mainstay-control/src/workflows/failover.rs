@@ -316,7 +316,7 @@ impl StepAction for FailOver {
         let point_id = PointId(point.id);
         // What home knows: the failback tells from it what is different there.
         if let Some(head) = step.control.head(item.id).await? {
-            step.control.move_hold(item.id, head, item.vm).await?;
+            step.control.hold_point(item.id, head, item.vm).await?;
         }
         create_recovery_vm(step, &item, point_id, generation).await?;
 

@@ -63,18 +63,9 @@ impl Control {
         }
     }
 
-    /// Keeps a point's data for as long as `holder` (a VM that reads it, or builds on it) needs it.
+    /// Keeps a point's data for as long as `holder` (a VM that reads it, or builds on it) needs it. What the holder
+    /// held before, it lets go of.
     pub(crate) async fn hold_point(
-        &self,
-        item: ItemId,
-        point: PointId,
-        holder: VmId,
-    ) -> Result<(), ControlError> {
-        Ok(self.store.pin(item.0, point.0, holder.0).await?)
-    }
-
-    /// `holder` builds on another point now.
-    pub(crate) async fn move_hold(
         &self,
         item: ItemId,
         point: PointId,

@@ -1,0 +1,62 @@
+//! Faults of a host: calls that fail, fail after having been carried out, or hang.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use mainstay_provider::{ErrorKind, SiteError};
+use tokio::sync::Semaphore;
+
+/// What happens to a call.
+#[derive(Clone, Debug)]
+pub enum HostFault {
+    /// It fails and nothing was done.
+    Fail(ErrorKind),
+    /// It fails after having been carried out.
+    FailAfter(ErrorKind),
+    /// It hangs until a permit is added, and then goes on.
+    Hang(Arc<Semaphore>),
+}
+
+#[derive(Default)]
+pub(super) struct FaultPlan {
+    planned: Mutex<HashMap<&'static str, VecDeque<HostFault>>>,
+}
+
+impl FaultPlan {
+    pub(super) fn add(&self, method: &'static str, fault: HostFault, times: usize) {
+        let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        planned.entry(method).or_default().extend(std::iter::repeat_n(fault, times));
+    }
+
+    pub(super) fn clear(&self) {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn take(&self, method: &'static str) -> Option<HostFault> {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner).get_mut(method)?.pop_front()
+    }
+
+    /// Carries a call out, or what is planned instead.
+    pub(super) async fn around<T>(
+        &self,
+        method: &'static str,
+        call: impl Future<Output = Result<T, SiteError>>,
+    ) -> Result<T, SiteError> {
+        let failed = |kind| SiteError::new(kind, format!("{method}: an injected fault"));
+        match self.take(method) {
+            None => call.await,
+            Some(HostFault::Fail(kind)) => Err(failed(kind)),
+            Some(HostFault::FailAfter(kind)) => {
+                call.await?;
+                Err(failed(kind))
+            }
+            Some(HostFault::Hang(release)) => {
+                // A closed semaphore releases as well.
+                let _permit = release.acquire().await;
+                call.await
+            }
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! A host in memory: what an agent finds when it starts, and what outlives it.
+
+mod capture;
+mod faults;
+mod machine;
+mod recovery;
+mod staging;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use mainstay_block::BLOCK_BYTES;
+use mainstay_model::VmId;
+use mainstay_provider::{
+    Acceleration, Capture, CaptureRequest, Disk, DiskFormat, ErrorKind, Firmware, GuestAddress, HostFacts,
+    Hydration, Hypervisor, Inventory, Network, NetworkKind, PowerState, RecoveryVmSpec, ShutdownOutcome,
+    SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition,
+};
+
+use crate::Oracle;
+use faults::FaultPlan;
+use machine::{BOOT_BLOCK, Machine, MachineDisk, SHUTDOWN_BLOCK, Shape, mark};
+
+pub use faults::HostFault;
+
+/// The tracker that is always there.
+const CREATION_TRACKER: &str = "creation";
+
+fn failed(error: impl std::fmt::Display) -> SiteError {
+    SiteError::new(ErrorKind::Failed, error.to_string())
+}
+
+/// A simulated host. Clones are the same host.
+#[derive(Clone)]
+pub struct SimHypervisor {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    oracle: Arc<Oracle>,
+    faults: FaultPlan,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    vms: BTreeMap<VmId, Machine>,
+    openings: u64,
+    /// Whether a VM's trackers die with every stop, as those of raw disks do.
+    trackers_are_volatile: bool,
+    /// Whether guests ignore the power button.
+    guests_refuse: bool,
+}
+
+impl State {
+    fn machine(&mut self, vm: VmId) -> Result<&mut Machine, SiteError> {
+        self.vms.get_mut(&vm).ok_or_else(|| SiteError::new(ErrorKind::NotFound, format!("there is no VM {vm}")))
+    }
+
+    fn next_opening(&mut self) -> u64 {
+        self.openings += 1;
+        self.openings
+    }
+
+    fn stop(&mut self, vm: VmId) -> Result<(), SiteError> {
+        let volatile = self.trackers_are_volatile;
+        let machine = self.machine(vm)?;
+        machine.power = PowerState::Off;
+        machine.end_captures();
+        if volatile {
+            machine.trackers.clear();
+        }
+        Ok(())
+    }
+}
+
+/// A VM as a test sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmView {
+    /// Its identifier.
+    pub id: VmId,
+    /// Its name.
+    pub name: String,
+    /// Whether it runs.
+    pub power: PowerState,
+    /// Whether a recovery VM, and then whether a test copy.
+    pub recovery: Option<bool>,
+    /// Whether the host starts it.
+    pub autostart: bool,
+    /// Trackers of ours.
+    pub trackers: usize,
+    /// Open captures.
+    pub captures: usize,
+    /// Whether changes are staged over its disks.
+    pub is_staged: bool,
+    /// What its disks held when it was last started.
+    pub started_from: Option<Vec<Vec<u8>>>,
+}
+
+// What a test does to a host.
+impl SimHypervisor {
+    /// A host without VMs.
+    pub fn new(name: &str, oracle: Arc<Oracle>) -> Self {
+        let inner =
+            Inner { name: name.to_owned(), oracle, faults: FaultPlan::default(), state: Mutex::default() };
+        Self { inner: Arc::new(inner) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn oracle(&self) -> &Oracle {
+        &self.inner.oracle
+    }
+
+    /// Adds a VM that is off, with zeroed disks.
+    pub fn add_vm(&self, id: VmId, name: &str, disks: &[(&str, u64)]) {
+        let machine = Machine {
+            name: name.to_owned(),
+            power: PowerState::Off,
+            autostart: true,
+            shape: Shape {
+                vcpus: 2,
+                memory_bytes: 1 << 30,
+                nics: vec![("52:54:00:00:00:01".to_owned(), "lan".to_owned())],
+            },
+            recovery: None,
+            disks: disks.iter().map(|(key, size)| MachineDisk::new(key, vec![0; *size as usize])).collect(),
+            trackers: HashMap::new(),
+            captures: HashMap::new(),
+            staging: None,
+            started_from: None,
+            addresses: Vec::new(),
+        };
+        self.lock().vms.insert(id, machine);
+    }
+
+    /// The next `times` calls of a method of the trait go wrong.
+    pub fn inject(&self, method: &'static str, fault: HostFault, times: usize) {
+        self.inner.faults.add(method, fault, times);
+    }
+
+    /// Forgets all faults that have not happened yet.
+    pub fn clear_faults(&self) {
+        self.inner.faults.clear();
+    }
+
+    /// From now on trackers die whenever a VM stops.
+    pub fn make_trackers_volatile(&self) {
+        self.lock().trackers_are_volatile = true;
+    }
+
+    /// Whether guests ignore the power button from now on.
+    pub fn let_guests_refuse(&self, refuse: bool) {
+        self.lock().guests_refuse = refuse;
+    }
+
+    /// The guest writes a block; refused when it does not run.
+    pub fn guest_write(&self, vm: VmId, key: &str, block: u64, fill: u8) -> Result<(), SiteError> {
+        let mut state = self.lock();
+        let machine = state.machine(vm)?;
+        if machine.power != PowerState::Running {
+            return Err(SiteError::new(ErrorKind::Refused, format!("'{}' does not run", machine.name)));
+        }
+        let disk = machine.disk(key)?;
+        let mut data = vec![fill; BLOCK_BYTES as usize];
+        if fill != 0 {
+            // Two blocks of one fill differ, so that a block in the wrong place is noticed.
+            data[..8].copy_from_slice(&block.to_le_bytes());
+        }
+        machine.write_block(disk, block, &data);
+        Ok(())
+    }
+
+    /// Somebody with access to the host writes to a disk.
+    pub fn tamper(&self, vm: VmId, key: &str, block: u64, fill: u8) -> Result<(), SiteError> {
+        let mut state = self.lock();
+        let machine = state.machine(vm)?;
+        let disk = machine.disk(key)?;
+        // Behind the back of every tracker.
+        let trackers = std::mem::take(&mut machine.trackers);
+        machine.write_block(disk, block, &mark(fill));
+        machine.trackers = trackers;
+        Ok(())
+    }
+
+    /// The process that runs the VM is killed: it is off and its trackers are lost.
+    pub fn crash_vm(&self, vm: VmId) -> Result<(), SiteError> {
+        let mut state = self.lock();
+        state.stop(vm)?;
+        state.machine(vm)?.trackers.clear();
+        Ok(())
+    }
+
+    /// The VM is gone, with its disks.
+    pub fn destroy_vm(&self, vm: VmId) {
+        self.lock().vms.remove(&vm);
+    }
+
+    /// Loses the VM's trackers.
+    pub fn lose_trackers(&self, vm: VmId) -> Result<(), SiteError> {
+        self.lock().machine(vm)?.trackers.clear();
+        Ok(())
+    }
+
+    /// What the VM's disks hold, without what is staged.
+    pub async fn disks(&self, vm: VmId) -> Result<Vec<Vec<u8>>, SiteError> {
+        let bases = self.bases(vm).await?;
+        Ok(self.lock().machine(vm)?.contents(bases))
+    }
+
+    /// What a recovery VM's disks held when it was made.
+    pub async fn created_from(&self, vm: VmId) -> Result<Vec<Vec<u8>>, SiteError> {
+        self.bases(vm).await
+    }
+
+    /// All VMs.
+    pub fn views(&self) -> Vec<VmView> {
+        let view = |(id, machine): (&VmId, &Machine)| VmView {
+            id: *id,
+            name: machine.name.clone(),
+            power: machine.power,
+            recovery: machine.recovery.map(|mark| mark.is_test),
+            autostart: machine.autostart,
+            trackers: machine.trackers.len(),
+            captures: machine.captures.len(),
+            is_staged: machine.staging.is_some(),
+            started_from: machine.started_from.clone(),
+        };
+        self.lock().vms.iter().map(view).collect()
+    }
+
+    /// One VM.
+    pub fn view(&self, vm: VmId) -> Option<VmView> {
+        self.views().into_iter().find(|view| view.id == vm)
+    }
+
+    async fn start_with(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
+        if self.power(vm).await? == PowerState::Off {
+            // Booting reads the disks: without them it does not get far.
+            let content = self.disks(vm).await?;
+            let mut state = self.lock();
+            let machine = state.machine(vm)?;
+            if machine.staging.is_some() {
+                return Err(SiteError::new(ErrorKind::Refused, format!("'{}' is staged", machine.name)));
+            }
+            if !machine.captures.is_empty() {
+                return Err(SiteError::new(ErrorKind::Busy, "a capture of the VM is open"));
+            }
+            if machine.power == PowerState::Off {
+                if let Some(tracker) = tracker {
+                    machine.set_tracker(tracker);
+                }
+                machine.started_from = Some(content);
+                machine.power = PowerState::Running;
+                machine.write_block(0, BOOT_BLOCK.0, &mark(BOOT_BLOCK.1));
+            }
+        }
+        self.lock().machine(vm)?.power = PowerState::Running;
+        Ok(())
+    }
+}
+
+impl Machine {
+    fn describe(&self, id: VmId) -> VirtualMachine {
+        let disk = |(index, disk): (usize, &MachineDisk)| Disk {
+            key: disk.key.clone(),
+            path: format!("/sim/{id}/{}", disk.key),
+            format: DiskFormat::Qcow2,
+            size_bytes: disk.size(),
+            is_os_disk: index == 0,
+            is_replicable: true,
+        };
+        VirtualMachine {
+            id,
+            name: self.name.clone(),
+            power: self.power,
+            firmware: Firmware::Bios,
+            vcpus: self.shape.vcpus,
+            memory_bytes: self.shape.memory_bytes,
+            has_tpm: false,
+            has_guest_agent: true,
+            autostart: self.autostart,
+            disks: self.disks.iter().enumerate().map(disk).collect(),
+            nics: self.shape.nics(),
+            findings: Vec::new(),
+        }
+    }
+}
+
+#[async_trait]
+impl Hypervisor for SimHypervisor {
+    async fn host(&self) -> Result<HostFacts, SiteError> {
+        let facts = async {
+            Ok(HostFacts {
+                name: self.inner.name.clone(),
+                hypervisor: "Simulation".to_owned(),
+                manager: "Simulation".to_owned(),
+                acceleration: Acceleration::Software,
+                capabilities: Vec::new(),
+                free_bytes: 1 << 40,
+                findings: Vec::new(),
+            })
+        };
+        self.inner.faults.around("host", facts).await
+    }
+
+    async fn inventory(&self) -> Result<Inventory, SiteError> {
+        let read = async {
+            let network = |name: &str, kind| Network { name: name.to_owned(), kind };
+            Ok(Inventory {
+                vms: self.lock().vms.iter().map(|(id, machine)| machine.describe(*id)).collect(),
+                networks: vec![
+                    network("lan", NetworkKind::Production),
+                    network("island", NetworkKind::Isolated),
+                ],
+            })
+        };
+        self.inner.faults.around("inventory", read).await
+    }
+
+    async fn vm(&self, vm: VmId) -> Result<VirtualMachine, SiteError> {
+        self.inner.faults.around("vm", async { Ok(self.lock().machine(vm)?.describe(vm)) }).await
+    }
+
+    async fn definition(&self, vm: VmId) -> Result<VmDefinition, SiteError> {
+        let read = async {
+            let shape = serde_json::to_vec(&self.lock().machine(vm)?.shape).map_err(failed)?;
+            Ok(VmDefinition(shape))
+        };
+        self.inner.faults.around("definition", read).await
+    }
+
+    async fn power(&self, vm: VmId) -> Result<PowerState, SiteError> {
+        self.inner.faults.around("power", async { Ok(self.lock().machine(vm)?.power) }).await
+    }
+
+    async fn start(&self, vm: VmId) -> Result<(), SiteError> {
+        self.inner.faults.around("start", self.start_with(vm, None)).await
+    }
+
+    async fn start_tracked(&self, vm: VmId, _: &[String], tracker: &TrackerId) -> Result<(), SiteError> {
+        self.inner.faults.around("start_tracked", self.start_with(vm, Some(tracker))).await
+    }
+
+    async fn shut_down(&self, vm: VmId, _: Duration) -> Result<ShutdownOutcome, SiteError> {
+        let stop = async {
+            let mut state = self.lock();
+            let refuses = state.guests_refuse;
+            let machine = state.machine(vm)?;
+            if machine.power == PowerState::Off {
+                return Ok(ShutdownOutcome::Off);
+            }
+            if !machine.captures.is_empty() {
+                return Err(SiteError::new(ErrorKind::Busy, "a capture of the VM is open"));
+            }
+            if refuses {
+                return Ok(ShutdownOutcome::Refused);
+            }
+            machine.write_block(0, SHUTDOWN_BLOCK.0, &mark(SHUTDOWN_BLOCK.1));
+            state.stop(vm)?;
+            Ok(ShutdownOutcome::Off)
+        };
+        self.inner.faults.around("shut_down", stop).await
+    }
+
+    async fn power_off(&self, vm: VmId) -> Result<(), SiteError> {
+        self.inner.faults.around("power_off", async { self.lock().stop(vm) }).await
+    }
+
+    async fn set_autostart(&self, vm: VmId, is_on: bool) -> Result<(), SiteError> {
+        let set = async {
+            self.lock().machine(vm)?.autostart = is_on;
+            Ok(())
+        };
+        self.inner.faults.around("set_autostart", set).await
+    }
+
+    async fn begin_capture(&self, vm: VmId, request: CaptureRequest) -> Result<Box<dyn Capture>, SiteError> {
+        self.inner.faults.around("begin_capture", self.take_capture(vm, request)).await
+    }
+
+    async fn confirm_tracker(&self, vm: VmId, tracker: &TrackerId) -> Result<(), SiteError> {
+        let confirm = async {
+            self.lock().machine(vm)?.trackers.retain(|present, _| present == tracker);
+            Ok(())
+        };
+        self.inner.faults.around("confirm_tracker", confirm).await
+    }
+
+    async fn abandon_stale_captures(&self) -> Result<Vec<VmId>, SiteError> {
+        let abandon = async {
+            let mut state = self.lock();
+            let mut concerned = Vec::new();
+            for (id, machine) in &mut state.vms {
+                if !machine.captures.is_empty() {
+                    machine.end_captures();
+                    concerned.push(*id);
+                }
+            }
+            Ok(concerned)
+        };
+        self.inner.faults.around("abandon_stale_captures", abandon).await
+    }
+
+    async fn remove_trackers(&self, vm: VmId) -> Result<(), SiteError> {
+        let remove = async {
+            let mut state = self.lock();
+            let machine = state.machine(vm)?;
+            machine.trackers.clear();
+            machine.end_captures();
+            Ok(())
+        };
+        self.inner.faults.around("remove_trackers", remove).await
+    }
+
+    async fn create_recovery_vm(&self, spec: &RecoveryVmSpec) -> Result<(), SiteError> {
+        self.inner.faults.around("create_recovery_vm", async { self.make_recovery_vm(spec) }).await
+    }
+
+    async fn hydrate(&self, vm: VmId) -> Result<Hydration, SiteError> {
+        self.inner.faults.around("hydrate", self.hydrate_some(vm)).await
+    }
+
+    async fn remove_recovery_vm(&self, vm: VmId) -> Result<(), SiteError> {
+        self.inner.faults.around("remove_recovery_vm", async { self.drop_recovery_vm(vm) }).await
+    }
+
+    fn creation_tracker(&self) -> TrackerId {
+        TrackerId(CREATION_TRACKER.to_owned())
+    }
+
+    async fn open_staging(&self, spec: &StagingSpec) -> Result<Box<dyn Staging>, SiteError> {
+        self.inner.faults.around("open_staging", async { self.stage(spec) }).await
+    }
+
+    async fn commit_staging(&self, vm: VmId) -> Result<(), SiteError> {
+        self.inner.faults.around("commit_staging", async { self.merge(vm) }).await
+    }
+
+    async fn discard_staging(&self, vm: VmId) -> Result<(), SiteError> {
+        let discard = async {
+            self.lock().machine(vm)?.staging = None;
+            Ok(())
+        };
+        self.inner.faults.around("discard_staging", discard).await
+    }
+
+    async fn create_home_vm(
+        &self,
+        vm: VmId,
+        definition: &VmDefinition,
+        spec: &StagingSpec,
+    ) -> Result<(), SiteError> {
+        let create = async {
+            let shape: Shape = serde_json::from_slice(&definition.0).map_err(failed)?;
+            let disks: Vec<_> =
+                spec.disks.iter().map(|disk| (disk.key.as_str(), disk.size_bytes)).collect();
+            if self.view(vm).is_none() {
+                self.add_vm(vm, &format!("home-{vm}"), &disks);
+            }
+            let mut state = self.lock();
+            let machine = state.machine(vm)?;
+            machine.shape = shape;
+            machine.autostart = false;
+            Ok(())
+        };
+        self.inner.faults.around("create_home_vm", create).await
+    }
+
+    async fn guest_addresses(&self, vm: VmId) -> Result<Vec<GuestAddress>, SiteError> {
+        let read = async {
+            let mut state = self.lock();
+            let address = |(mac, address): &(String, String)| GuestAddress {
+                mac: mac.clone(),
+                address: address.clone(),
+            };
+            Ok(state.machine(vm)?.addresses.iter().map(address).collect())
+        };
+        self.inner.faults.around("guest_addresses", read).await
+    }
+
+    async fn set_guest_address(&self, vm: VmId, mac: &str, address: &str) -> Result<(), SiteError> {
+        let set = async {
+            let mut state = self.lock();
+            let machine = state.machine(vm)?;
+            machine.addresses.retain(|(present, _)| present != mac);
+            machine.addresses.push((mac.to_owned(), address.to_owned()));
+            Ok(())
+        };
+        self.inner.faults.around("set_guest_address", set).await
+    }
+
+    async fn console(&self, vm: VmId) -> Result<String, SiteError> {
+        Ok(format!("sim console {vm}"))
+    }
+}

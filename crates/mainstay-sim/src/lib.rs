@@ -1,0 +1,16 @@
+//! The whole system in one process: two simulated hosts, their agents, the control plane and its store, with faults.
+//!
+//! * [`SimHypervisor`] is a host as it is without any agent: its VMs and what was made durable on it.
+//! * [`World`] puts two of them, their agents and a server together. Agents and server run in runtimes of their own, so
+//!   that ending one of them is a crash: whatever it was doing stops at its next await.
+//! * [`Oracle`] knows the bytes of every disk at the moment of every capture; [`World::check`] compares.
+//!
+//! Nothing here goes into a release.
+
+mod hypervisor;
+mod oracle;
+mod world;
+
+pub use hypervisor::{HostFault, SimHypervisor, VmView};
+pub use oracle::Oracle;
+pub use world::{Host, JobEnd, Snapshot, World, WorldOptions};

@@ -1,0 +1,108 @@
+//! What must be true whenever a world has settled.
+
+use std::{collections::BTreeSet, path::Path};
+
+use mainstay_control::db::ItemRecord;
+use mainstay_model::{Location, Operation, VmId};
+use mainstay_provider::PowerState;
+
+use super::{Host, World, vm_named};
+
+fn names(dir: &Path) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn runs(host: &Host, vm: VmId) -> bool {
+    host.hypervisor.view(vm).is_some_and(|view| view.power == PowerState::Running)
+}
+
+impl World {
+    /// Checks every invariant; the world must have settled.
+    pub async fn check(&self) {
+        let items = self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
+        for item in &items {
+            self.check_points(item).await;
+            self.check_copies(item).await;
+        }
+        self.check_traces(&items);
+    }
+
+    /// Every recovery point reads back as the oracle remembers it.
+    async fn check_points(&self, item: &ItemRecord) {
+        for (taken_at_ms, disks) in self.read_points(item.id).await {
+            let expected = self.oracle.disks_at(taken_at_ms).expect("every point comes from a capture");
+            assert!(*expected == disks, "the point of {taken_at_ms} of '{}' differs", item.name);
+        }
+        if let Some(copy) = item.recovery_vm.or(item.test_vm) {
+            let base = self.recovery.hypervisor.created_from(copy.vm).await.expect("a recovery VM is read");
+            let expected = self.oracle.disks_at(copy.taken_at_ms).expect("every point comes from a capture");
+            assert!(*expected == base, "the recovery VM of '{}' was not made from its point", item.name);
+        }
+    }
+
+    /// Never two active copies, and the right one.
+    async fn check_copies(&self, item: &ItemRecord) {
+        let home_runs = runs(&self.home, item.vm);
+        let copy_runs = item.recovery_vm.is_some_and(|copy| runs(&self.recovery, copy.vm));
+        if item.stand_down.is_none() {
+            assert!(!(home_runs && copy_runs), "'{}' runs at both sites: {item:#?}", item.name);
+        }
+        let is_failing_back = item.state.running.is_some_and(|running| running.operation == Operation::Failback);
+        let staged = self.home.hypervisor.view(item.vm).is_some_and(|view| view.is_staged);
+        assert!(!staged || is_failing_back, "'{}' is staged without a failback", item.name);
+        if item.state.phase.active_location() == Location::Recovery {
+            assert!(item.recovery_vm.is_some(), "'{}' has no recovery VM: {item:#?}", item.name);
+        }
+    }
+
+    /// Nothing of ours is anywhere that no item accounts for.
+    fn check_traces(&self, items: &[ItemRecord]) {
+        let copies: BTreeSet<_> = items
+            .iter()
+            .flat_map(|item| item.recovery_vm.into_iter().chain(item.test_vm))
+            .map(|copy| copy.vm)
+            .collect();
+        for view in self.recovery.hypervisor.views() {
+            assert!(
+                copies.contains(&view.id) || !self.is_expected_gone(&view.name, items),
+                "a recovery VM is left over: {} {:?}",
+                view.name,
+                view.recovery
+            );
+            assert_eq!(view.captures, 0, "a capture of '{}' is open", view.name);
+        }
+        let records: BTreeSet<_> = copies.iter().map(|vm| format!("{vm}.json")).collect();
+        assert!(
+            names(&self.recovery.data_dir.join("recovery")).is_subset(&records),
+            "records of recovery VMs are left over: {:?}, expected {records:?}",
+            names(&self.recovery.data_dir.join("recovery"))
+        );
+        let sockets: BTreeSet<_> =
+            copies.iter().map(|vm| format!("{}.nbd", &vm.0.simple().to_string()[..16])).collect();
+        assert!(
+            names(&self.recovery.run_dir).is_subset(&sockets),
+            "sockets are left over: {:?}, expected {sockets:?}",
+            names(&self.recovery.run_dir)
+        );
+        let known: BTreeSet<_> = items.iter().map(|item| item.id.to_string()).collect();
+        for host in [&self.home, &self.recovery] {
+            let records = names(&host.data_dir.join("items"));
+            assert!(records.is_subset(&known), "an agent keeps records {records:?}, items are {known:?}");
+        }
+        for view in self.home.hypervisor.views() {
+            assert_eq!(view.captures, 0, "a capture of '{}' is open", view.name);
+            if items.iter().any(|item| vm_named(&item.name) == view.id) {
+                assert!(!view.autostart, "the host would start '{}' by itself", view.name);
+            } else {
+                assert_eq!(view.trackers, 0, "trackers are left on '{}'", view.name);
+                assert!(!view.is_staged, "'{}' is staged", view.name);
+            }
+        }
+    }
+
+    /// A recovery VM that its item left behind on purpose: protection was disabled while it was the active one.
+    fn is_expected_gone(&self, name: &str, items: &[ItemRecord]) -> bool {
+        items.iter().any(|item| name.starts_with(&item.target.name)) || name.ends_with("-test")
+    }
+}

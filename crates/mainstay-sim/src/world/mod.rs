@@ -1,0 +1,294 @@
+//! Two sites, a server and what a test does to them.
+
+mod check;
+mod network;
+mod process;
+mod snapshot;
+mod verbs;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use mainstay_control::{Control, ManualClock, db::ItemRecord, jobs::Faults};
+use mainstay_model::{Phase, ProviderId, ReplicationPolicy, VmId};
+use mainstay_provider::PowerState;
+use object_store::memory::InMemory;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::{Oracle, SimHypervisor};
+use network::Network;
+use process::{Process, Server, start_agent, start_server};
+
+pub use snapshot::Snapshot;
+pub use verbs::JobEnd;
+
+/// The disks of every simulated VM: one of whole blocks, and one whose last block is a piece.
+pub(crate) const DISKS: [(&str, u64); 2] = [("vda", 64 * 4096), ("vdb", 16 * 4096 + 512)];
+/// How long anything that is waited for may take.
+const WAIT_MAX: Duration = Duration::from_secs(30);
+/// How often a condition is looked at when nothing says that it may have changed.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// Where the clock begins: a plausible day, so that differences of times make sense.
+const CLOCK_START_MS: i64 = 1_750_000_000_000;
+/// Between two replication cycles; the shortest there is.
+pub(crate) const CYCLE_MS: i64 = 5_000;
+
+/// How a world begins.
+#[derive(Clone, Debug)]
+pub struct WorldOptions {
+    /// Names of the VMs at home; all run.
+    pub vms: Vec<String>,
+    /// Whether trackers die whenever a VM stops.
+    pub volatile_trackers: bool,
+}
+
+impl Default for WorldOptions {
+    fn default() -> Self {
+        Self { vms: vec!["web".to_owned()], volatile_trackers: false }
+    }
+}
+
+/// A host with its agent.
+pub struct Host {
+    /// Its identifier at the server.
+    pub provider: ProviderId,
+    /// What is on it, whether its agent lives or not.
+    pub hypervisor: SimHypervisor,
+    /// The agent's records.
+    pub data_dir: PathBuf,
+    /// The agent's sockets.
+    pub run_dir: PathBuf,
+    agent: Option<Process>,
+}
+
+/// Everything.
+pub struct World {
+    /// The protected site.
+    pub home: Host,
+    /// The recovery site.
+    pub recovery: Host,
+    /// The time of server and hosts.
+    pub clock: Arc<ManualClock>,
+    /// What every disk held at every capture.
+    pub oracle: Arc<Oracle>,
+    network: Arc<Network>,
+    storage: Arc<InMemory>,
+    server: Option<Server>,
+    // Last, so that it is removed when nothing writes into it any more.
+    dir: TempDir,
+}
+
+/// Identifier of a VM at home by its name.
+pub(crate) fn vm_named(name: &str) -> VmId {
+    let mut bytes = [0x40; 16];
+    for (to, from) in bytes.iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    VmId(Uuid::from_bytes(bytes))
+}
+
+/// A directory in memory where there is one: durability against power cuts is not what is simulated here.
+fn make_dir() -> TempDir {
+    let memory = Path::new("/dev/shm");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("sim");
+    match memory.is_dir() {
+        true => builder.tempdir_in(memory),
+        false => builder.tempdir(),
+    }
+    .expect("a directory")
+}
+
+impl World {
+    /// A world in which nothing is protected yet.
+    pub async fn new(options: WorldOptions) -> Self {
+        let dir = make_dir();
+        let clock = Arc::new(ManualClock::default());
+        clock.advance_ms(CLOCK_START_MS);
+        let oracle = Arc::new(Oracle::new(clock.clone()));
+        let storage = Arc::new(InMemory::new());
+        let network = Network::new();
+        let server = start_server(dir.path().join("db"), storage.clone(), clock.clone()).await;
+        let control = server.control.clone();
+        let setup = server.process.handle().spawn(async move { set_up(&control).await });
+        let (home, recovery) = setup.await.expect("the server is set up");
+        network.set_server(Some((server.process.handle().clone(), server.control.clone())));
+        let host = async |name: &str, provider: ProviderId| {
+            let hypervisor = SimHypervisor::new(name, oracle.clone());
+            let (data_dir, run_dir) =
+                (dir.path().join(name).join("data"), dir.path().join(name).join("run"));
+            std::fs::create_dir_all(&run_dir).expect("a directory");
+            Host { provider, hypervisor, data_dir, run_dir, agent: None }
+        };
+        let home = host("home", home).await;
+        let recovery = host("recovery", recovery).await;
+        for name in &options.vms {
+            home.hypervisor.add_vm(vm_named(name), name, &DISKS);
+        }
+        if options.volatile_trackers {
+            home.hypervisor.make_trackers_volatile();
+            recovery.hypervisor.make_trackers_volatile();
+        }
+        let mut world =
+            Self { home, recovery, clock, oracle, network, storage, server: Some(server), dir };
+        for name in &options.vms {
+            mainstay_provider::Hypervisor::start(&world.home.hypervisor, vm_named(name))
+                .await
+                .expect("the VM starts");
+        }
+        world.start_agents().await;
+        world
+    }
+
+    async fn start_agents(&mut self) {
+        for host in [&mut self.home, &mut self.recovery] {
+            if host.agent.is_none() {
+                let (data, run) = (host.data_dir.clone(), host.run_dir.clone());
+                let agent = start_agent(&self.network, host.provider, &host.hypervisor, &data, run).await;
+                host.agent = Some(agent);
+            }
+        }
+        let hosts = [self.home.provider, self.recovery.provider];
+        self.until("both agents are connected", async |world| {
+            hosts.iter().all(|host| world.control().sites.is_connected(*host))
+        })
+        .await;
+        for host in hosts {
+            // Fails when the agent has been cut off in the same moment; what needs it says so.
+            let refreshed = self.ask(async move |control| control.refresh_provider(host).await).await;
+            if let Err(error) = refreshed {
+                tracing::debug!(%error, "a host could not be read");
+            }
+        }
+    }
+
+    /// The control plane that runs now. Must not be kept across [`World::restart_server`].
+    pub fn control(&self) -> &Arc<Control> {
+        &self.server.as_ref().expect("the server runs").control
+    }
+
+    /// Does something within the server's process.
+    pub async fn ask<R: Send + 'static, F: Future<Output = R> + Send + 'static>(
+        &self,
+        work: impl FnOnce(Arc<Control>) -> F,
+    ) -> R {
+        let server = self.server.as_ref().expect("the server runs");
+        server.process.handle().spawn(work(server.control.clone())).await.expect("the server answers")
+    }
+
+    /// Installs faults in the job engine; they end with the server's process.
+    pub fn set_faults(&self, faults: Option<Arc<dyn Faults>>) {
+        self.control().engine.set_faults(faults);
+    }
+
+    /// Kills the server and starts it over the same database and storage.
+    pub async fn restart_server(&mut self) {
+        self.network.set_server(None);
+        let Server { process, control } = self.server.take().expect("the server runs");
+        drop(control);
+        process.kill().await;
+        let database = self.dir.path().join("db");
+        let server = start_server(database, self.storage.clone(), self.clock.clone()).await;
+        self.network.set_server(Some((server.process.handle().clone(), server.control.clone())));
+        self.server = Some(server);
+        self.ask(|control| async move { control.resume_jobs().await }).await.expect("jobs go on");
+    }
+
+    /// Kills an agent and starts it over the same host and data directory.
+    pub async fn restart_agent(&mut self, is_home: bool) {
+        let host = if is_home { &mut self.home } else { &mut self.recovery };
+        if let Some(agent) = host.agent.take() {
+            agent.kill().await;
+        }
+        let (data, run) = (host.data_dir.clone(), host.run_dir.clone());
+        host.agent = Some(start_agent(&self.network, host.provider, &host.hypervisor, &data, run).await);
+    }
+
+    /// Cuts a site off.
+    pub fn cut(&self, is_home: bool) {
+        self.network.cut(if is_home { self.home.provider } else { self.recovery.provider });
+    }
+
+    /// Connects a site again.
+    pub fn mend(&self, is_home: bool) {
+        self.network.mend(if is_home { self.home.provider } else { self.recovery.provider });
+    }
+
+    /// Breaks a site's connections for a moment.
+    pub fn hiccup(&self, is_home: bool) {
+        self.network.hiccup(if is_home { self.home.provider } else { self.recovery.provider });
+    }
+
+    /// The item of a VM.
+    pub async fn item(&self, name: &str) -> Option<ItemRecord> {
+        let items = self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
+        items.into_iter().find(|item| item.name == name)
+    }
+
+    /// The phase of a VM's item.
+    pub async fn phase(&self, name: &str) -> Option<Phase> {
+        self.item(name).await.map(|item| item.state.phase)
+    }
+
+    /// The host and VM that run the item's workload now, by the item's phase.
+    pub async fn active(&self, name: &str) -> (&Host, VmId) {
+        match self.item(name).await {
+            Some(item) if item.state.phase.active_location() == mainstay_model::Location::Recovery => {
+                (&self.recovery, item.recovery_vm.expect("a recovery VM").vm)
+            }
+            _ => (&self.home, vm_named(name)),
+        }
+    }
+
+    /// The guest writes blocks wherever it runs; answers whether it runs.
+    pub async fn write(&self, name: &str, blocks: &[(&str, u64, u8)]) -> bool {
+        let (host, vm) = self.active(name).await;
+        if host.hypervisor.view(vm).is_none_or(|view| view.power != PowerState::Running) {
+            return false;
+        }
+        blocks.iter().all(|(disk, block, fill)| host.hypervisor.guest_write(vm, disk, *block, *fill).is_ok())
+    }
+
+    /// Waits until a condition holds.
+    pub async fn until(&self, what: &str, condition: impl AsyncFn(&Self) -> bool) {
+        let deadline = tokio::time::Instant::now() + WAIT_MAX;
+        loop {
+            let changed = self.control().changed.notified();
+            if condition(self).await {
+                return;
+            }
+            if tokio::time::Instant::now() > deadline {
+                let jobs = self.ask(|control| async move { control.jobs().await }).await;
+                panic!("waited in vain until {what}; jobs: {jobs:#?}");
+            }
+            // Most conditions follow from the control plane's changes, the others are seen a little later.
+            tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+        }
+    }
+}
+
+async fn set_up(control: &Arc<Control>) -> (ProviderId, ProviderId) {
+    let policy = ReplicationPolicy {
+        copy_frequency_seconds: 5,
+        retention_hours: 24,
+        app_consistent_frequency_hours: 0,
+        bytes_per_second_max: None,
+    };
+    let mut providers = Vec::new();
+    for fabric in ["home", "recovery"] {
+        control.create_fabric(fabric).await.expect("a fabric");
+        let (_, secret) = control.create_registration_key(fabric).await.expect("a key");
+        let host = control.register_host(&secret.0, fabric, "sim").await.expect("a host");
+        providers.push(host.id);
+    }
+    control.put_policy("policy", policy).await.expect("a policy");
+    control.put_container_mapping("home", "mapping", "policy", Some("recovery")).await.expect("a mapping");
+    (providers[0], providers[1])
+}

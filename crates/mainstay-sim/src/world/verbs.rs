@@ -1,0 +1,191 @@
+//! Every verb, and waiting for what becomes of it.
+
+use mainstay_control::{
+    ControlError,
+    app::{EnableRequest, Requester},
+    db::{ItemRecord, JobRecord, JobState, TargetRecord},
+    workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
+};
+use mainstay_model::{Ending, JobId, Operation, Phase};
+
+use super::{CYCLE_MS, World, vm_named};
+
+/// How a job stands when it does not go on by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobEnd {
+    /// It is over.
+    Ended(Ending),
+    /// It waits for a person.
+    Suspended,
+}
+
+fn by() -> Requester {
+    Requester("test".to_owned())
+}
+
+impl World {
+    /// Begins to protect a VM.
+    pub async fn enable(&self, name: &str) -> Result<JobRecord, ControlError> {
+        let request = EnableRequest {
+            name: name.to_owned(),
+            fabric: "home".to_owned(),
+            vm: vm_named(name),
+            policy: "policy".to_owned(),
+            excluded_disks: Vec::new(),
+            target: TargetRecord::default(),
+        };
+        self.ask(|control| async move { control.enable_protection(request, by()).await }).await
+    }
+
+    /// Protects a VM and waits until it is protected.
+    pub async fn protect(&self, name: &str) {
+        let job = self.enable(name).await.expect("protection begins");
+        assert_eq!(self.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+        self.until("the VM is protected", async |world| world.phase(name).await == Some(Phase::Protected))
+            .await;
+        self.settle().await;
+    }
+
+    /// Begins an operation on an item with the usual parameters.
+    pub async fn begin(&self, name: &str, operation: Operation) -> Result<JobRecord, ControlError> {
+        let failover = FailoverParams {
+            point: PointChoice::Latest,
+            shutdown_source: true,
+            shutdown_timeout_ms: 1_000,
+        };
+        match operation {
+            Operation::EnableProtection => self.enable(name).await,
+            Operation::UnplannedFailover => self.fail_over(name, failover).await,
+            Operation::Failback => self.fail_back(name, true).await,
+            Operation::ChangeRecoveryPoint => self.change_point(name, PointChoice::LatestProcessed).await,
+            _ => {
+                let item = self.expect_item(name).await;
+                self.ask(|control| async move {
+                    match operation {
+                        Operation::TestFailover => {
+                            let params =
+                                TestFailoverParams { point: PointChoice::LatestProcessed, network: None };
+                            control.test_failover(&item, params, by()).await
+                        }
+                        Operation::TestFailoverCleanup => {
+                            control.test_failover_cleanup(&item, "", by()).await
+                        }
+                        Operation::PlannedFailover => control.planned_failover(&item, failover, by()).await,
+                        Operation::Commit => control.commit(&item, by()).await,
+                        Operation::ReverseReplicate => control.reverse_replicate(&item, by()).await,
+                        Operation::Resynchronize => control.resynchronize(&item, by()).await,
+                        Operation::UpdateProperties => {
+                            let target = TargetRecord { vcpus: Some(4), ..item.target.clone() };
+                            control.update_item_target(&item, target, by()).await
+                        }
+                        Operation::DisableProtection => control.disable_protection(&item, false, by()).await,
+                        other => panic!("{other:?} is not asked for by people"),
+                    }
+                })
+                .await
+            }
+        }
+    }
+
+    /// Begins an unplanned failover.
+    pub async fn fail_over(&self, name: &str, params: FailoverParams) -> Result<JobRecord, ControlError> {
+        let item = self.expect_item(name).await;
+        self.ask(|control| async move { control.unplanned_failover(&item, params, by()).await }).await
+    }
+
+    /// Begins a failback.
+    pub async fn fail_back(&self, name: &str, synchronize_before: bool) -> Result<JobRecord, ControlError> {
+        let params =
+            FailbackParams { synchronize_before, create_vm: true, host: None, shutdown_timeout_ms: 1_000 };
+        let item = self.expect_item(name).await;
+        self.ask(|control| async move { control.failback(&item, params, by()).await }).await
+    }
+
+    /// Begins to run another recovery point.
+    pub async fn change_point(&self, name: &str, point: PointChoice) -> Result<JobRecord, ControlError> {
+        let item = self.expect_item(name).await;
+        self.ask(|control| async move { control.change_recovery_point(&item, point, by()).await }).await
+    }
+
+    /// Begins an operation, completes it where it waits for a person, and expects that it succeeds.
+    pub async fn run(&self, name: &str, operation: Operation) {
+        let job = self.begin(name, operation).await.expect("the operation is allowed");
+        assert_eq!(self.complete(job.id).await, Ending::Succeeded, "{operation:?}: {}", self.tell(job.id).await);
+        self.settle().await;
+    }
+
+    /// Waits until a job does not go on by itself.
+    pub async fn end(&self, job: JobId) -> JobEnd {
+        let ended = |job: &JobRecord| match job.state {
+            JobState::Ended(ending) => Some(JobEnd::Ended(ending)),
+            JobState::Suspended => Some(JobEnd::Suspended),
+            JobState::InProgress | JobState::Cancelling => None,
+        };
+        self.until("the job is over", async |world| ended(&world.job(job).await).is_some()).await;
+        ended(&self.job(job).await).expect("a job that is over stays so")
+    }
+
+    /// Waits for a job's end, and says *Complete failover* when it asks.
+    pub async fn complete(&self, job: JobId) -> Ending {
+        loop {
+            match self.end(job).await {
+                JobEnd::Ended(ending) => return ending,
+                JobEnd::Suspended => {
+                    let resumed = self.ask(|control| async move { control.resume_job(job).await }).await;
+                    resumed.expect("a suspended job goes on");
+                }
+            }
+        }
+    }
+
+    /// Reads a job.
+    pub async fn job(&self, job: JobId) -> JobRecord {
+        self.ask(|control| async move { control.job(job).await }).await.expect("the job is read")
+    }
+
+    /// What went wrong in a job.
+    pub async fn tell(&self, job: JobId) -> String {
+        let job = self.job(job).await;
+        let step = |step: &mainstay_control::db::StepRecord| {
+            let errors: Vec<_> = step.errors.iter().map(|error| error.message.as_str()).collect();
+            format!("{} {:?} {errors:?}", step.name, step.state)
+        };
+        job.steps.iter().map(step).collect::<Vec<_>>().join("; ")
+    }
+
+    /// Makes the next replication cycle due and waits until the item has a newer point.
+    pub async fn cycle(&self, name: &str) {
+        let before = self.expect_item(name).await.replication.last_point;
+        self.clock.advance_ms(CYCLE_MS);
+        self.control().changed.notify_waiters();
+        self.until("a replication cycle has ended", async |world| {
+            world.item(name).await.is_some_and(|item| item.replication.last_point != before)
+        })
+        .await;
+        self.settle().await;
+    }
+
+    /// Waits until no job and no cycle is at work and the former active side has stood down.
+    pub async fn settle(&self) {
+        self.until("everything has settled", async |world| {
+            let jobs = world.ask(|control| async move { control.db.open_jobs().await }).await;
+            let is_working = |job: &JobRecord| job.state != JobState::Suspended;
+            if jobs.expect("jobs are read").iter().any(is_working) {
+                return false;
+            }
+            let items = world.ask(|control| async move { control.db.items().await }).await;
+            let home_is_there = world.control().sites.is_connected(world.home.provider);
+            items.expect("items are read").iter().all(|item| {
+                world.control().cycles.progress(item.id).is_none()
+                    && (item.state.running.is_some() || item.stand_down.is_none() || !home_is_there)
+                    && item.state.phase != Phase::FinalizingProtection
+                    && (item.state.phase != Phase::InitialReplication || !home_is_there)
+            })
+        })
+        .await;
+    }
+
+    async fn expect_item(&self, name: &str) -> ItemRecord {
+        self.item(name).await.expect("the VM is protected")
+    }
+}

@@ -1,0 +1,224 @@
+//! Four questions to every step of every workflow: what if it is done twice, fails, the process dies, or somebody
+//! cancels?
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use mainstay_control::{
+    db::{JobRecord, JobState},
+    jobs::{Fault, Faults, job_log},
+};
+use mainstay_model::{Ending, JobId, Operation, Phase};
+use mainstay_provider::PowerState;
+use mainstay_sim::{Snapshot, World, WorldOptions};
+
+use crate::{
+    support::log,
+    workflows::{VM, Workflow, finish_journey},
+};
+
+/// One fault at one step, once.
+struct Once {
+    operation: Operation,
+    step: usize,
+    fault: Fault,
+    has_struck: AtomicBool,
+}
+
+impl Faults for Once {
+    fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {
+        let is_it = job.operation == self.operation && step == self.step && !is_undo;
+        if is_it && !self.has_struck.swap(true, Ordering::SeqCst) { self.fault } else { Fault::None }
+    }
+}
+
+fn install(world: &World, workflow: Workflow, step: usize, fault: Fault) -> Arc<Once> {
+    let once = Once { operation: workflow.operation(), step, fault, has_struck: AtomicBool::new(false) };
+    let once = Arc::new(once);
+    world.set_faults(Some(once.clone()));
+    once
+}
+
+async fn world_before(workflow: Workflow) -> World {
+    let world = World::new(WorldOptions::default()).await;
+    workflow.prepare(&world).await;
+    world
+}
+
+async fn resume(world: &World, job: JobId) {
+    // Refused when it was cancelled in the same moment.
+    if let Err(error) = world.ask(|control| async move { control.resume_job(job).await }).await {
+        tracing::debug!(%error, "not resumed");
+    }
+}
+
+/// Completes a job up to where its run stops without having ended.
+async fn drive_until_stopped(world: &World, job: JobId, once: &Once) {
+    loop {
+        world
+            .until("the job has stopped", async |world| {
+                world.job(job).await.state == JobState::Suspended || !world.control().engine.is_active(job)
+            })
+            .await;
+        if !world.control().engine.is_active(job) {
+            assert!(once.has_struck.load(Ordering::SeqCst), "the job ended: {}", world.tell(job).await);
+            return;
+        }
+        resume(world, job).await;
+    }
+}
+
+async fn settle_and_check(world: &World) {
+    world.settle().await;
+    world.check().await;
+}
+
+async fn undisturbed(workflow: Workflow) -> (Snapshot, usize, Option<usize>) {
+    let world = world_before(workflow).await;
+    let job = workflow.begin(&world).await;
+    assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+    settle_and_check(&world).await;
+    let point_of_no_return = job_log(&job).steps.iter().position(|(plan, _)| plan.is_point_of_no_return);
+    let snapshot = world.snapshot(VM).await;
+    finish_journey(&world).await;
+    (snapshot, job.steps.len(), point_of_no_return)
+}
+
+/// (a) The step is done twice.
+async fn repeat(workflow: Workflow, step: usize, expected: &Snapshot) {
+    let world = world_before(workflow).await;
+    install(&world, workflow, step, Fault::Repeat);
+    let job = workflow.begin(&world).await;
+    assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+    settle_and_check(&world).await;
+    assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: step {step} was done twice");
+    finish_journey(&world).await;
+}
+
+/// (c) The process dies after the step and before that was written down.
+async fn kill(workflow: Workflow, step: usize, expected: &Snapshot) {
+    let mut world = world_before(workflow).await;
+    let once = install(&world, workflow, step, Fault::StopAfter);
+    let job = workflow.begin(&world).await;
+    drive_until_stopped(&world, job.id, &once).await;
+    world.restart_server().await;
+    assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+    settle_and_check(&world).await;
+    assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: killed after step {step}");
+    finish_journey(&world).await;
+}
+
+/// (b) and (d) beyond the point of no return: stuck and then completed; refused.
+async fn beyond_return(workflow: Workflow, step: usize, fault: Fault, expected: &Snapshot) {
+    let world = world_before(workflow).await;
+    install(&world, workflow, step, fault);
+    let job = workflow.begin(&world).await;
+    let ending = world.complete(job.id).await;
+    if fault == Fault::FailAfter {
+        assert_eq!(ending, Ending::Stuck);
+        let id = job.id;
+        world.ask(move |control| async move { control.restart_job(id).await }).await.unwrap();
+        assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+    } else {
+        assert_eq!(ending, Ending::Succeeded, "{}", world.tell(job.id).await);
+    }
+    settle_and_check(&world).await;
+    assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: {fault:?} at step {step}");
+    finish_journey(&world).await;
+}
+
+/// (b) and (d): the job is undone and the item is what it was.
+async fn undone(world: &World, workflow: Workflow, step: usize, fault: Fault) {
+    let what = format!("{workflow:?}: {fault:?} at step {step}");
+    let before = world.phase(VM).await;
+    let (host, vm) = world.active(VM).await;
+    let power_before = host.hypervisor.view(vm).unwrap().power;
+    install(world, workflow, step, fault);
+    let job = workflow.begin(world).await;
+    let ending = world.complete(job.id).await;
+    let expected = if fault == Fault::FailAfter { Ending::Failed } else { Ending::Cancelled };
+    assert_eq!(ending, expected, "{what}: {}", world.tell(job.id).await);
+    world.set_faults(None);
+    settle_and_check(world).await;
+    // What nobody asked for, Mainstay begins again by itself.
+    let phase = if workflow == Workflow::Finalize { Some(Phase::Protected) } else { before };
+    assert_eq!(world.phase(VM).await, phase, "{what}");
+    let (host, vm) = world.active(VM).await;
+    let power = host.hypervisor.view(vm).unwrap().power;
+    assert_eq!(power, power_before, "{what}: the active VM");
+    if power == PowerState::Running {
+        world.write(VM, &[("vda", 30, step as u8 + 1)]).await;
+    }
+    if phase.is_some_and(Phase::is_replicating) && workflow != Workflow::FailoverOfDeadSource {
+        world.cycle(VM).await;
+        world.check().await;
+    }
+}
+
+async fn four_questions(workflow: Workflow) {
+    log();
+    let (expected, steps, point_of_no_return) = undisturbed(workflow).await;
+    for step in 0..steps {
+        repeat(workflow, step, &expected).await;
+        kill(workflow, step, &expected).await;
+    }
+    let first_final = point_of_no_return.unwrap_or(steps);
+    for step in first_final..steps {
+        for fault in [Fault::FailAfter, Fault::Cancel] {
+            beyond_return(workflow, step, fault, &expected).await;
+        }
+    }
+    // All in one world: what is undone leaves a world in which everything can be done again.
+    let mut world = world_before(workflow).await;
+    for step in 0..first_final {
+        for fault in [Fault::FailAfter, Fault::Cancel, Fault::CancelBefore] {
+            if workflow == Workflow::Finalize {
+                world = world_before(workflow).await;
+            }
+            undone(&world, workflow, step, fault).await;
+        }
+    }
+    if let Some(step) = point_of_no_return {
+        undone(&world, workflow, step, Fault::CancelBefore).await;
+    }
+    if workflow != Workflow::Finalize {
+        let job = workflow.begin(&world).await;
+        assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+        settle_and_check(&world).await;
+    }
+    finish_journey(&world).await;
+}
+
+macro_rules! four_questions {
+    ($($name:ident: $workflow:ident,)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+            async fn $name() {
+                four_questions(Workflow::$workflow).await;
+            }
+        )*
+    };
+}
+
+four_questions! {
+    enable: Enable,
+    finalize: Finalize,
+    test_failover: TestFailover,
+    test_failover_cleanup: TestFailoverCleanup,
+    failover_with_shutdown: FailoverWithShutdown,
+    failover_without_shutdown: FailoverWithoutShutdown,
+    failover_of_dead_source: FailoverOfDeadSource,
+    planned_failover: PlannedFailover,
+    change_point: ChangePoint,
+    commit_failover: CommitFailover,
+    failback_synchronized_before: FailbackSynchronizedBefore,
+    failback_synchronized_during: FailbackSynchronizedDuring,
+    commit_failback: CommitFailback,
+    reverse_replicate: ReverseReplicate,
+    resynchronize: Resynchronize,
+    update_properties: UpdateProperties,
+    disable_protected: DisableProtected,
+    disable_failed_over: DisableFailedOver,
+}
