@@ -341,13 +341,18 @@ fn seconds(timeout: Duration) -> i32 {
     i32::try_from(timeout.as_secs()).unwrap_or(i32::MAX).max(1)
 }
 
+/// The connection, or a new one. Without an event loop libvirt notices a daemon that died only when it writes to it, so
+/// the old connection is tried with a question that costs a tenth of a millisecond: the caller's own request is then
+/// not lost to a daemon that was restarted long ago.
 fn connect(slot: &Mutex<Option<Arc<RawConnection>>>, uri: &str) -> Result<Arc<RawConnection>, LibvirtError> {
-    let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(connection) = slot.as_ref().filter(|connection| connection.is_alive()) {
-        return Ok(Arc::clone(connection));
+    let known = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some(connection) =
+        known.filter(|connection| connection.is_alive() && connection.versions().is_ok())
+    {
+        return Ok(connection);
     }
     let connection = Arc::new(RawConnection::open(uri)?);
-    *slot = Some(Arc::clone(&connection));
+    *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&connection));
     Ok(connection)
 }
 
