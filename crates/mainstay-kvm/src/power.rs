@@ -13,6 +13,8 @@ use crate::libvirt::XmlKind;
 use crate::nodes::Nodes;
 
 const POLL: Duration = Duration::from_millis(100);
+/// How long to wait for the answer that a guest agent gives only when it does not obey.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A guest that has just booted ignores the power button; it is pressed again.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 /// How long resuming is tried while a disk's server comes back: QEMU notices it within half a second or so.
@@ -135,10 +137,14 @@ pub(crate) async fn shut_down(
         }
         if Instant::now() >= ask_at && state.power == PowerState::Running && !state.is_shutting_down {
             ask_at = Instant::now() + ASK_AGAIN;
-            if let Err(error) = host.libvirt.shut_down(vm, by_agent).await {
-                tracing::debug!(%vm, %error, "a guest cannot be asked to shut down this way");
-                // The next way at once.
-                ask_at = Instant::now() + POLL;
+            if by_agent {
+                // An agent that obeys does not answer. (libvirt's own way of asking it waits a minute for that.)
+                let mode = serde_json::json!({"mode": "powerdown"});
+                if let Err(error) = host.libvirt.agent(vm, "guest-shutdown", mode, AGENT_TIMEOUT).await {
+                    tracing::debug!(%vm, %error, "the guest agent was asked to shut down");
+                }
+            } else if let Err(error) = host.libvirt.press_power_button(vm).await {
+                tracing::debug!(%vm, %error, "the power button cannot be pressed");
             }
             // Both ways in turn: the agent may be gone, or the button ignored.
             by_agent = !by_agent;

@@ -212,12 +212,10 @@ impl Libvirt {
         self.with_domain(vm, RawDomain::resume).await
     }
 
-    /// Asks the guest to shut down, by the power button or by the agent.
-    pub async fn shut_down(&self, vm: VmId, by_agent: bool) -> Result<(), LibvirtError> {
+    /// Presses the power button.
+    pub async fn press_power_button(&self, vm: VmId) -> Result<(), LibvirtError> {
         const POWER_BUTTON: u32 = 1;
-        const GUEST_AGENT: u32 = 2;
-        let flags = if by_agent { GUEST_AGENT } else { POWER_BUTTON };
-        self.with_domain(vm, move |domain| domain.shut_down(flags)).await
+        self.with_domain(vm, |domain| domain.shut_down(POWER_BUTTON)).await
     }
 
     /// Ends the domain's process.
