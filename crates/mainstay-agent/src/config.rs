@@ -1,0 +1,38 @@
+//! The agent's configuration: a TOML file, unknown keys refused.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The agent's settings. Every key can be left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AgentConfig {
+    /// Where everything is kept: certificate, records, hash tables, recovery VMs' disks.
+    pub data_dir: PathBuf,
+    /// Where sockets and scratch files go; short, because a socket's path ends at 107 bytes. The hypervisor
+    /// must be able to write here.
+    pub run_dir: PathBuf,
+    /// The hypervisor: a libvirt URI.
+    pub libvirt_uri: String,
+    /// Address of the server's agent endpoint, `HOST:PORT`; empty = what registration answered.
+    pub server: String,
+}
+
+impl Default for AgentConfig {
+    fn default() -> Self {
+        Self {
+            data_dir: PathBuf::from("/var/lib/mainstay/agent"),
+            run_dir: PathBuf::from("/run/mainstay"),
+            libvirt_uri: "qemu:///system".to_owned(),
+            server: String::new(),
+        }
+    }
+}
+
+impl AgentConfig {
+    /// Reads a configuration text.
+    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+}

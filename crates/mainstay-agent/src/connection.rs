@@ -1,0 +1,108 @@
+//! The agent's connections: it dials, nothing listens.
+
+use std::{io, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use async_trait::async_trait;
+use mainstay_provider::{Site, serve_site};
+use mainstay_replication::{BoxStream, Connect};
+use rand::Rng as _;
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
+
+use crate::Identity;
+
+/// ALPN of the control channel.
+const CONTROL_PROTOCOL: &[u8] = b"mainstay-control/1";
+/// ALPN of the data plane.
+const DATA_PROTOCOL: &[u8] = b"mainstay-data/1";
+/// A dial that takes longer is tried anew.
+const DIAL_MAX: Duration = Duration::from_secs(10);
+/// First pause after a lost connection; doubles up to the longest.
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// Longest pause.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// How to reach the server.
+#[derive(Clone)]
+pub struct ServerLink {
+    address: String,
+    name: ServerName<'static>,
+    control: Arc<ClientConfig>,
+    data: Arc<ClientConfig>,
+}
+
+impl ServerLink {
+    /// A link for a registered agent. `address` is `HOST:PORT`.
+    pub fn new(identity: &Identity, address: &str) -> anyhow::Result<Self> {
+        let (host, _) = address.rsplit_once(':').with_context(|| format!("'{address}' is not HOST:PORT"))?;
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let name =
+            ServerName::try_from(host).with_context(|| format!("'{address}' has no valid host name"))?;
+        Ok(Self {
+            address: address.to_owned(),
+            name,
+            control: identity.tls(CONTROL_PROTOCOL)?,
+            data: identity.tls(DATA_PROTOCOL)?,
+        })
+    }
+
+    async fn dial(&self, tls: &Arc<ClientConfig>) -> io::Result<BoxStream> {
+        let dialled = timeout(DIAL_MAX, async {
+            let stream = TcpStream::connect(&self.address).await?;
+            stream.set_nodelay(true)?;
+            TlsConnector::from(tls.clone()).connect(self.name.clone(), stream).await
+        });
+        let stream = dialled
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the server does not answer"))??;
+        Ok(Box::new(stream))
+    }
+}
+
+#[async_trait]
+impl Connect for ServerLink {
+    async fn connect(&self) -> io::Result<BoxStream> {
+        self.dial(&self.data).await
+    }
+}
+
+/// Serves a site to the server until `stop`, dialling again whenever the connection is lost.
+pub async fn run(link: ServerLink, site: Arc<dyn Site>, stop: CancellationToken) {
+    let mut pause = RETRY_MIN;
+    let mut is_told = false;
+    loop {
+        let session = async {
+            let stream = link.dial(&link.control).await?;
+            tracing::info!(server = link.address, "connected to the server");
+            Ok::<_, io::Error>(serve_site(stream, site.clone()).await)
+        };
+        let ended = tokio::select! {
+            () = stop.cancelled() => return,
+            ended = session => ended,
+        };
+        match ended {
+            Ok(served) => {
+                let error = served.err().map(|error| error.to_string()).unwrap_or_default();
+                tracing::warn!(server = link.address, error, "the connection to the server is lost");
+                pause = RETRY_MIN;
+                is_told = false;
+            }
+            Err(error) if is_told => {
+                tracing::debug!(server = link.address, %error, "the server still cannot be reached")
+            }
+            Err(error) => {
+                tracing::warn!(server = link.address, %error, "the server cannot be reached; trying on");
+                is_told = true;
+            }
+        }
+        let jitter = rand::rng().random_range(0.5..1.0);
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(pause.mul_f64(jitter)) => {}
+        }
+        pause = (pause * 2).min(RETRY_MAX);
+    }
+}

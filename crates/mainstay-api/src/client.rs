@@ -1,0 +1,213 @@
+//! A typed client of the published API.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::arm;
+
+/// Where a server is and how to be let in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// `https://HOST:PORT`.
+    pub url: String,
+    /// The CA's certificate, PEM; `None` = the system's roots are of no use, so requests fail.
+    pub authority_pem: String,
+    /// The bearer token; empty for the one request that needs none.
+    pub token: String,
+}
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The server did not answer.
+    #[error("the server at {url} does not answer: {reason}")]
+    Unreachable {
+        /// Where it was looked for.
+        url: String,
+        /// Why, down to the first cause.
+        reason: String,
+    },
+    /// The server said no.
+    #[error("{}", .error.message)]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// The error as answered.
+        error: Box<arm::Error>,
+    },
+    /// The answer is not what this version expects.
+    #[error("the server's answer to {path} cannot be read: {reason}")]
+    Unreadable {
+        /// What was asked for.
+        path: String,
+        /// Why.
+        reason: String,
+    },
+    /// The connection's settings are wrong.
+    #[error("{0}")]
+    Settings(String),
+}
+
+impl ClientError {
+    /// The HTTP status of a refusal.
+    pub fn status(&self) -> Option<u16> {
+        match self {
+            Self::Refused { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+}
+
+/// A client of one server.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    url: String,
+    token: String,
+}
+
+/// How long a single request may take; long work is a job and answers at once.
+const REQUEST_MAX: Duration = Duration::from_secs(60);
+
+/// Percent-encodes a segment of a path.
+pub(crate) fn encode(segment: &str) -> String {
+    let mut text = String::new();
+    for byte in segment.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                text.push(char::from(byte))
+            }
+            _ => text.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    text
+}
+
+impl Client {
+    /// A client for a connection. Nothing is sent yet.
+    pub fn new(connection: &Connection) -> Result<Self, ClientError> {
+        let settings = |error: reqwest::Error| ClientError::Settings(causes(&error));
+        // The process-wide provider may have been set by somebody else already, to the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let authority =
+            reqwest::Certificate::from_pem(connection.authority_pem.as_bytes()).map_err(settings)?;
+        let http = reqwest::Client::builder()
+            .tls_certs_only([authority])
+            .https_only(true)
+            .timeout(REQUEST_MAX)
+            .connect_timeout(Duration::from_secs(10))
+            .build()
+            .map_err(settings)?;
+        Ok(Self {
+            http,
+            url: connection.url.trim_end_matches('/').to_owned(),
+            token: connection.token.clone(),
+        })
+    }
+
+    /// Reads a path.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        let (_, body) = self.send(reqwest::Method::GET, path, None::<&()>).await?;
+        read(path, &body)
+    }
+
+    /// Sends a body and reads the answer.
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let (_, body) = self.send(reqwest::Method::POST, path, Some(body)).await?;
+        read(path, &body)
+    }
+
+    /// Removes what is at a path.
+    pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
+        self.send(reqwest::Method::DELETE, path, None::<&()>).await.map(|_| ())
+    }
+
+    /// Begins a long-running operation and answers the job's name; `None` when it was done at once.
+    pub async fn begin(
+        &self,
+        method: reqwest::Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<Option<String>, ClientError> {
+        let (operation, _) = self.send(method, path, body).await?;
+        Ok(operation.and_then(|url| {
+            let without_query = url.split('?').next().unwrap_or_default();
+            without_query.rsplit('/').next().map(str::to_owned)
+        }))
+    }
+
+    async fn send(
+        &self,
+        method: reqwest::Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<(Option<String>, Vec<u8>), ClientError> {
+        let separator = if path.contains('?') { '&' } else { '?' };
+        let url = format!("{}{path}{separator}api-version={}", self.url, arm::API_VERSION);
+        let mut request = self.http.request(method, url);
+        if !self.token.is_empty() {
+            request = request.bearer_auth(&self.token);
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let unreachable = |error: reqwest::Error| ClientError::Unreachable {
+            url: self.url.clone(),
+            reason: causes(&error),
+        };
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        let operation = response
+            .headers()
+            .get("azure-asyncoperation")
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned);
+        let body = response.bytes().await.map_err(unreachable)?.to_vec();
+        if status.is_success() {
+            return Ok((operation, body));
+        }
+        let error = match serde_json::from_slice::<arm::ErrorBody>(&body) {
+            Ok(body) => body.error,
+            Err(_) => arm::Error {
+                code: status.as_str().to_owned(),
+                message: format!("{status}: {}", String::from_utf8_lossy(&body)),
+                details: Vec::new(),
+            },
+        };
+        Err(ClientError::Refused { status: status.as_u16(), error: Box::new(error) })
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, ClientError> {
+    serde_json::from_slice(body)
+        .map_err(|error| ClientError::Unreadable { path: path.to_owned(), reason: error.to_string() })
+}
+
+/// An error with all its causes, in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}
+
+impl crate::v1::Vault {
+    /// The path under which the vault's resources are.
+    pub fn path(&self) -> String {
+        format!(
+            "/subscriptions/{}/resourceGroups/{}/providers/{}/vaults/{}",
+            encode(&self.subscription),
+            encode(&self.resource_group),
+            arm::NAMESPACE,
+            encode(&self.name)
+        )
+    }
+}

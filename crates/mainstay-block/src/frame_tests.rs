@@ -1,0 +1,112 @@
+use proptest::prelude::*;
+
+use super::*;
+
+/// Runs as (gap, disk step, count, zero?, seed of the content).
+fn runs() -> impl Strategy<Value = Vec<(u64, u16, u8, bool, u8)>> {
+    proptest::collection::vec((0u64..1000, 0u16..2, 1u8..4, any::<bool>(), any::<u8>()), 1..20)
+}
+
+fn build(spec: &[(u64, u16, u8, bool, u8)]) -> (Vec<FrameRun>, Vec<u8>, Bytes) {
+    let mut builder = FrameBuilder::new();
+    let (mut disk, mut end) = (0, 0);
+    let mut data = Vec::new();
+    for &(gap, step, count, zero, seed) in spec {
+        if step > 0 {
+            disk += step;
+            end = 0;
+        }
+        let block = end + gap;
+        end = block + u64::from(count);
+        if zero {
+            builder.push_zero(disk, block, u32::from(count)).unwrap();
+        } else {
+            let bytes: Vec<u8> =
+                (0..usize::from(count) * BLOCK_LENGTH).map(|at| (at as u8).wrapping_mul(seed)).collect();
+            builder.push_data(disk, block, &bytes).unwrap();
+            data.extend_from_slice(&bytes);
+        }
+    }
+    (builder.runs.clone(), data, builder.finish().unwrap())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn what_goes_in_comes_out(spec in runs()) {
+        let (runs, data, bytes) = build(&spec);
+        prop_assert!(bytes.len() <= FRAME_BYTES_MAX);
+        prop_assert_eq!(frame_length(&bytes).unwrap(), bytes.len());
+        let frame = Frame::decode(&bytes).unwrap();
+        prop_assert_eq!(&frame.runs, &runs);
+        prop_assert_eq!(frame.payload.as_ref(), data.as_slice());
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed(spec in runs(), at in any::<usize>(), bit in 0u8..8) {
+        let (_, _, bytes) = build(&spec);
+        let mut bytes = bytes.to_vec();
+        let at = at % bytes.len();
+        bytes[at] ^= 1 << bit;
+        prop_assert!(Frame::decode(&Bytes::from(bytes)).is_err());
+    }
+
+    #[test]
+    fn hostile_bytes_with_a_valid_checksum_never_panic(
+        spec in runs(),
+        edits in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..8),
+        cut in any::<usize>(),
+    ) {
+        let (_, _, bytes) = build(&spec);
+        let mut bytes = bytes.to_vec();
+        bytes.truncate(FRAME_HEADER_BYTES + cut % bytes.len());
+        for (at, value) in edits {
+            let at = at % bytes.len().min(200);
+            bytes[at] = value;
+        }
+        let sum = checksum(&bytes);
+        bytes[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum);
+        let _ = Frame::decode(&Bytes::from(bytes));
+    }
+
+    #[test]
+    fn random_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(Frame::decode(&Bytes::from(bytes)).is_err());
+    }
+}
+
+#[test]
+fn incompressible_data_is_stored_raw_and_zeros_cost_nothing() {
+    let mut state = 1u64;
+    let noise: Vec<u8> = (0..FRAME_BLOCKS_MAX * BLOCK_LENGTH)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        })
+        .collect();
+    let mut builder = FrameBuilder::new();
+    for (at, block) in noise.chunks(BLOCK_LENGTH).enumerate() {
+        builder.push_data(3, at as u64 * 50, block).unwrap();
+    }
+    assert_eq!(builder.room(), 0);
+    let bytes = builder.finish().unwrap();
+    assert_eq!(bytes[5], 0);
+    assert!(bytes.len() < noise.len() + 300, "headers take {} bytes", bytes.len() - noise.len());
+
+    let mut builder = FrameBuilder::new();
+    builder.push_zero(0, 0, u32::MAX).unwrap();
+    builder.push_zero(0, u64::from(u32::MAX), 5).unwrap();
+    assert!(builder.finish().unwrap().len() < 64);
+}
+
+#[test]
+fn order_is_enforced() {
+    let mut builder = FrameBuilder::new();
+    builder.push_zero(1, 10, 5).unwrap();
+    assert!(builder.push_zero(1, 14, 1).is_err());
+    assert!(builder.push_zero(0, 100, 1).is_err());
+    builder.push_zero(1, 15, 1).unwrap();
+    builder.push_data(1, 16, b"tail").unwrap();
+    assert_eq!(builder.runs.len(), 2);
+}

@@ -1,0 +1,112 @@
+use std::io::Write;
+
+use super::*;
+
+const KEY: HashKey = HashKey([9; 32]);
+
+fn id(value: u128) -> Uuid {
+    Uuid::from_u128(value)
+}
+
+fn block(byte: u8) -> Vec<u8> {
+    vec![byte; BLOCK_LENGTH]
+}
+
+struct Bench {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+}
+
+fn bench() -> Bench {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vda.hashes");
+    Bench { _dir: dir, path }
+}
+
+#[test]
+fn staged_hashes_count_only_after_the_commit() {
+    let bench = bench();
+    let table = HashTable::create(&bench.path, 40_000, KEY, Fill::Zeros).unwrap();
+    assert_eq!(table.blocks(), 10);
+    let data = [block(1), block(0)].concat();
+    let verdicts = table.compare(3, &data).unwrap();
+    let Verdict::Data(hash) = verdicts[0] else { panic!("{verdicts:?}") };
+    assert_eq!(verdicts[1], Verdict::Same);
+    table.stage(id(1), 3, &[hash]).unwrap();
+    assert_ne!(table.compare(3, &data).unwrap()[0], Verdict::Same);
+    assert!(matches!(table.stage(id(2), 0, &[hash]), Err(HashTableError::Pending(_))));
+    table.prepare(id(1)).unwrap();
+    table.commit(id(1), id(100)).unwrap();
+    table.commit(id(1), id(100)).unwrap();
+    assert_eq!(table.compare(3, &data).unwrap()[0], Verdict::Same);
+    assert_eq!(table.not_zero(0, 10).unwrap(), vec![(3, 1)]);
+    assert_eq!(table.point(), Some(id(100)));
+
+    table.stage_zeros(id(2), 0, 10).unwrap();
+    table.abandon(id(2)).unwrap();
+    table.stage_zeros(id(3), 2, 4).unwrap();
+    table.commit(id(3), id(101)).unwrap();
+    let table = HashTable::open(&bench.path).unwrap();
+    assert_eq!(table.point(), Some(id(101)));
+    assert!(table.not_zero(0, 10).unwrap().is_empty());
+    table.grow(50_000).unwrap();
+    assert_eq!(HashTable::open(&bench.path).unwrap().blocks(), 13);
+    assert!(matches!(table.grow(1), Err(HashTableError::Shrink)));
+    assert!(matches!(table.hashes(13, 1), Err(HashTableError::OutOfRange(_))));
+}
+
+#[test]
+fn unknown_equals_nothing() {
+    let bench = bench();
+    let table = HashTable::create(&bench.path, 3 * 4096, KEY, Fill::Unknown).unwrap();
+    let verdicts = table.compare(0, &[block(0), block(5), block(0)].concat()).unwrap();
+    assert!(matches!(verdicts[..], [Verdict::Zero, Verdict::Data(_), Verdict::Zero]));
+    assert_eq!(table.not_zero(0, 3).unwrap(), vec![(0, 3)]);
+}
+
+#[test]
+fn a_crash_at_every_byte_of_the_log_leaves_the_old_or_the_new_state() {
+    let bench = bench();
+    let table = HashTable::create(&bench.path, 100 * 4096, KEY, Fill::Zeros).unwrap();
+    for at in 0..5 {
+        table.stage(id(1), at * 7, &[BlockHash(50 + at), BlockHash(60 + at)]).unwrap();
+    }
+    table.prepare(id(1)).unwrap();
+    let prepared = std::fs::read(log_path(&bench.path)).unwrap();
+    lock(&table.log).as_mut().unwrap().committed(id(77)).unwrap();
+    let committed = std::fs::read(log_path(&bench.path)).unwrap();
+    drop(table);
+    let before = std::fs::read(&bench.path).unwrap();
+    for length in 0..=committed.len() {
+        std::fs::write(&bench.path, &before).unwrap();
+        File::create(log_path(&bench.path)).unwrap().write_all(&committed[..length]).unwrap();
+        let table = HashTable::open(&bench.path).unwrap();
+        let changed = table.not_zero(0, 100).unwrap().len();
+        if length < prepared.len() {
+            assert_eq!((table.pending(), changed), (None, 0), "{length}");
+        } else if length < committed.len() {
+            assert_eq!((table.pending(), changed), (Some(id(1)), 0), "{length}");
+            if length == prepared.len() {
+                table.commit(id(1), id(77)).unwrap();
+                assert_eq!(table.not_zero(0, 100).unwrap().len(), 5);
+            }
+        } else {
+            assert_eq!((table.pending(), changed, table.point()), (None, 5, Some(id(77))));
+        }
+    }
+}
+
+#[test]
+fn damage_of_the_header_is_noticed() {
+    let bench = bench();
+    drop(HashTable::create(&bench.path, 4096, KEY, Fill::Zeros).unwrap());
+    for at in 0..CHECKED_BYTES + 16 {
+        let mut bytes = std::fs::read(&bench.path).unwrap();
+        bytes[at] ^= 0x10;
+        std::fs::write(&bench.path, &bytes).unwrap();
+        assert!(matches!(HashTable::open(&bench.path), Err(HashTableError::Damaged(_))), "{at}");
+        bytes[at] ^= 0x10;
+        std::fs::write(&bench.path, &bytes).unwrap();
+    }
+    HashTable::open(&bench.path).unwrap();
+}

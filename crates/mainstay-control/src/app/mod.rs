@@ -1,0 +1,44 @@
+//! What can be asked of the control plane, one file per resource. Methods of [`crate::Control`] that answer with records
+//! or say why not; who may ask is decided before, how it is shown after.
+
+mod container_mappings;
+mod fabrics;
+mod jobs;
+mod policies;
+mod protectable_items;
+mod protected_items;
+mod providers;
+mod tokens;
+mod vault;
+
+pub use container_mappings::ContainerMappingRecord;
+pub use fabrics::FabricRecord;
+pub use policies::PolicyRecord;
+pub use protectable_items::ProtectableItem;
+pub use protected_items::{EnableRequest, Requester};
+pub use providers::{ProviderRecord, REGISTRATION_KEY_HOURS, RegistrationKeyRecord};
+pub use tokens::{Role, TokenRecord, TokenSecret};
+pub use vault::VaultRecord;
+
+use crate::ControlError;
+
+/// Longest name of a resource, as in Azure.
+const NAME_LENGTH_MAX: usize = 63;
+
+/// Checks a name that a client chose.
+fn check_name(kind: &str, name: &str) -> Result<(), ControlError> {
+    let is_good = !name.is_empty()
+        && name.len() <= NAME_LENGTH_MAX
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if is_good {
+        return Ok(());
+    }
+    Err(ControlError::invalid(
+        "InvalidName",
+        format!("'{name}' cannot be the name of a {kind}"),
+        format!(
+            "Use 1 to {NAME_LENGTH_MAX} letters, digits, '-', '_' or '.', beginning with a letter or digit."
+        ),
+    ))
+}

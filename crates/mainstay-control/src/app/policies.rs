@@ -1,0 +1,78 @@
+//! Replication policies as named resources.
+
+use mainstay_model::ReplicationPolicy;
+use serde::{Deserialize, Serialize};
+
+use super::check_name;
+use crate::{
+    Control, ControlError,
+    db::{Resource, ResourceKind},
+};
+
+/// A named policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyRecord {
+    /// Its name.
+    pub name: String,
+    /// What it says.
+    pub policy: ReplicationPolicy,
+}
+
+impl Resource for PolicyRecord {
+    const KIND: ResourceKind = ResourceKind::Policy;
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+}
+
+impl Control {
+    /// Makes or changes a policy; items that use it follow at their next cycle.
+    pub async fn put_policy(
+        &self,
+        name: &str,
+        policy: ReplicationPolicy,
+    ) -> Result<PolicyRecord, ControlError> {
+        check_name("policy", name)?;
+        policy.validate()?;
+        let record = PolicyRecord { name: name.to_owned(), policy };
+        let mut transaction = self.db.begin().await?;
+        transaction.put_resource(&record).await?;
+        transaction.commit().await?;
+        self.changed.notify_waiters();
+        Ok(record)
+    }
+
+    /// A policy by name.
+    pub async fn policy(&self, name: &str) -> Result<PolicyRecord, ControlError> {
+        self.db.resource(name).await?.ok_or_else(|| ControlError::not_found("policy", name))
+    }
+
+    /// All policies.
+    pub async fn policies(&self) -> Result<Vec<PolicyRecord>, ControlError> {
+        Ok(self.db.resources().await?)
+    }
+
+    /// Removes a policy that nothing uses.
+    pub async fn remove_policy(&self, name: &str) -> Result<(), ControlError> {
+        self.policy(name).await?;
+        if let Some(item) = self.db.items().await?.iter().find(|item| item.policy.eq_ignore_ascii_case(name))
+        {
+            return Err(ControlError::Conflict(format!(
+                "policy '{name}' is used by the replicated item '{}'",
+                item.name
+            )));
+        }
+        let mappings = self.container_mappings().await?;
+        let mut transaction = self.db.begin().await?;
+        for mapping in mappings {
+            if mapping.policy.eq_ignore_ascii_case(name) {
+                transaction
+                    .remove_resource::<super::ContainerMappingRecord>(&Resource::name(&mapping))
+                    .await?;
+            }
+        }
+        transaction.remove_resource::<PolicyRecord>(name).await?;
+        Ok(transaction.commit().await?)
+    }
+}

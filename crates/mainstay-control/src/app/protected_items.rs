@@ -1,0 +1,372 @@
+//! Replicated items: protecting a VM, and every verb on what is protected.
+
+use mainstay_model::{
+    Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId, VmId,
+    replication_health, rpo_seconds,
+};
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::ProtectableItem;
+use crate::{
+    Control, ControlError,
+    db::{DiskRecord, ItemRecord, JobRecord, ReplicationRecord, TargetRecord},
+    jobs::JobRequest,
+    workflows::{
+        DisableParams, FailbackParams, FailoverParams, PointChoice, TestFailoverParams, UpdateParams,
+    },
+};
+
+/// Who asks, for the job and the audit trail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Requester(pub String);
+
+/// A request to protect a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnableRequest {
+    /// Name of the new item.
+    pub name: String,
+    /// The VM's fabric.
+    pub fabric: String,
+    /// The VM.
+    pub vm: VmId,
+    /// The policy; a container mapping with it says where to.
+    pub policy: String,
+    /// Keys of disks that are not replicated.
+    pub excluded_disks: Vec<String>,
+    /// What the recovery VM shall be; empty fields are filled in.
+    pub target: TargetRecord,
+}
+
+impl Control {
+    /// Begins to protect a VM.
+    pub async fn enable_protection(
+        self: &std::sync::Arc<Self>,
+        request: EnableRequest,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        super::check_name("replicated item", &request.name)?;
+        let found = self.protectable_items(&request.fabric).await?;
+        let ProtectableItem { vm, provider, fabric, item, why_not } =
+            found.into_iter().find(|found| found.vm.id == request.vm).ok_or_else(|| {
+                ControlError::NotFound { kind: "protectable item", name: request.vm.to_string() }
+            })?;
+        if item.is_some() {
+            return Err(ControlError::Conflict(format!(
+                "protection has already been enabled for '{}'",
+                vm.name
+            )));
+        }
+        if !why_not.is_empty() {
+            return Err(ControlError::invalid(
+                "NotProtectable",
+                format!("'{}' cannot be protected: {}", vm.name, why_not.join(" ")),
+                "Remove the causes, then refresh the host.",
+            ));
+        }
+        let policy = self.policy(&request.policy).await?;
+        let mapping = self
+            .container_mappings()
+            .await?
+            .into_iter()
+            .find(|mapping| {
+                mapping.fabric.eq_ignore_ascii_case(&fabric)
+                    && mapping.policy.eq_ignore_ascii_case(&policy.name)
+            })
+            .ok_or_else(|| {
+                ControlError::invalid(
+                    "NotMapped",
+                    format!(
+                        "fabric '{fabric}' is not mapped to a recovery site under policy '{}'",
+                        policy.name
+                    ),
+                    "Make a container mapping with this policy first.",
+                )
+            })?;
+        let recovery_provider = self.recovery_provider(&mapping.recovery_fabric).await?;
+        let excluded = |key: String| DiskRecord {
+            key,
+            size_bytes: 0,
+            format: String::new(),
+            is_os_disk: false,
+            is_included: false,
+        };
+        let record = ItemRecord {
+            id: ItemId(Uuid::new_v4()),
+            name: request.name,
+            vm_name: vm.name,
+            fabric,
+            primary_provider: provider,
+            recovery_fabric: mapping.recovery_fabric,
+            recovery_provider,
+            vm: request.vm,
+            policy: policy.name,
+            state: ItemState::new(),
+            disks: request.excluded_disks.into_iter().map(excluded).collect(),
+            target: request.target,
+            recovery_vm: None,
+            test_vm: None,
+            failover: None,
+            stand_down: None,
+            replication: ReplicationRecord::default(),
+            created_ms: self.clock.now_ms(),
+            last_failover_ms: None,
+            last_test_failover_ms: None,
+            version: 1,
+        };
+        let request =
+            JobRequest { operation: Operation::EnableProtection, params: Value::Null, requested_by: by.0 };
+        self.start_first_job(record, request).await
+    }
+
+    /// The host of a recovery fabric that is to carry a new item: the connected one with the most free space.
+    async fn recovery_provider(&self, fabric: &str) -> Result<ProviderId, ControlError> {
+        let providers = self.providers().await?;
+        providers
+            .iter()
+            .filter(|provider| provider.fabric.eq_ignore_ascii_case(fabric))
+            .max_by_key(|provider| {
+                let free_bytes = provider.discovery.as_ref().map_or(0, |discovery| discovery.host.free_bytes);
+                (self.sites.is_connected(provider.id), free_bytes)
+            })
+            .map(|provider| provider.id)
+            .ok_or_else(|| {
+                ControlError::invalid(
+                    "NoRecoveryHost",
+                    format!("no host is registered in the recovery fabric '{fabric}'"),
+                    "Register one with `mainstay host key` and `mainstay agent register`.",
+                )
+            })
+    }
+
+    /// An item of a fabric by its name.
+    pub async fn item_named(&self, fabric: &str, name: &str) -> Result<ItemRecord, ControlError> {
+        let items = self.db.items().await?;
+        items
+            .into_iter()
+            .find(|item| item.fabric.eq_ignore_ascii_case(fabric) && item.name.eq_ignore_ascii_case(name))
+            .ok_or_else(|| ControlError::not_found("replicated item", name))
+    }
+
+    /// Begins any operation whose parameters are ready.
+    async fn begin(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        operation: Operation,
+        params: impl serde::Serialize,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        let params = serde_json::to_value(params).map_err(|error| {
+            ControlError::invalid("InvalidParameters", error.to_string(), "Please report this.")
+        })?;
+        self.start_job(item.id, JobRequest { operation, params, requested_by: by.0 }).await
+    }
+
+    /// Refuses a choice of a point that does not exist before a job is made of it.
+    async fn check_point(&self, item: &ItemRecord, choice: PointChoice) -> Result<(), ControlError> {
+        let points = self.recovery_points(item).await?;
+        if let PointChoice::Point(id) = choice
+            && !points.iter().any(|point| PointId(point.id) == id)
+        {
+            return Err(ControlError::not_found("recovery point", id.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Begins a test failover.
+    pub async fn test_failover(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        params: TestFailoverParams,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.check_point(item, params.point).await?;
+        self.begin(item, Operation::TestFailover, params, by).await
+    }
+
+    /// Begins the clean-up of a test failover; `notes` are kept with the job.
+    pub async fn test_failover_cleanup(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        notes: &str,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.begin(item, Operation::TestFailoverCleanup, serde_json::json!({ "notes": notes }), by).await
+    }
+
+    /// Begins an unplanned failover.
+    pub async fn unplanned_failover(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        params: FailoverParams,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.check_point(item, params.point).await?;
+        self.begin(item, Operation::UnplannedFailover, params, by).await
+    }
+
+    /// Begins a planned failover to the recovery site.
+    pub async fn planned_failover(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        params: FailoverParams,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.begin(item, Operation::PlannedFailover, FailoverParams { shutdown_source: true, ..params }, by)
+            .await
+    }
+
+    /// Begins a failback.
+    pub async fn failback(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        params: FailbackParams,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        if let Some(host) = params.host {
+            let provider = self.provider(host).await?;
+            if !provider.fabric.eq_ignore_ascii_case(&item.fabric) {
+                return Err(ControlError::invalid(
+                    "HostOfOtherFabric",
+                    format!("host '{}' does not belong to fabric '{}'", provider.name, item.fabric),
+                    "Choose a host of the protected fabric.",
+                ));
+            }
+        }
+        self.begin(item, Operation::Failback, params, by).await
+    }
+
+    /// Begins to run another recovery point.
+    pub async fn change_recovery_point(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        point: PointChoice,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.check_point(item, point).await?;
+        let params = FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 0 };
+        self.begin(item, Operation::ChangeRecoveryPoint, params, by).await
+    }
+
+    /// Begins a commit.
+    pub async fn commit(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.begin(item, Operation::Commit, Value::Null, by).await
+    }
+
+    /// Begins reverse replication.
+    pub async fn reverse_replicate(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.begin(item, Operation::ReverseReplicate, Value::Null, by).await
+    }
+
+    /// Begins a resynchronization.
+    pub async fn resynchronize(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.begin(item, Operation::Resynchronize, Value::Null, by).await
+    }
+
+    /// Begins to change what the recovery VM shall be.
+    pub async fn update_item_target(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        target: TargetRecord,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        check_target(item, &target)?;
+        self.begin(item, Operation::UpdateProperties, UpdateParams { target }, by).await
+    }
+
+    /// Begins to disable replication. With `force`, sites that are away are not waited for.
+    pub async fn disable_protection(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+        force: bool,
+        by: Requester,
+    ) -> Result<JobRecord, ControlError> {
+        self.begin(item, Operation::DisableProtection, DisableParams { force }, by).await
+    }
+
+    /// Health, its reasons and the RPO in seconds of an item, as of now.
+    pub async fn item_health(
+        &self,
+        item: &ItemRecord,
+    ) -> Result<(Health, Vec<HealthError>, Option<i64>), ControlError> {
+        let now_ms = self.clock.now_ms();
+        let policy = self.policy(&item.policy).await?;
+        let evidence = Evidence {
+            last_point_ms: item.replication.last_point_ms,
+            replicating_since_ms: Some(item.created_ms),
+            last_error: item.replication.last_error.clone(),
+            is_agent_connected: self.sites.is_connected(item.primary_provider),
+        };
+        let (health, errors) = replication_health(&item.state, &policy.policy, &evidence, now_ms);
+        let rpo = if item.state.phase.is_replicating() {
+            rpo_seconds(evidence.last_point_ms, now_ms)
+        } else {
+            None
+        };
+        Ok((health, errors, rpo))
+    }
+}
+
+/// Smallest memory of a recovery VM: less boots nothing.
+const MEMORY_BYTES_MIN: u64 = 16 << 20;
+
+fn check_target(item: &ItemRecord, target: &TargetRecord) -> Result<(), ControlError> {
+    if target.name.trim().is_empty() {
+        return Err(ControlError::invalid("InvalidName", "the recovery VM needs a name", "Name it."));
+    }
+    if target.vcpus == Some(0) {
+        return Err(ControlError::invalid(
+            "InvalidSize",
+            "a VM needs at least one processor",
+            "Choose 1 or more.",
+        ));
+    }
+    if target.memory_bytes.is_some_and(|bytes| bytes < MEMORY_BYTES_MIN) {
+        return Err(ControlError::invalid(
+            "InvalidSize",
+            "a VM needs at least 16 MiB of memory",
+            "Choose more.",
+        ));
+    }
+    for nic in &target.nics {
+        if !item.target.nics.iter().any(|known| known.mac.eq_ignore_ascii_case(&nic.mac)) {
+            let known: Vec<_> = item.target.nics.iter().map(|nic| nic.mac.as_str()).collect();
+            return Err(ControlError::invalid(
+                "AdapterNotFound",
+                format!("'{}' has no adapter {}", item.vm_name, nic.mac),
+                format!("Its adapters are: {}.", known.join(", ")),
+            ));
+        }
+        if let Some(address) = &nic.address {
+            check_address(address)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_address(address: &str) -> Result<(), ControlError> {
+    let parsed = address.split_once('/').and_then(|(ip, prefix)| {
+        let ip: std::net::IpAddr = ip.parse().ok()?;
+        let prefix: u8 = prefix.parse().ok()?;
+        (prefix <= if ip.is_ipv4() { 32 } else { 128 }).then_some(())
+    });
+    parsed.ok_or_else(|| {
+        ControlError::invalid(
+            "InvalidAddress",
+            format!("'{address}' is not an address with a prefix length"),
+            "Write it like 10.0.0.7/24.",
+        )
+    })
+}

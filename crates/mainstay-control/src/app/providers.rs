@@ -1,0 +1,175 @@
+//! Recovery services providers: the agents of registered hosts, and the keys that register them.
+
+use mainstay_model::ProviderId;
+use mainstay_provider::{Discover, Discovery, NoProgress, call};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::tokens::{TokenSecret, digest, new_secret};
+use crate::{
+    Control, ControlError,
+    db::{Resource, ResourceKind},
+};
+
+/// A registered host's agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProviderRecord {
+    /// Identifier; the subject of its certificate.
+    pub id: ProviderId,
+    /// The host's name.
+    pub name: String,
+    /// Its fabric.
+    pub fabric: String,
+    /// When it was registered, milliseconds since the Unix epoch.
+    pub registered_ms: i64,
+    /// When it was last heard of.
+    pub last_seen_ms: i64,
+    /// The agent's version.
+    pub version: String,
+    /// What was last discovered on it.
+    pub discovery: Option<Discovery>,
+    /// When that was.
+    pub discovered_ms: Option<i64>,
+}
+
+impl Resource for ProviderRecord {
+    const KIND: ResourceKind = ResourceKind::Provider;
+
+    fn name(&self) -> String {
+        self.id.to_string()
+    }
+}
+
+/// A registration key as stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegistrationKeyRecord {
+    /// SHA-256 of the secret, hexadecimal.
+    pub digest: String,
+    /// The fabric it registers hosts in.
+    pub fabric: String,
+    /// When it stops to work, milliseconds since the Unix epoch.
+    pub expires_ms: i64,
+}
+
+impl Resource for RegistrationKeyRecord {
+    const KIND: ResourceKind = ResourceKind::RegistrationKey;
+
+    fn name(&self) -> String {
+        self.digest.clone()
+    }
+}
+
+/// How long a registration key is valid: five days, as in Site Recovery.
+pub const REGISTRATION_KEY_HOURS: i64 = 5 * 24;
+
+impl Control {
+    /// Makes a key that registers hosts in a fabric for five days.
+    pub async fn create_registration_key(
+        &self,
+        fabric: &str,
+    ) -> Result<(RegistrationKeyRecord, TokenSecret), ControlError> {
+        let fabric = self.fabric(fabric).await?;
+        let secret = new_secret();
+        let record = RegistrationKeyRecord {
+            digest: digest(&secret),
+            fabric: fabric.name,
+            expires_ms: self.clock.now_ms() + REGISTRATION_KEY_HOURS * 3_600_000,
+        };
+        let mut transaction = self.db.begin().await?;
+        transaction.put_resource(&record).await?;
+        transaction.commit().await?;
+        Ok((record, TokenSecret(secret)))
+    }
+
+    /// Registers a host that shows a valid key. A host that registers again under the same name keeps its identity.
+    pub async fn register_host(
+        &self,
+        secret: &str,
+        name: &str,
+        version: &str,
+    ) -> Result<ProviderRecord, ControlError> {
+        let key: RegistrationKeyRecord = self.db.resource(&digest(secret)).await?.ok_or_else(|| {
+            ControlError::invalid(
+                "RegistrationKeyInvalid",
+                "the registration key is not known to this server",
+                "Make a new one with `mainstay host key --fabric FABRIC` and copy it whole.",
+            )
+        })?;
+        let now_ms = self.clock.now_ms();
+        if now_ms >= key.expires_ms {
+            return Err(ControlError::invalid(
+                "RegistrationKeyExpired",
+                format!("the registration key of fabric '{}' has expired", key.fabric),
+                "Make a new one with `mainstay host key --fabric FABRIC`.",
+            ));
+        }
+        super::check_name("host", name)?;
+        let present: Vec<ProviderRecord> = self.db.resources().await?;
+        let present = present.into_iter().find(|provider| {
+            provider.name.eq_ignore_ascii_case(name) && provider.fabric.eq_ignore_ascii_case(&key.fabric)
+        });
+        let record = match present {
+            Some(present) => ProviderRecord { version: version.to_owned(), last_seen_ms: now_ms, ..present },
+            None => ProviderRecord {
+                id: ProviderId(Uuid::new_v4()),
+                name: name.to_owned(),
+                fabric: key.fabric,
+                registered_ms: now_ms,
+                last_seen_ms: now_ms,
+                version: version.to_owned(),
+                discovery: None,
+                discovered_ms: None,
+            },
+        };
+        let mut transaction = self.db.begin().await?;
+        transaction.put_resource(&record).await?;
+        transaction.commit().await?;
+        Ok(record)
+    }
+
+    /// All registered hosts.
+    pub async fn providers(&self) -> Result<Vec<ProviderRecord>, ControlError> {
+        Ok(self.db.resources().await?)
+    }
+
+    /// A registered host by identifier.
+    pub async fn provider(&self, id: ProviderId) -> Result<ProviderRecord, ControlError> {
+        self.db
+            .resource(&id.to_string())
+            .await?
+            .ok_or_else(|| ControlError::not_found("registered host", id.to_string()))
+    }
+
+    /// Removes a registered host; its certificate stops to work.
+    pub async fn remove_provider(&self, id: ProviderId) -> Result<(), ControlError> {
+        let provider = self.provider(id).await?;
+        let items = self.db.items().await?;
+        if let Some(item) =
+            items.iter().find(|item| item.primary_provider == id || item.recovery_provider == id)
+        {
+            return Err(ControlError::Conflict(format!(
+                "host '{}' still serves the replicated item '{}'",
+                provider.name, item.name
+            )));
+        }
+        let mut transaction = self.db.begin().await?;
+        transaction.remove_resource::<ProviderRecord>(&id.to_string()).await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Asks a host what is on it and keeps the answer.
+    pub async fn refresh_provider(&self, id: ProviderId) -> Result<Discovery, ControlError> {
+        let site = self.sites.get(id)?;
+        let discovery = call(&*site, Discover {}, &NoProgress).await?;
+        let now_ms = self.clock.now_ms();
+        let mut transaction = self.db.begin().await?;
+        if let Some(mut record) = transaction.resource::<ProviderRecord>(&id.to_string()).await? {
+            record.last_seen_ms = now_ms;
+            record.discovered_ms = Some(now_ms);
+            record.discovery = Some(discovery.clone());
+            transaction.put_resource(&record).await?;
+            transaction.commit().await?;
+        }
+        Ok(discovery)
+    }
+}

@@ -1,0 +1,240 @@
+//! Replicated items as stored.
+
+use mainstay_model::{CycleError, Generation, ItemId, ItemState, PointId, ProviderId, VmId};
+use mainstay_provider::NicPlan;
+use serde::{Deserialize, Serialize};
+use sqlx::Row as _;
+
+use super::{Db, DbError, Transaction, decode, encode};
+
+/// A replicated item. What is state by the model's rules is in `state`; the rest is configuration, identities of
+/// what was made for it, and evidence of what was seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ItemRecord {
+    /// Identifier, also the replica's in the store.
+    pub id: ItemId,
+    /// Name of the resource, chosen by the client.
+    pub name: String,
+    /// Name of the VM when last seen.
+    pub vm_name: String,
+    /// The fabric that protects it.
+    pub fabric: String,
+    /// The agent at home.
+    pub primary_provider: ProviderId,
+    /// The fabric that it is recovered in.
+    pub recovery_fabric: String,
+    /// The agent there.
+    pub recovery_provider: ProviderId,
+    /// The VM at home.
+    pub vm: VmId,
+    /// The replication policy's name.
+    pub policy: String,
+    /// The model's state.
+    pub state: ItemState,
+    /// All disks of the VM; position among the included ones = index in the store.
+    pub disks: Vec<DiskRecord>,
+    /// What the recovery VM shall be.
+    pub target: TargetRecord,
+    /// The recovery VM, from the failover until the commit of the failback.
+    pub recovery_vm: Option<VmCopy>,
+    /// The test copy.
+    pub test_vm: Option<VmCopy>,
+    /// The last failover.
+    pub failover: Option<FailoverRecord>,
+    /// The side that must be told that it is no longer active.
+    pub stand_down: Option<StandDownRecord>,
+    /// How replication goes.
+    pub replication: ReplicationRecord,
+    /// When it was created, milliseconds since the Unix epoch; so all times here.
+    pub created_ms: i64,
+    /// When a failover last succeeded.
+    pub last_failover_ms: Option<i64>,
+    /// When a test failover was last cleaned up.
+    pub last_test_failover_ms: Option<i64>,
+    /// Counts writes; managed by the database.
+    pub version: i64,
+}
+
+/// A disk of the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// The disk's key on the host.
+    pub key: String,
+    /// Virtual size in bytes when last seen.
+    pub size_bytes: u64,
+    /// Image format, for people.
+    pub format: String,
+    /// Whether the VM boots from it.
+    pub is_os_disk: bool,
+    /// Whether it is replicated.
+    pub is_included: bool,
+}
+
+/// What the recovery VM shall be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetRecord {
+    /// Its name.
+    pub name: String,
+    /// Virtual processors; `None` = as at home.
+    pub vcpus: Option<u32>,
+    /// Memory in bytes; `None` = as at home.
+    pub memory_bytes: Option<u64>,
+    /// The network after a failover, for adapters that say nothing else.
+    pub network: Option<String>,
+    /// The network of test copies; `None` = an isolated one of their own.
+    pub test_network: Option<String>,
+    /// What becomes of each adapter.
+    pub nics: Vec<NicPlan>,
+}
+
+/// A VM that was made from a recovery point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmCopy {
+    /// Its identifier at the recovery site.
+    pub vm: VmId,
+    /// The point it was made from.
+    pub point: PointId,
+    /// The moment that the point shows.
+    pub taken_at_ms: i64,
+    /// Whether its disks no longer need the store.
+    pub is_hydrated: bool,
+    /// Bytes copied out of the store.
+    pub bytes_done: u64,
+    /// Bytes to copy in all; 0 = not known yet.
+    pub bytes_total: u64,
+}
+
+/// What is known about the last failover.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailoverRecord {
+    /// Seconds between the moment of the point and the failover: what may be lost. 0 = nothing.
+    pub loss_seconds: i64,
+    /// Bytes that may be lost, estimated from the recent rate of change; `None` = not known.
+    pub loss_bytes: Option<u64>,
+    /// When the request was accepted.
+    pub requested_ms: i64,
+    /// When the recovery VM had been started.
+    pub started_ms: Option<i64>,
+}
+
+/// A side that must be told that it is no longer active.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandDownRecord {
+    /// Its agent.
+    pub provider: ProviderId,
+    /// Its VM.
+    pub vm: VmId,
+    /// The generation that is active elsewhere.
+    pub generation: Generation,
+}
+
+/// How replication goes: evidence, written by the replication reconciler alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicationRecord {
+    /// The newest durable recovery point.
+    pub last_point: Option<PointId>,
+    /// The moment it shows.
+    pub last_point_ms: Option<i64>,
+    /// The moment of the newest application-consistent one.
+    pub last_app_point_ms: Option<i64>,
+    /// When the last cycle began.
+    pub last_cycle_ms: Option<i64>,
+    /// When the next one is due at the earliest, after failures.
+    pub not_before_ms: Option<i64>,
+    /// Failed cycles in a row.
+    pub failures: u32,
+    /// The error of the last cycle, if it failed.
+    pub last_error: Option<CycleError>,
+    /// Bytes changed, summed over all cycles.
+    pub bytes_changed: u64,
+    /// Bytes that went over the data connection, summed over all cycles.
+    pub bytes_moved: u64,
+    /// Bytes changed per second between the last two points.
+    pub bytes_per_second: u64,
+    /// Percent of the initial replication that is done.
+    pub initial_percent: u32,
+}
+
+impl ItemRecord {
+    /// Keys of the replicated disks, in the order of the store.
+    pub fn included_disks(&self) -> Vec<String> {
+        self.disks.iter().filter(|disk| disk.is_included).map(|disk| disk.key.clone()).collect()
+    }
+}
+
+impl Db {
+    /// Reads an item.
+    pub async fn item(&self, id: ItemId) -> Result<Option<ItemRecord>, DbError> {
+        let row = sqlx::query("SELECT id, version, document FROM items WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(|row| read(&row)).transpose()
+    }
+
+    /// All items, by fabric and name.
+    pub async fn items(&self) -> Result<Vec<ItemRecord>, DbError> {
+        let rows = sqlx::query("SELECT id, version, document FROM items ORDER BY fabric, name")
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter().map(read).collect()
+    }
+}
+
+impl Transaction {
+    /// Reads an item.
+    pub async fn item(&mut self, id: ItemId) -> Result<Option<ItemRecord>, DbError> {
+        let row = sqlx::query("SELECT id, version, document FROM items WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(&mut *self.inner)
+            .await?;
+        row.map(|row| read(&row)).transpose()
+    }
+
+    /// Adds an item; a second one of the same name or VM is a conflict.
+    pub async fn insert_item(&mut self, item: &ItemRecord) -> Result<(), DbError> {
+        let result = sqlx::query(
+            "INSERT INTO items (id, name, fabric, vm, version, document) VALUES ($1, $2, $3, $4, 1, $5)
+             ON CONFLICT DO NOTHING",
+        )
+        .bind(item.id.to_string())
+        .bind(item.name.to_lowercase())
+        .bind(item.fabric.to_lowercase())
+        .bind(item.vm.to_string())
+        .bind(encode("item", &item.name, item)?)
+        .execute(&mut *self.inner)
+        .await?;
+        if result.rows_affected() == 0 {
+            return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
+        }
+        Ok(())
+    }
+
+    /// Writes an item that was read at `item.version`.
+    pub async fn update_item(&mut self, item: &ItemRecord) -> Result<(), DbError> {
+        let result = sqlx::query(
+            "UPDATE items SET version = version + 1, document = $1 WHERE id = $2 AND version = $3",
+        )
+        .bind(encode("item", &item.name, item)?)
+        .bind(item.id.to_string())
+        .bind(item.version)
+        .execute(&mut *self.inner)
+        .await?;
+        if result.rows_affected() == 0 {
+            return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
+        }
+        Ok(())
+    }
+
+    /// Removes an item.
+    pub async fn remove_item(&mut self, id: ItemId) -> Result<(), DbError> {
+        sqlx::query("DELETE FROM items WHERE id = $1").bind(id.to_string()).execute(&mut *self.inner).await?;
+        Ok(())
+    }
+}
+
+fn read(row: &sqlx::sqlite::SqliteRow) -> Result<ItemRecord, DbError> {
+    let mut item: ItemRecord = decode("item", row.try_get("id")?, row.try_get("document")?)?;
+    item.version = row.try_get("version")?;
+    Ok(item)
+}

@@ -1,0 +1,174 @@
+//! The database: the only module that knows SQL.
+//!
+//! Records are documents (JSON, one row each) with the few columns that are searched by. Every write of an item is
+//! conditional on the version that was read, so that two writers never overwrite each other. Placeholders
+//! are `$1`, types are `TEXT` and `BIGINT`: the text is the same for SQLite and PostgreSQL.
+
+mod events;
+mod items;
+mod jobs;
+mod resources;
+
+use std::{path::Path, time::Duration};
+
+use sqlx::{
+    Row as _, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+};
+
+pub use events::{AuditRecord, EventRecord};
+pub use items::{
+    DiskRecord, FailoverRecord, ItemRecord, ReplicationRecord, StandDownRecord, TargetRecord, VmCopy,
+};
+pub use jobs::{JobError, JobRecord, JobState, JobSummary, StepRecord};
+pub use resources::{Resource, ResourceKind};
+
+/// Why the database refused.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// The database itself failed.
+    #[error("the database failed")]
+    Sql(#[from] sqlx::Error),
+    /// A stored document cannot be read by this version.
+    #[error("the stored {kind} {key} cannot be read: {source}")]
+    Document {
+        /// What kind of record.
+        kind: &'static str,
+        /// Its key.
+        key: String,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// Somebody else wrote the record since it was read.
+    #[error("the {kind} {key} was changed by somebody else in the same moment; try again")]
+    Conflict {
+        /// What kind of record.
+        kind: &'static str,
+        /// Its key.
+        key: String,
+    },
+    /// The database was made by a newer version.
+    #[error(
+        "the database has schema {found}, this program knows up to {known}: install the newer version again"
+    )]
+    TooNew {
+        /// Version found.
+        found: i64,
+        /// Newest version this program knows.
+        known: i64,
+    },
+}
+
+/// The control plane's database.
+#[derive(Clone)]
+pub struct Db {
+    pool: SqlitePool,
+}
+
+/// A transaction; dropped without [`Transaction::commit`] it never was.
+pub struct Transaction {
+    inner: sqlx::Transaction<'static, sqlx::Sqlite>,
+}
+
+/// Each entry brings the schema from its index to the next version. Entries are never changed once released.
+const MIGRATIONS: &[&str] = &["
+    CREATE TABLE resources (
+        kind TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL, PRIMARY KEY (kind, name)
+    );
+    CREATE TABLE items (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, fabric TEXT NOT NULL, vm TEXT NOT NULL,
+        version BIGINT NOT NULL, document TEXT NOT NULL
+    );
+    CREATE UNIQUE INDEX items_name ON items (fabric, name);
+    CREATE UNIQUE INDEX items_vm ON items (fabric, vm);
+    CREATE TABLE jobs (
+        id TEXT PRIMARY KEY, item TEXT NOT NULL, state TEXT NOT NULL, created_ms BIGINT NOT NULL, document TEXT NOT NULL
+    );
+    CREATE INDEX jobs_state ON jobs (state);
+    CREATE INDEX jobs_created ON jobs (created_ms);
+    CREATE TABLE events (id TEXT PRIMARY KEY, time_ms BIGINT NOT NULL, item TEXT NOT NULL, document TEXT NOT NULL);
+    CREATE INDEX events_time ON events (time_ms);
+    CREATE TABLE audit (id TEXT PRIMARY KEY, time_ms BIGINT NOT NULL, document TEXT NOT NULL);
+    CREATE INDEX audit_time ON audit (time_ms);
+"];
+
+impl Db {
+    /// Opens (or makes) a database file and brings its schema up to date.
+    pub async fn open(path: &Path) -> Result<Self, DbError> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // What was answered to a client survives a power cut.
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(Duration::from_secs(10));
+        Self::with(SqlitePoolOptions::new().max_connections(8).connect_with(options).await?).await
+    }
+
+    /// A database in memory, for tests and simulations.
+    pub async fn in_memory() -> Result<Self, DbError> {
+        let options = SqliteConnectOptions::new().in_memory(true);
+        // One connection: each connection to memory is a database of its own.
+        let pool = SqlitePoolOptions::new()
+            .max_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .connect_with(options)
+            .await?;
+        Self::with(pool).await
+    }
+
+    async fn with(pool: SqlitePool) -> Result<Self, DbError> {
+        sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")
+            .execute(&pool)
+            .await?;
+        let row = sqlx::query("SELECT COALESCE(MAX(version), 0) AS version FROM schema_version")
+            .fetch_one(&pool)
+            .await?;
+        let found: i64 = row.try_get("version")?;
+        let known = MIGRATIONS.len() as i64;
+        if found > known {
+            return Err(DbError::TooNew { found, known });
+        }
+        for (index, migration) in MIGRATIONS.iter().enumerate().skip(found as usize) {
+            let mut transaction = pool.begin().await?;
+            sqlx::raw_sql(*migration).execute(&mut *transaction).await?;
+            sqlx::query("INSERT INTO schema_version (version) VALUES ($1)")
+                .bind(index as i64 + 1)
+                .execute(&mut *transaction)
+                .await?;
+            transaction.commit().await?;
+        }
+        Ok(Self { pool })
+    }
+
+    /// Begins a transaction.
+    pub async fn begin(&self) -> Result<Transaction, DbError> {
+        // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another one wrote.
+        Ok(Transaction { inner: self.pool.begin_with("BEGIN IMMEDIATE").await? })
+    }
+
+    /// Closes all connections; what was committed is on disk.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+impl Transaction {
+    /// Makes everything that was written in it durable at once.
+    pub async fn commit(self) -> Result<(), DbError> {
+        Ok(self.inner.commit().await?)
+    }
+}
+
+fn encode<T: serde::Serialize>(kind: &'static str, key: &str, document: &T) -> Result<String, DbError> {
+    serde_json::to_string(document).map_err(|source| DbError::Document { kind, key: key.to_owned(), source })
+}
+
+fn decode<T: serde::de::DeserializeOwned>(
+    kind: &'static str,
+    key: &str,
+    document: &str,
+) -> Result<T, DbError> {
+    serde_json::from_str(document).map_err(|source| DbError::Document { kind, key: key.to_owned(), source })
+}

@@ -1,0 +1,582 @@
+//! The engine: runs jobs step by step, as their logs say.
+//!
+//! Guarantees: (1) a step is written down before it begins and after it ended, together with what it changes in
+//! the item; (2) after a crash every job goes on where its log says; (3) a job ends Succeeded, or undone as Failed
+//! or Cancelled, or Stuck, which a person sees and can restart; (4) an item belongs to at most one job.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use mainstay_model::{
+    Ending, Event, Health, JobId, JobLog, Next, Operation, Outcome, Running, StepPlan, StepState, projection,
+};
+use mainstay_provider::Progress;
+use serde_json::Value;
+use tokio::sync::Notify;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use super::{Done, ItemChange, Step, StepContext, Task, Undone};
+use crate::{
+    Control, ControlError,
+    db::{ItemRecord, JobError, JobRecord, JobState, StepRecord},
+    workflows,
+};
+
+/// The job engine. Jobs run as tasks of the process; the database is what they are.
+#[derive(Default)]
+pub struct Engine {
+    active: Mutex<HashMap<JobId, Arc<Active>>>,
+    tasks: TaskTracker,
+    stopping: CancellationToken,
+    faults: Mutex<Option<Arc<dyn Faults>>>,
+    ended: Notify,
+}
+
+struct Active {
+    cancel: CancellationToken,
+    woken: Notify,
+    progress: Mutex<Progress>,
+}
+
+/// What a test makes happen around a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// The step is done twice.
+    Repeat,
+    /// The step reports failure after having been done.
+    FailAfter,
+    /// The process dies after the step was done and before that was written down.
+    StopAfter,
+    /// Somebody cancels the job while the step is being done.
+    Cancel,
+}
+
+/// Decides about faults; only tests install one.
+pub trait Faults: Send + Sync {
+    /// Asked before each step and each undo.
+    fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault;
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a request for a job says.
+pub struct JobRequest {
+    /// What to do.
+    pub operation: Operation,
+    /// The workflow's parameters.
+    pub params: Value,
+    /// Who asks.
+    pub requested_by: String,
+}
+
+impl Engine {
+    /// Installs faults, for tests.
+    pub fn set_faults(&self, faults: Option<Arc<dyn Faults>>) {
+        *lock(&self.faults) = faults;
+    }
+
+    /// Progress of the step that a job is at.
+    pub fn progress(&self, job: JobId) -> Option<Progress> {
+        lock(&self.active).get(&job).map(|active| lock(&active.progress).clone())
+    }
+
+    /// Whether a job is being carried out by this process.
+    pub fn is_active(&self, job: JobId) -> bool {
+        lock(&self.active).contains_key(&job)
+    }
+
+    /// Waits until no job is being carried out by this process (suspended ones count as carried out).
+    pub async fn wait_until_ended(&self, job: JobId) {
+        loop {
+            let ended = self.ended.notified();
+            if !self.is_active(job) {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    /// Stops all jobs where they are, as a crash would but orderly; [`Control::resume_jobs`] of the next process
+    /// goes on.
+    pub async fn stop(&self) {
+        self.stopping.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+impl Control {
+    /// Accepts a job: asks the model, writes the item and the job, starts the work. `prepare` may change the item
+    /// within the same transaction.
+    pub async fn start_job(
+        self: &Arc<Self>,
+        item: mainstay_model::ItemId,
+        request: JobRequest,
+    ) -> Result<JobRecord, ControlError> {
+        let mut transaction = self.db.begin().await?;
+        let mut record = transaction
+            .item(item)
+            .await?
+            .ok_or_else(|| ControlError::not_found("replicated item", item.to_string()))?;
+        let job = self.new_job(&record, request);
+        begin(&mut record, &job)?;
+        transaction.update_item(&record).await?;
+        transaction.put_job(&job).await?;
+        transaction.commit().await?;
+        self.launch(job.id);
+        Ok(job)
+    }
+
+    /// Accepts the job that creates an item: both are written together.
+    pub async fn start_first_job(
+        self: &Arc<Self>,
+        mut record: ItemRecord,
+        request: JobRequest,
+    ) -> Result<JobRecord, ControlError> {
+        let job = self.new_job(&record, request);
+        begin(&mut record, &job)?;
+        let mut transaction = self.db.begin().await?;
+        transaction.insert_item(&record).await?;
+        transaction.put_job(&job).await?;
+        transaction.commit().await?;
+        self.launch(job.id);
+        Ok(job)
+    }
+
+    fn new_job(&self, item: &ItemRecord, request: JobRequest) -> JobRecord {
+        let steps = workflows::steps(request.operation)
+            .iter()
+            .map(|step| StepRecord {
+                name: step.task.name.to_owned(),
+                state: StepState::NotStarted,
+                started_ms: None,
+                ended_ms: None,
+                attempts: 0,
+                output: Value::Null,
+                errors: Vec::new(),
+                progress: Progress::default(),
+            })
+            .collect();
+        JobRecord {
+            id: JobId(Uuid::now_v7()),
+            operation: request.operation,
+            item: item.id,
+            item_name: item.name.clone(),
+            vm_name: item.vm_name.clone(),
+            fabric: item.fabric.clone(),
+            params: request.params,
+            requested_by: request.requested_by,
+            state: JobState::InProgress,
+            is_cancel_requested: false,
+            created_ms: self.clock.now_ms(),
+            ended_ms: None,
+            steps,
+        }
+    }
+
+    /// Goes on with every job that is not over, after a start of the process.
+    pub async fn resume_jobs(self: &Arc<Self>) -> Result<usize, ControlError> {
+        let open = self.db.open_jobs().await?;
+        for job in &open {
+            tracing::info!(job = %job.id, operation = ?job.operation, item = job.item_name, "going on with a job");
+            self.launch(job.id);
+        }
+        Ok(open.len())
+    }
+
+    /// Asks to cancel a job.
+    pub async fn cancel_job(self: &Arc<Self>, id: JobId) -> Result<JobRecord, ControlError> {
+        let job = self
+            .change_job(id, |job| {
+                job_log(job).check_cancel().map_err(|reason| not_allowed(job, reason))?;
+                job.is_cancel_requested = true;
+                job.state = JobState::Cancelling;
+                Ok(())
+            })
+            .await?;
+        if let Some(active) = lock(&self.engine.active).get(&id) {
+            active.cancel.cancel();
+            active.woken.notify_one();
+        }
+        Ok(job)
+    }
+
+    /// Continues a job that waits for a person.
+    pub async fn resume_job(self: &Arc<Self>, id: JobId) -> Result<JobRecord, ControlError> {
+        let now_ms = self.clock.now_ms();
+        let job = self
+            .change_job(id, |job| {
+                let Next::Wait(step) = job_log(job).next() else {
+                    return Err(not_allowed(job, "the job does not wait for anybody"));
+                };
+                job.steps[step].state = StepState::Succeeded;
+                job.steps[step].ended_ms = Some(now_ms);
+                job.state = JobState::InProgress;
+                Ok(())
+            })
+            .await?;
+        match lock(&self.engine.active).get(&id) {
+            Some(active) => active.woken.notify_one(),
+            None => {
+                return Err(ControlError::Conflict(format!(
+                    "job {id} is not being carried out by this server"
+                )));
+            }
+        }
+        Ok(job)
+    }
+
+    /// Tries a stuck job again.
+    pub async fn restart_job(self: &Arc<Self>, id: JobId) -> Result<JobRecord, ControlError> {
+        let job = self
+            .change_job(id, |job| {
+                if job.state != JobState::Ended(Ending::Stuck) {
+                    return Err(not_allowed(job, "only a stuck job can be restarted"));
+                }
+                let mut log = job_log(job);
+                log.restart();
+                for (step, (_, state)) in job.steps.iter_mut().zip(log.steps) {
+                    step.state = state;
+                }
+                job.state = JobState::InProgress;
+                job.ended_ms = None;
+                Ok(())
+            })
+            .await?;
+        self.launch(id);
+        Ok(job)
+    }
+
+    async fn change_job(
+        &self,
+        id: JobId,
+        change: impl FnOnce(&mut JobRecord) -> Result<(), ControlError> + Send,
+    ) -> Result<JobRecord, ControlError> {
+        let mut transaction = self.db.begin().await?;
+        let mut job =
+            transaction.job(id).await?.ok_or_else(|| ControlError::not_found("job", id.to_string()))?;
+        change(&mut job)?;
+        transaction.put_job(&job).await?;
+        transaction.commit().await?;
+        Ok(job)
+    }
+
+    fn launch(self: &Arc<Self>, id: JobId) {
+        let active = Arc::new(Active {
+            cancel: CancellationToken::new(),
+            woken: Notify::new(),
+            progress: Mutex::new(Progress::default()),
+        });
+        if lock(&self.engine.active).insert(id, active.clone()).is_some() {
+            tracing::error!(job = %id, "a job was launched twice; the first run goes on alone");
+            return;
+        }
+        let control = self.clone();
+        self.engine.tasks.spawn(async move {
+            let work = control.run_job(id, &active);
+            let result = tokio::select! {
+                result = work => result,
+                () = control.engine.stopping.cancelled() => Ok(()),
+            };
+            if let Err(error) = result {
+                // The database is away: the job stays as it was last written and goes on after a restart.
+                tracing::error!(job = %id, %error, "a job could not be carried on");
+            }
+            lock(&control.engine.active).remove(&id);
+            control.engine.ended.notify_waiters();
+            control.changed.notify_waiters();
+        });
+    }
+
+    async fn run_job(self: &Arc<Self>, id: JobId, active: &Active) -> Result<(), ControlError> {
+        loop {
+            let job = self.db.job(id).await?.ok_or_else(|| ControlError::not_found("job", id.to_string()))?;
+            let steps = self.workflow_steps(&job);
+            match job_log_of(&job, &steps).next() {
+                Next::Run(index) => {
+                    if self.run_step(job, &steps[index], index, active).await?.is_break() {
+                        return Ok(());
+                    }
+                }
+                Next::Undo(index) => {
+                    if self.undo_step(job, &steps[index], index, active).await?.is_break() {
+                        return Ok(());
+                    }
+                }
+                Next::Wait(_) => {
+                    if job.state != JobState::Suspended {
+                        self.change_job(id, |job| {
+                            if matches!(job_log(job).next(), Next::Wait(_)) {
+                                job.state = JobState::Suspended;
+                            }
+                            Ok(())
+                        })
+                        .await?;
+                        self.changed.notify_waiters();
+                    }
+                    active.woken.notified().await;
+                }
+                Next::End(ending) => return self.end_job(id, ending).await,
+            }
+        }
+    }
+
+    /// The steps of a job's workflow. They depend on the phase that the item had when the job began, which is the phase
+    /// it has still: phases move when jobs end.
+    fn workflow_steps(&self, job: &JobRecord) -> Vec<Step> {
+        workflows::steps(job.operation)
+    }
+
+    async fn run_step(
+        self: &Arc<Self>,
+        job: JobRecord,
+        step: &Step,
+        index: usize,
+        active: &Active,
+    ) -> Result<std::ops::ControlFlow<()>, ControlError> {
+        let now_ms = self.clock.now_ms();
+        let job = self
+            .change_job(job.id, |job| {
+                let entry = &mut job.steps[index];
+                entry.state = StepState::Started;
+                entry.started_ms.get_or_insert(now_ms);
+                entry.attempts += 1;
+                Ok(())
+            })
+            .await?;
+        if job.is_cancel_requested {
+            return Ok(std::ops::ControlFlow::Continue(()));
+        }
+        *lock(&active.progress) = Progress::default();
+        let context = StepContext {
+            control: self,
+            job: &job,
+            index,
+            cancel: &active.cancel,
+            progress: &active.progress,
+        };
+        let fault = self.fault(&job, index, false);
+        tracing::info!(job = %job.id, item = job.item_name, step = step.task.name, "step begins");
+        let action = async {
+            if fault == Fault::Repeat {
+                step.action.run(&context).await?;
+            }
+            if fault == Fault::Cancel {
+                // A refusal is what the test looks for at steps beyond the point of no return.
+                let _ = self.cancel_job(job.id).await;
+            }
+            step.action.run(&context).await
+        };
+        let result = if step.is_point_of_no_return || job_log(&job).is_past_return() {
+            action.await
+        } else {
+            tokio::select! {
+                // Cancelling first: a step that is ready in the same moment is undone like any other.
+                biased;
+                () = active.cancel.cancelled() => return Ok(std::ops::ControlFlow::Continue(())),
+                result = action => result,
+            }
+        };
+        let result = match fault {
+            Fault::StopAfter => return Ok(std::ops::ControlFlow::Break(())),
+            Fault::FailAfter => {
+                result.and(Err(JobError::new("InjectedFault", "the test failed this step", "")))
+            }
+            _ => result,
+        };
+        let progress = lock(&active.progress).clone();
+        self.write_step(job.id, index, |entry, now_ms| {
+            entry.progress = progress;
+            match result {
+                Ok(done) if done.is_waiting => {
+                    entry.state = StepState::Waiting;
+                    (false, None)
+                }
+                Ok(Done { output, is_skipped, warnings, fences, change, .. }) => {
+                    entry.state = if is_skipped { StepState::Skipped } else { StepState::Succeeded };
+                    entry.ended_ms = Some(now_ms);
+                    entry.output = output;
+                    entry.errors = warnings;
+                    (fences, change)
+                }
+                Err(error) => {
+                    tracing::warn!(step = entry.name, code = error.code, "step failed: {}", error.message);
+                    entry.state = StepState::Failed;
+                    entry.ended_ms = Some(now_ms);
+                    entry.errors.push(error);
+                    (false, None)
+                }
+            }
+        })
+        .await?;
+        Ok(std::ops::ControlFlow::Continue(()))
+    }
+
+    async fn undo_step(
+        self: &Arc<Self>,
+        job: JobRecord,
+        step: &Step,
+        index: usize,
+        active: &Active,
+    ) -> Result<std::ops::ControlFlow<()>, ControlError> {
+        let job = self
+            .change_job(job.id, |job| {
+                job.steps[index].state = StepState::UndoStarted;
+                job.state = JobState::Cancelling;
+                Ok(())
+            })
+            .await?;
+        *lock(&active.progress) = Progress::default();
+        let never = CancellationToken::new();
+        let context =
+            StepContext { control: self, job: &job, index, cancel: &never, progress: &active.progress };
+        let fault = self.fault(&job, index, true);
+        tracing::info!(job = %job.id, item = job.item_name, step = step.task.name, "step is undone");
+        let result = async {
+            if fault == Fault::Repeat {
+                step.action.undo(&context).await?;
+            }
+            step.action.undo(&context).await
+        }
+        .await;
+        let result = match fault {
+            Fault::StopAfter => return Ok(std::ops::ControlFlow::Break(())),
+            Fault::FailAfter => {
+                result.and(Err(JobError::new("InjectedFault", "the test failed this undo", "")))
+            }
+            _ => result,
+        };
+        self.write_step(job.id, index, |entry, now_ms| match result {
+            Ok(Undone { fences, change }) => {
+                entry.state = StepState::Undone;
+                entry.ended_ms = Some(now_ms);
+                (fences, change)
+            }
+            Err(error) => {
+                tracing::error!(step = entry.name, code = error.code, "undo failed: {}", error.message);
+                entry.state = StepState::UndoFailed;
+                entry.errors.push(error);
+                (false, None)
+            }
+        })
+        .await?;
+        Ok(std::ops::ControlFlow::Continue(()))
+    }
+
+    fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {
+        lock(&self.engine.faults).as_ref().map_or(Fault::None, |faults| faults.fault(job, step, is_undo))
+    }
+
+    /// Writes a step's entry and what it changes in the item, in one transaction.
+    async fn write_step(
+        &self,
+        id: JobId,
+        index: usize,
+        write: impl FnOnce(&mut StepRecord, i64) -> (bool, Option<ItemChange>) + Send,
+    ) -> Result<(), ControlError> {
+        let now_ms = self.clock.now_ms();
+        let mut transaction = self.db.begin().await?;
+        let mut job =
+            transaction.job(id).await?.ok_or_else(|| ControlError::not_found("job", id.to_string()))?;
+        let (fences, change) = write(&mut job.steps[index], now_ms);
+        if (fences || change.is_some())
+            && let Some(mut item) = transaction.item(job.item).await?
+        {
+            if let Some(change) = change {
+                change(&mut item);
+            }
+            if fences && let Outcome::State(state) = item.state.apply(Event::Fence(id))? {
+                item.state = state;
+            }
+            transaction.update_item(&item).await?;
+        }
+        transaction.put_job(&job).await?;
+        transaction.commit().await?;
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    async fn end_job(self: &Arc<Self>, id: JobId, ending: Ending) -> Result<(), ControlError> {
+        let now_ms = self.clock.now_ms();
+        let mut transaction = self.db.begin().await?;
+        let mut job =
+            transaction.job(id).await?.ok_or_else(|| ControlError::not_found("job", id.to_string()))?;
+        job.state = JobState::Ended(ending);
+        job.ended_ms = Some(now_ms);
+        let event = match ending {
+            Ending::Succeeded => Some(Event::Succeed(id)),
+            Ending::Failed | Ending::Cancelled => Some(Event::Abandon(id)),
+            // The item stays with the job until a person has looked.
+            Ending::Stuck => None,
+        };
+        if let (Some(event), Some(mut item)) = (event, transaction.item(job.item).await?) {
+            match item.state.apply(event)? {
+                Outcome::Removed => transaction.remove_item(item.id).await?,
+                Outcome::State(state) => {
+                    item.state = state;
+                    workflows::note_ending(&mut item, job.operation, ending, now_ms);
+                    transaction.update_item(&item).await?;
+                }
+            }
+        }
+        transaction.put_job(&job).await?;
+        let (severity, word) = match ending {
+            Ending::Succeeded => (Health::Normal, "Succeeded"),
+            Ending::Failed => (Health::Warning, "Failed"),
+            Ending::Cancelled => (Health::Warning, "Cancelled"),
+            Ending::Stuck => (Health::Critical, "Stuck"),
+        };
+        let errors: Vec<_> =
+            job.steps.iter().flat_map(|step| &step.errors).map(|error| error.message.as_str()).collect();
+        let mut description = format!("{} - {word}", projection::scenario_name(job.operation));
+        if !errors.is_empty() {
+            description = format!("{description}: {}", errors.join("; "));
+        }
+        let event =
+            self.event("JobStatus", word, severity, description, job.vm_name.clone(), job.fabric.clone());
+        transaction.add_event(&event).await?;
+        transaction.commit().await?;
+        metrics::counter!("mainstay_jobs_ended", "operation" => format!("{:?}", job.operation), "ending" => word).increment(1);
+        tracing::info!(job = %id, operation = ?job.operation, item = job.item_name, ?ending, "job ended");
+        Ok(())
+    }
+}
+
+fn begin(item: &mut ItemRecord, job: &JobRecord) -> Result<(), ControlError> {
+    let running = Running { operation: job.operation, job: job.id };
+    if let Outcome::State(state) = item.state.apply(Event::Begin(running))? {
+        item.state = state;
+    }
+    Ok(())
+}
+
+fn not_allowed(job: &JobRecord, reason: &str) -> ControlError {
+    ControlError::NotAllowed { reason: format!("job {}: {reason}", job.id), allowed: Vec::new() }
+}
+
+/// The tasks of an operation's jobs, in the order of their step logs.
+pub fn tasks(operation: Operation) -> Vec<Task> {
+    workflows::steps(operation).into_iter().map(|step| step.task).collect()
+}
+
+/// The pure log of a job.
+pub fn job_log(job: &JobRecord) -> JobLog {
+    let steps = workflows::steps(job.operation);
+    job_log_of(job, &steps)
+}
+
+fn job_log_of(job: &JobRecord, steps: &[Step]) -> JobLog {
+    let steps = steps
+        .iter()
+        .zip(&job.steps)
+        .map(|(step, entry)| (StepPlan { is_point_of_no_return: step.is_point_of_no_return }, entry.state))
+        .collect();
+    JobLog { steps, is_cancel_requested: job.is_cancel_requested }
+}

@@ -1,0 +1,289 @@
+//! A workflow's step: what it is given, what it answers.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use mainstay_model::{ItemId, ProviderId};
+use mainstay_provider::{ErrorKind, Operation, Progress, ProgressSink, SiteError, call};
+use rand::Rng as _;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Control,
+    db::{ItemRecord, JobError, JobRecord},
+};
+
+/// A task's names as clients of the Site Recovery API know them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// `taskId`.
+    pub id: &'static str,
+    /// `name`; also the step's name in the log.
+    pub name: &'static str,
+    /// `friendlyName`.
+    pub friendly_name: &'static str,
+}
+
+/// A step of a workflow.
+pub struct Step {
+    /// Its names.
+    pub task: Task,
+    /// Whether the job can no longer be cancelled or undone once it has begun.
+    pub is_point_of_no_return: bool,
+    /// What it does.
+    pub action: Box<dyn StepAction>,
+}
+
+impl Step {
+    /// A step that can be undone.
+    pub fn new(
+        id: &'static str,
+        name: &'static str,
+        friendly_name: &'static str,
+        action: impl StepAction + 'static,
+    ) -> Self {
+        Self {
+            task: Task { id, name, friendly_name },
+            is_point_of_no_return: false,
+            action: Box::new(action),
+        }
+    }
+
+    /// The same as the point of no return.
+    #[must_use]
+    pub fn point_of_no_return(mut self) -> Self {
+        self.is_point_of_no_return = true;
+        self
+    }
+}
+
+/// What a step does. Both methods may run any number of times, also after having run in part.
+#[async_trait]
+pub trait StepAction: Send + Sync {
+    /// Does the step. Dropped when the job is cancelled.
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError>;
+
+    /// Puts back what the step did, wholly or in part.
+    async fn undo(&self, _step: &StepContext<'_>) -> Result<Undone, JobError> {
+        Ok(Undone::default())
+    }
+}
+
+/// A change to the item, written together with the step's log entry.
+pub type ItemChange = Box<dyn FnOnce(&mut ItemRecord) + Send>;
+
+/// What a step answers.
+#[derive(Default)]
+pub struct Done {
+    /// For later steps and for people.
+    pub output: Value,
+    /// It was not needed.
+    pub is_skipped: bool,
+    /// It waits for a person; `run` is called again when the job is resumed.
+    pub is_waiting: bool,
+    /// What went wrong all the same.
+    pub warnings: Vec<JobError>,
+    /// Raise the item's generation: whoever wrote before writes no more.
+    pub fences: bool,
+    /// What becomes of the item.
+    pub change: Option<ItemChange>,
+}
+
+impl Done {
+    /// A step with an output.
+    pub fn with(output: &impl Serialize) -> Result<Self, JobError> {
+        let output = serde_json::to_value(output).map_err(|error| {
+            JobError::new(
+                "InternalError",
+                format!("the step's output cannot be written: {error}"),
+                "Please report this.",
+            )
+        })?;
+        Ok(Self { output, ..Self::default() })
+    }
+
+    /// A step that was not needed.
+    pub fn skipped() -> Self {
+        Self { is_skipped: true, ..Self::default() }
+    }
+
+    /// A step that waits for a person.
+    pub fn waiting() -> Self {
+        Self { is_waiting: true, ..Self::default() }
+    }
+
+    /// Changes the item in the same transaction.
+    #[must_use]
+    pub fn changing(mut self, change: impl FnOnce(&mut ItemRecord) + Send + 'static) -> Self {
+        self.change = Some(Box::new(change));
+        self
+    }
+
+    /// Adds a warning.
+    #[must_use]
+    pub fn warning(mut self, warning: JobError) -> Self {
+        self.warnings.push(warning.as_warning());
+        self
+    }
+
+    /// Raises the item's generation in the same transaction.
+    #[must_use]
+    pub fn fencing(mut self) -> Self {
+        self.fences = true;
+        self
+    }
+}
+
+/// What an undo answers.
+#[derive(Default)]
+pub struct Undone {
+    /// Raise the item's generation.
+    pub fences: bool,
+    /// What becomes of the item.
+    pub change: Option<ItemChange>,
+}
+
+/// How long a site that is away, or busy, is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience(pub Duration);
+
+impl Patience {
+    /// Not at all.
+    pub const NONE: Self = Self(Duration::ZERO);
+    /// Through a restart of an agent or of its hypervisor's daemon.
+    pub const RESTART: Self = Self(Duration::from_secs(120));
+    /// Through an outage that a person must end; the job then fails and is undone.
+    pub const OUTAGE: Self = Self(Duration::from_secs(600));
+}
+
+/// What a step is given.
+pub struct StepContext<'a> {
+    /// The control plane.
+    pub control: &'a Arc<Control>,
+    /// The job as of the step's begin.
+    pub job: &'a JobRecord,
+    /// The step's index.
+    pub index: usize,
+    /// Set when somebody cancels the job.
+    pub cancel: &'a CancellationToken,
+    pub(super) progress: &'a Mutex<Progress>,
+}
+
+impl ProgressSink for StepContext<'_> {
+    fn report(&self, progress: Progress) {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+}
+
+impl StepContext<'_> {
+    /// The item's identifier.
+    pub fn item_id(&self) -> ItemId {
+        self.job.item
+    }
+
+    /// The item as it is now.
+    pub async fn item(&self) -> Result<ItemRecord, JobError> {
+        Ok(self.control.item(self.job.item).await?)
+    }
+
+    /// What was asked for.
+    pub fn params<T: DeserializeOwned>(&self) -> Result<T, JobError> {
+        read(&self.job.params, "the job's parameters")
+    }
+
+    /// What an earlier step answered; `None` if it was skipped or has not run.
+    pub fn output<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, JobError> {
+        match self.job.steps.iter().find(|step| step.name == name) {
+            Some(step) if !step.output.is_null() => read(&step.output, name).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// What an earlier step answered that must have run.
+    pub fn expect_output<T: DeserializeOwned>(&self, name: &str) -> Result<T, JobError> {
+        self.output(name)?.ok_or_else(|| {
+            JobError::new("InternalError", format!("step {name} has left no output"), "Please report this.")
+        })
+    }
+
+    /// Asks a site to carry out an operation, again and again while it is away or busy, for as long as `patience`.
+    pub async fn call<O: Operation + Clone + Send + 'static>(
+        &self,
+        provider: ProviderId,
+        operation: O,
+        patience: Patience,
+    ) -> Result<O::Answer, SiteError> {
+        call_patiently(self.control, provider, operation, patience, self).await
+    }
+}
+
+/// Asks a site to carry out an operation; see [`StepContext::call`].
+pub(crate) async fn call_patiently<O: Operation + Clone + Send + 'static>(
+    control: &Control,
+    provider: ProviderId,
+    operation: O,
+    patience: Patience,
+    progress: &dyn ProgressSink,
+) -> Result<O::Answer, SiteError> {
+    let deadline = tokio::time::Instant::now() + patience.0;
+    let mut delay = RETRY_DELAY_MIN;
+    loop {
+        let result = match control.sites.get(provider) {
+            Ok(site) => call(&*site, operation.clone(), progress).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Err(error)
+                if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Busy)
+                    && tokio::time::Instant::now() + delay < deadline =>
+            {
+                tracing::debug!(%provider, %error, "a site is away or busy; trying again");
+                let jitter = rand::rng().random_range(0.5..1.0);
+                tokio::time::sleep(delay.mul_f64(jitter)).await;
+                delay = (delay * 2).min(RETRY_DELAY_MAX);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// A lost connection is back after a tenth of a second when only a process was restarted.
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
+/// And looked for every five seconds at most when it takes longer.
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
+
+fn read<T: DeserializeOwned>(value: &Value, what: &str) -> Result<T, JobError> {
+    T::deserialize(value).map_err(|error| {
+        JobError::new(
+            "InternalError",
+            format!("{what} cannot be read by this version: {error}"),
+            "If the server was downgraded, install the newer version again.",
+        )
+    })
+}
+
+impl From<crate::ControlError> for JobError {
+    fn from(error: crate::ControlError) -> Self {
+        match error {
+            crate::ControlError::Site(error) => error.into(),
+            crate::ControlError::Invalid { code, message, remedy } => Self::new(code, message, remedy),
+            error @ crate::ControlError::NotFound { .. } => Self::new("NotFound", error.to_string(), ""),
+            error @ (crate::ControlError::NotAllowed { .. } | crate::ControlError::Conflict(_)) => {
+                Self::new("NotAllowed", error.to_string(), "Try again when the item is in another state.")
+            }
+            error @ crate::ControlError::Store(_) => Self::new(
+                "StoreError",
+                error.to_string(),
+                "Check the recovery site's storage, then restart the job.",
+            ),
+            error @ crate::ControlError::Db(_) => {
+                Self::new("DatabaseError", error.to_string(), "Check the server's data directory.")
+            }
+        }
+    }
+}

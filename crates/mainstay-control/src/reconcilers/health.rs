@@ -1,0 +1,30 @@
+//! A change of an item's health is an event.
+
+use std::sync::{Arc, PoisonError};
+
+use mainstay_model::Health;
+
+use crate::{Control, ControlError};
+
+impl Control {
+    pub(super) async fn reconcile_health(self: Arc<Self>) -> Result<(), ControlError> {
+        let items = self.db.items().await?;
+        for item in &items {
+            let (health, errors, rpo) = self.item_health(item).await?;
+            if let Some(rpo) = rpo {
+                metrics::gauge!("mainstay_item_rpo_seconds", "item" => item.name.clone()).set(rpo as f64);
+            }
+            let before =
+                self.health_told.lock().unwrap_or_else(PoisonError::into_inner).insert(item.id, health);
+            if before.unwrap_or(Health::Normal) == health {
+                continue;
+            }
+            let text = match errors.iter().max_by_key(|error| error.level) {
+                Some(worst) => format!("the health of '{}' is {health:?}: {}", item.vm_name, worst.message),
+                None => format!("the health of '{}' is Normal again", item.vm_name),
+            };
+            self.record_event(self.item_event(item, "HealthChanged", health, text)).await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,315 @@
+//! The replication schedule: every item that should replicate has a cycle at its copy frequency.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use mainstay_model::{
+    CycleError, Event, Health, ItemId, Operation, Outcome, Phase, ReplicationPolicy, SessionId,
+    retry_delay_seconds,
+};
+use mainstay_provider::{
+    Consistency, ErrorKind, Progress, ProgressSink, Replicate, Replicated, SiteError, call,
+};
+use tokio::{sync::watch, task::AbortHandle};
+use uuid::Uuid;
+
+use crate::{Control, ControlError, db::ItemRecord, jobs::JobRequest};
+
+/// Cycles under way in all: each holds a capture open on some host and a transfer into the store.
+const CYCLES_MAX: usize = 16;
+
+/// Replication cycles under way.
+#[derive(Default)]
+pub struct Cycles {
+    state: Mutex<CycleState>,
+}
+
+#[derive(Default)]
+struct CycleState {
+    running: HashMap<ItemId, Running>,
+    paused: HashSet<ItemId>,
+    progress: HashMap<ItemId, Progress>,
+}
+
+struct Running {
+    task: AbortHandle,
+    ended: watch::Receiver<bool>,
+}
+
+/// Keeps cycles of an item from beginning while it lives.
+pub struct CyclePause<'a> {
+    cycles: &'a Cycles,
+    item: ItemId,
+}
+
+impl Drop for CyclePause<'_> {
+    fn drop(&mut self) {
+        self.cycles.lock().paused.remove(&self.item);
+    }
+}
+
+impl Cycles {
+    fn lock(&self) -> std::sync::MutexGuard<'_, CycleState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cancels the item's cycle, if there is one, and waits until it is over.
+    pub async fn stop(&self, item: ItemId) {
+        let running =
+            self.lock().running.get(&item).map(|running| (running.task.clone(), running.ended.clone()));
+        if let Some((task, mut ended)) = running {
+            task.abort();
+            // An error means that the task is gone, which is what is waited for.
+            let _ = ended.wait_for(|ended| *ended).await;
+        }
+    }
+
+    /// Cancels all cycles.
+    pub(super) async fn stop_all(&self) {
+        let items: Vec<_> = self.lock().running.keys().copied().collect();
+        for item in items {
+            self.stop(item).await;
+        }
+    }
+
+    /// Keeps cycles of the item from beginning while the answer lives.
+    pub fn pause(&self, item: ItemId) -> CyclePause<'_> {
+        self.lock().paused.insert(item);
+        CyclePause { cycles: self, item }
+    }
+
+    /// Progress of the item's cycle, if there is one.
+    pub fn progress(&self, item: ItemId) -> Option<Progress> {
+        let state = self.lock();
+        state.running.contains_key(&item).then(|| state.progress.get(&item).cloned().unwrap_or_default())
+    }
+}
+
+/// Removes the cycle from the table when its task ends, however it ends.
+struct CycleEnd {
+    control: Arc<Control>,
+    item: ItemId,
+    ended: watch::Sender<bool>,
+}
+
+impl Drop for CycleEnd {
+    fn drop(&mut self) {
+        let mut state = self.control.cycles.lock();
+        state.running.remove(&self.item);
+        state.progress.remove(&self.item);
+        drop(state);
+        self.ended.send_replace(true);
+        self.control.changed.notify_waiters();
+    }
+}
+
+struct CycleProgress<'a> {
+    control: &'a Control,
+    item: ItemId,
+}
+
+impl ProgressSink for CycleProgress<'_> {
+    fn report(&self, progress: Progress) {
+        self.control.cycles.lock().progress.insert(self.item, progress);
+    }
+}
+
+/// Whether a cycle of the item is due. Pure, so that it can be tested and printed.
+fn is_due(item: &ItemRecord, policy: &ReplicationPolicy, now_ms: i64) -> bool {
+    if !item.state.is_replicating() {
+        return false;
+    }
+    if item.replication.not_before_ms.is_some_and(|not_before_ms| now_ms < not_before_ms) {
+        return false;
+    }
+    // Initial replication goes on at once after an interruption; deltas keep their rhythm.
+    item.replication.last_point_ms.is_none()
+        || item
+            .replication
+            .last_cycle_ms
+            .is_none_or(|last_ms| now_ms - last_ms >= i64::from(policy.copy_frequency_seconds) * 1000)
+}
+
+impl Control {
+    pub(super) async fn reconcile_replication(self: Arc<Self>) -> Result<(), ControlError> {
+        let now_ms = self.clock.now_ms();
+        let policies: HashMap<_, _> = self
+            .policies()
+            .await?
+            .into_iter()
+            .map(|record| (record.name.to_lowercase(), record.policy))
+            .collect();
+        for item in self.db.items().await? {
+            if item.state.phase == Phase::FinalizingProtection && item.state.running.is_none() {
+                self.finalize(&item).await?;
+            }
+            let Some(policy) = policies.get(&item.policy.to_lowercase()) else { continue };
+            if is_due(&item, policy, now_ms) && self.sites.is_connected(item.primary_provider) {
+                self.begin_cycle(&item, *policy);
+            }
+        }
+        Ok(())
+    }
+
+    async fn finalize(self: &Arc<Self>, item: &ItemRecord) -> Result<(), ControlError> {
+        let request = JobRequest {
+            operation: Operation::FinalizeProtection,
+            params: serde_json::Value::Null,
+            requested_by: "Mainstay".to_owned(),
+        };
+        match self.start_job(item.id, request).await {
+            // Somebody began another operation in the same moment; the next pass looks again.
+            Err(ControlError::NotAllowed { .. } | ControlError::Conflict(_)) => Ok(()),
+            result => result.map(|_| ()),
+        }
+    }
+
+    fn begin_cycle(self: &Arc<Self>, item: &ItemRecord, policy: ReplicationPolicy) {
+        let mut state = self.cycles.lock();
+        if state.running.contains_key(&item.id)
+            || state.paused.contains(&item.id)
+            || state.running.len() >= CYCLES_MAX
+        {
+            return;
+        }
+        let (ended, watching) = watch::channel(false);
+        let end = CycleEnd { control: self.clone(), item: item.id, ended };
+        let (control, id) = (self.clone(), item.id);
+        let task = tokio::spawn(async move {
+            let _end = end;
+            if let Err(error) = control.run_cycle(id, policy).await {
+                tracing::warn!(item = %id, %error, "a replication cycle could not be written down");
+            }
+        });
+        state.running.insert(item.id, Running { task: task.abort_handle(), ended: watching });
+    }
+
+    async fn run_cycle(self: &Arc<Self>, id: ItemId, policy: ReplicationPolicy) -> Result<(), ControlError> {
+        let started_ms = self.clock.now_ms();
+        let item = self.item(id).await?;
+        // Read again after the cycle was entered in the table: from here on `Cycles::stop` reaches it.
+        if !item.state.is_replicating() {
+            return Ok(());
+        }
+        let site = match self.sites.get(item.primary_provider) {
+            Ok(site) => site,
+            Err(_) => return Ok(()),
+        };
+        let operation = Replicate {
+            item: id,
+            generation: item.state.generation,
+            session: SessionId(Uuid::now_v7()),
+            parent: self.head(id).await?,
+            application_consistent: policy
+                .wants_app_consistent(item.replication.last_app_point_ms, started_ms),
+            compare_all: false,
+            bytes_per_second_max: policy.bytes_per_second_max,
+        };
+        let sink = CycleProgress { control: self, item: id };
+        match call(&*site, operation, &sink).await {
+            Ok(replicated) => self.cycle_succeeded(id, started_ms, &replicated).await,
+            Err(error) => self.cycle_failed(id, started_ms, error).await,
+        }
+    }
+
+    async fn cycle_succeeded(
+        &self,
+        id: ItemId,
+        started_ms: i64,
+        replicated: &Replicated,
+    ) -> Result<(), ControlError> {
+        metrics::counter!("mainstay_replication_bytes_changed").increment(replicated.bytes_changed);
+        metrics::counter!("mainstay_replication_bytes_moved").increment(replicated.bytes_moved);
+        metrics::counter!("mainstay_replication_cycles", "result" => "succeeded").increment(1);
+        let recovered = self
+            .change_item(id, |item| {
+                let record = &mut item.replication;
+                let recovered = record.last_error.take();
+                if let Some(last_ms) = record.last_point_ms
+                    && replicated.taken_at_ms > last_ms
+                {
+                    let elapsed_ms = (replicated.taken_at_ms - last_ms).unsigned_abs();
+                    record.bytes_per_second = replicated.bytes_changed.saturating_mul(1000) / elapsed_ms;
+                }
+                record.last_point = Some(replicated.point);
+                record.last_point_ms = Some(replicated.taken_at_ms);
+                if replicated.consistency == Consistency::Application {
+                    record.last_app_point_ms = Some(replicated.taken_at_ms);
+                }
+                record.last_cycle_ms = Some(started_ms);
+                record.not_before_ms = None;
+                record.failures = 0;
+                record.bytes_changed += replicated.bytes_changed;
+                record.bytes_moved += replicated.bytes_moved;
+                record.initial_percent = 100;
+                if let Outcome::State(state) = item.state.apply(Event::PointReached)? {
+                    item.state = state;
+                }
+                Ok(recovered)
+            })
+            .await?;
+        let item = self.item(id).await?;
+        if let Some(error) = recovered {
+            let text = format!("replication of '{}' goes on after: {}", item.vm_name, error.message);
+            self.record_event(self.item_event(&item, "ReplicationRecovered", Health::Normal, text)).await?;
+        }
+        if let Some(reason) = &replicated.resynchronized {
+            let text = format!("'{}' was resynchronized by comparing hashes: {reason}", item.vm_name);
+            self.record_event(self.item_event(&item, "Resynchronized", Health::Normal, text)).await?;
+        }
+        if !replicated.note.is_empty() {
+            let text = format!(
+                "the recovery point of '{}' is crash-consistent only: {}",
+                item.vm_name, replicated.note
+            );
+            self.record_event(self.item_event(&item, "NotAppConsistent", Health::Warning, text)).await?;
+        }
+        Ok(())
+    }
+
+    async fn cycle_failed(&self, id: ItemId, started_ms: i64, error: SiteError) -> Result<(), ControlError> {
+        metrics::counter!("mainstay_replication_cycles", "result" => "failed").increment(1);
+        // A lost connection is the agent's to bring back, and a fenced writer has been overtaken by an operation.
+        if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Cancelled | ErrorKind::Fenced) {
+            tracing::info!(item = %id, %error, "a replication cycle was interrupted");
+            return Ok(());
+        }
+        let now_ms = self.clock.now_ms();
+        let transient = error.is_transient();
+        let is_new = self
+            .change_item(id, |item| {
+                let record = &mut item.replication;
+                record.failures += 1;
+                record.last_cycle_ms = Some(started_ms);
+                let delay_seconds = if error.kind == ErrorKind::NoSpace {
+                    // Space comes back when somebody makes some; looking costs nothing.
+                    NO_SPACE_RETRY_SECONDS
+                } else {
+                    retry_delay_seconds(record.failures)
+                };
+                record.not_before_ms = Some(now_ms + i64::from(delay_seconds) * 1000);
+                let cycle_error = CycleError {
+                    code: format!("{:?}", error.kind),
+                    message: error.message.clone(),
+                    remedy: error.remedy.clone(),
+                    is_transient: transient && error.kind != ErrorKind::NoSpace,
+                };
+                let is_new = record.last_error.as_ref() != Some(&cycle_error);
+                record.last_error = Some(cycle_error);
+                Ok(is_new)
+            })
+            .await?;
+        if is_new {
+            let item = self.item(id).await?;
+            let severity = if transient { Health::Warning } else { Health::Critical };
+            let text = format!("replication of '{}' failed: {error} {}", item.vm_name, error.remedy);
+            self.record_event(self.item_event(&item, "ReplicationFailed", severity, text)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// How often a full site is tried again.
+const NO_SPACE_RETRY_SECONDS: u32 = 10;

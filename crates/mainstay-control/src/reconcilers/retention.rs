@@ -1,0 +1,69 @@
+//! Recovery points are kept as long as the policy says, and the store is kept in order.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use mainstay_model::{PointAge, PointId, expired_points};
+use mainstay_store::{Consistency, PointInfo};
+
+use crate::{Control, ControlError, db::ItemRecord, workflows::point_time_ms};
+
+/// How long events and audit records are kept: three months.
+const HISTORY_MS: i64 = 90 * 24 * 3_600_000;
+
+impl Control {
+    pub(super) async fn reconcile_retention(self: Arc<Self>) -> Result<(), ControlError> {
+        let now_ms = self.clock.now_ms();
+        for item in self.db.items().await? {
+            if item.state.is_replicating() {
+                self.expire_points(&item, now_ms).await?;
+            }
+        }
+        self.maintain_store(now_ms).await?;
+        let mut transaction = self.db.begin().await?;
+        transaction.trim_history(now_ms - HISTORY_MS).await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    // Boxed, as `maintain_store`: the compiler cannot prove the unboxed futures `Send` (rust-lang/rust#102211).
+    fn expire_points<'a>(
+        &'a self,
+        item: &'a ItemRecord,
+        now_ms: i64,
+    ) -> BoxFuture<'a, Result<(), ControlError>> {
+        Box::pin(async move {
+            let policy = self.policy(&item.policy).await?.policy;
+            let points = self.recovery_points(item).await?;
+            let ages: Vec<_> = points.iter().map(point_age).collect();
+            let expired: Vec<_> =
+                expired_points(&ages, &policy, now_ms).into_iter().map(|point| point.0).collect();
+            if !expired.is_empty() {
+                tracing::info!(item = %item.id, count = expired.len(), "recovery points have expired");
+                self.store.delete_points(item.id.0, &expired).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn maintain_store(&self, now_ms: i64) -> BoxFuture<'_, Result<(), ControlError>> {
+        Box::pin(async move {
+            for replica in self.store.replicas().await? {
+                let report = self.store.maintain(replica, now_ms.unsigned_abs()).await?;
+                if report.bytes_deleted > 0 {
+                    tracing::info!(%replica, bytes = report.bytes_deleted, "space came back in the store");
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+fn point_age(point: &PointInfo) -> PointAge {
+    PointAge {
+        point: PointId(point.id),
+        taken_at_ms: point_time_ms(point),
+        is_app_consistent: point.consistency == Consistency::App,
+        is_held: point.pins > 0,
+    }
+}

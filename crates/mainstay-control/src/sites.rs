@@ -1,0 +1,45 @@
+//! The agents that are connected now.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use mainstay_model::ProviderId;
+use mainstay_provider::{ErrorKind, Site, SiteError};
+
+/// Connected agents by identifier. The newest connection of an agent wins.
+#[derive(Default)]
+pub struct SiteDirectory {
+    connected: RwLock<HashMap<ProviderId, Arc<dyn Site>>>,
+}
+
+impl SiteDirectory {
+    /// An agent has connected.
+    pub fn insert(&self, provider: ProviderId, site: Arc<dyn Site>) {
+        self.connected.write().unwrap_or_else(PoisonError::into_inner).insert(provider, site);
+    }
+
+    /// The connection is gone; a newer one of the same agent stays.
+    pub fn remove(&self, provider: ProviderId, site: &Arc<dyn Site>) {
+        let mut connected = self.connected.write().unwrap_or_else(PoisonError::into_inner);
+        if connected.get(&provider).is_some_and(|present| Arc::ptr_eq(present, site)) {
+            connected.remove(&provider);
+        }
+    }
+
+    /// The agent, if it is connected.
+    pub fn get(&self, provider: ProviderId) -> Result<Arc<dyn Site>, SiteError> {
+        self.connected.read().unwrap_or_else(PoisonError::into_inner).get(&provider).cloned().ok_or_else(
+            || {
+                SiteError::new(ErrorKind::Unavailable, format!("agent {provider} is not connected"))
+                    .with_remedy("Check that the host, its agent and the network to the server are up.")
+            },
+        )
+    }
+
+    /// Whether the agent is connected.
+    pub fn is_connected(&self, provider: ProviderId) -> bool {
+        self.connected.read().unwrap_or_else(PoisonError::into_inner).contains_key(&provider)
+    }
+}

@@ -1,0 +1,116 @@
+//! Disable replication: the VM that is active stays as it is; everything of ours goes.
+
+use async_trait::async_trait;
+use mainstay_model::Location;
+use mainstay_provider::{Hydrate, PowerOffVm, RemoveRecoveryVm, SiteError, Unprotect};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ControlError,
+    db::JobError,
+    jobs::{Done, Patience, Step, StepAction, StepContext},
+};
+
+/// How thorough to be.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct DisableParams {
+    /// Do not wait for sites that are away; what is left there must be removed by hand.
+    pub(crate) force: bool,
+}
+
+pub(super) fn steps() -> Vec<Step> {
+    vec![
+        Step::new(
+            "DisableProtectionPreflightChecksTask",
+            "DisableProtectionPrerequisitesCheck",
+            "Prerequisites check for disabling protection",
+            LetGo,
+        ),
+        Step::new("DisableProtectionTask", "DisableProtection", "Disable replication", RemoveTraces)
+            .point_of_no_return(),
+        Step::new("CleanupStorageTask", "VmCleanupStorage", "Remove the recovery points", RemoveReplica),
+    ]
+}
+
+/// A recovery VM that is active must have all its bytes before the store loses them.
+struct LetGo;
+
+#[async_trait]
+impl StepAction for LetGo {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        if item.state.phase.active_location() == Location::Primary {
+            return Ok(Done::skipped());
+        }
+        let Some(copy) = item.recovery_vm else { return Ok(Done::skipped()) };
+        loop {
+            let hydrate = Hydrate { item: item.id, vm: copy.vm };
+            let hydration = step.call(item.recovery_provider, hydrate, Patience::RESTART).await?;
+            if hydration.is_complete {
+                return Ok(Done::default().changing(|item| {
+                    if let Some(copy) = &mut item.recovery_vm {
+                        copy.is_hydrated = true;
+                    }
+                }));
+            }
+            mainstay_provider::ProgressSink::report(
+                step,
+                mainstay_provider::Progress {
+                    phase: "Copying the recovery VM's disks out of the store".to_owned(),
+                    bytes_done: hydration.bytes_done,
+                    bytes_total: hydration.bytes_total,
+                    bytes_moved: 0,
+                },
+            );
+            tokio::time::sleep(HYDRATION_POLL).await;
+        }
+    }
+}
+
+/// How often an unfinished hydration is looked at.
+const HYDRATION_POLL: std::time::Duration = std::time::Duration::from_millis(500);
+
+struct RemoveTraces;
+
+#[async_trait]
+impl StepAction for RemoveTraces {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        let DisableParams { force } = step.params()?;
+        step.control.cycles.stop(item.id).await;
+        let patience = if force { Patience::NONE } else { Patience::OUTAGE };
+        let mut done = Done::default();
+        let mut forgive = |result: Result<(), SiteError>| match result {
+            Err(error) if force => {
+                let warning =
+                    JobError::new("LeftBehind", error.message, "Remove what is left at that site by hand.");
+                done.warnings.push(warning.as_warning());
+                Ok(())
+            }
+            result => result,
+        };
+        forgive(step.call(item.primary_provider, Unprotect { item: item.id }, patience).await)?;
+        let obsolete = match item.state.phase.active_location() {
+            // The stopped remains of a failback that was never committed.
+            Location::Primary => item.recovery_vm,
+            Location::Recovery => None,
+        };
+        for copy in item.test_vm.into_iter().chain(obsolete) {
+            forgive(step.call(item.recovery_provider, PowerOffVm { vm: copy.vm }, patience).await)?;
+            let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
+            forgive(step.call(item.recovery_provider, remove, patience).await)?;
+        }
+        forgive(step.call(item.recovery_provider, Unprotect { item: item.id }, patience).await)?;
+        Ok(done)
+    }
+}
+
+struct RemoveReplica;
+
+#[async_trait]
+impl StepAction for RemoveReplica {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        step.control.store.delete_replica(step.item_id().0).await.map_err(ControlError::from)?;
+        Ok(Done::default())
+    }
+}

@@ -1,0 +1,237 @@
+//! Enable replication, and its completion after the first recovery point.
+
+use async_trait::async_trait;
+use mainstay_provider::{
+    Discover, Examine, FindingSeverity, MacPolicy, NetworkKind, NicPlan, Protect, Unprotect,
+};
+use serde::{Deserialize, Serialize};
+
+use super::points::PointChoice;
+use crate::{
+    db::{DiskRecord, JobError},
+    jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
+};
+
+pub(super) fn steps() -> Vec<Step> {
+    vec![
+        Step::new(
+            "EnableProtectionPreflightChecksTask",
+            CHECK,
+            "Prerequisites check for enabling protection",
+            CheckPrerequisites,
+        ),
+        Step::new("CreateProtectionTargetTask", TARGET, "Identifying the replication target", IdentifyTarget),
+        Step::new("EnableProtectionTask", "EnableProtection", "Enable replication", EnableReplication),
+        Step::new(
+            "StartInitialReplicationTask",
+            "VmStartInitialReplication",
+            "Starting initial replication",
+            StartInitialReplication,
+        ),
+        Step::new("UpdateDraStateTask", "UpdateDraState", "Updating the provider states", UpdateProviders),
+    ]
+}
+
+pub(super) fn finalize_steps() -> Vec<Step> {
+    vec![Step::new(
+        "IrCompletionTask",
+        "VmIrCompletion",
+        "Finalize protection on the virtual machine",
+        FinalizeProtection,
+    )]
+}
+
+const CHECK: &str = "EnableProtectionPrerequisitesCheck";
+const TARGET: &str = "CreateProtectionTarget";
+
+#[derive(Serialize, Deserialize)]
+struct Checked {
+    vm_name: String,
+    disks: Vec<DiskRecord>,
+    /// MAC address and network of each adapter.
+    nics: Vec<(String, String)>,
+}
+
+struct CheckPrerequisites;
+
+#[async_trait]
+impl StepAction for CheckPrerequisites {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        let examined = step.call(item.primary_provider, Examine { vm: item.vm }, Patience::RESTART).await?;
+        let errors: Vec<_> = examined
+            .vm
+            .findings
+            .iter()
+            .filter(|finding| finding.severity == FindingSeverity::Error)
+            .collect();
+        if let Some(first) = errors.first() {
+            let all: Vec<_> = errors.iter().map(|finding| finding.message.as_str()).collect();
+            return Err(JobError::new(&first.code, all.join("; "), first.remedy.clone()));
+        }
+        // What the request excluded; `item.disks` holds only that until now.
+        let excluded: Vec<_> =
+            item.disks.iter().filter(|disk| !disk.is_included).map(|disk| disk.key.clone()).collect();
+        if let Some(unknown) =
+            excluded.iter().find(|key| !examined.vm.disks.iter().any(|disk| disk.key == **key))
+        {
+            let known: Vec<_> = examined.vm.disks.iter().map(|disk| disk.key.as_str()).collect();
+            return Err(JobError::new(
+                "DiskNotFound",
+                format!("'{}' has no disk '{unknown}' to exclude", examined.vm.name),
+                format!("Its disks are: {}.", known.join(", ")),
+            ));
+        }
+        let disks: Vec<_> = examined
+            .vm
+            .disks
+            .iter()
+            .map(|disk| DiskRecord {
+                key: disk.key.clone(),
+                size_bytes: disk.size_bytes,
+                format: format!("{:?}", disk.format),
+                is_os_disk: disk.is_os_disk,
+                is_included: !excluded.contains(&disk.key),
+            })
+            .collect();
+        if !disks.iter().any(|disk| disk.is_included) {
+            return Err(JobError::new(
+                "NoDisk",
+                format!("no disk of '{}' would be replicated", examined.vm.name),
+                "Exclude fewer disks.",
+            ));
+        }
+        if let Some(disk) = examined.vm.disks.iter().find(|disk| {
+            !disk.is_replicable && disks.iter().any(|record| record.key == disk.key && record.is_included)
+        }) {
+            return Err(JobError::new(
+                "DiskNotReplicable",
+                format!("disk '{}' of '{}' cannot be replicated", disk.key, examined.vm.name),
+                "Exclude it, or convert it to a raw or qcow2 image.",
+            ));
+        }
+        let nics = examined.vm.nics.iter().map(|nic| (nic.mac.clone(), nic.network.clone())).collect();
+        let mut done = Done::with(&Checked { vm_name: examined.vm.name, disks, nics })?;
+        for finding in
+            examined.vm.findings.iter().filter(|finding| finding.severity == FindingSeverity::Warning)
+        {
+            done =
+                done.warning(JobError::new(&finding.code, finding.message.clone(), finding.remedy.clone()));
+        }
+        Ok(done)
+    }
+}
+
+struct IdentifyTarget;
+
+#[async_trait]
+impl StepAction for IdentifyTarget {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        let checked: Checked = step.expect_output(CHECK)?;
+        let target = step.call(item.recovery_provider, Discover {}, Patience::RESTART).await?;
+        let production = |name: &str| {
+            target
+                .inventory
+                .networks
+                .iter()
+                .any(|network| network.name == name && network.kind == NetworkKind::Production)
+        };
+        let mut done = Done::default();
+        let mut nics = Vec::new();
+        for (mac, network) in checked.nics {
+            let plan = NicPlan {
+                mac: mac.clone(),
+                network: production(&network).then(|| network.clone()),
+                mac_policy: MacPolicy::Keep,
+                address: None,
+            };
+            if plan.network.is_none() && !network.is_empty() {
+                done = done.warning(JobError::new(
+                    "NetworkNotMapped",
+                    format!("the recovery site has no network '{network}' for adapter {mac}; it would not be connected"),
+                    "Choose a network of the recovery site in the item's network settings.",
+                ));
+            }
+            nics.push(plan);
+        }
+        Ok(done.changing(move |item| {
+            item.vm_name = checked.vm_name;
+            item.disks = checked.disks;
+            if item.target.name.is_empty() {
+                item.target.name.clone_from(&item.vm_name);
+            }
+            if item.target.nics.is_empty() {
+                item.target.nics = nics;
+            }
+        }))
+    }
+}
+
+struct EnableReplication;
+
+#[async_trait]
+impl StepAction for EnableReplication {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        let protect = Protect {
+            item: item.id,
+            vm: item.vm,
+            disks: item.included_disks(),
+            generation: item.state.generation,
+        };
+        step.call(item.primary_provider, protect, Patience::RESTART).await?;
+        Ok(Done::default())
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        let item = step.item().await?;
+        step.call(item.primary_provider, Unprotect { item: item.id }, Patience::OUTAGE).await?;
+        Ok(Undone::default())
+    }
+}
+
+/// The transfer itself is the replication reconciler's: it begins when this job ends, and may take days.
+struct StartInitialReplication;
+
+#[async_trait]
+impl StepAction for StartInitialReplication {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        step.control
+            .store
+            .raise_generation(item.id.0, item.state.generation.0)
+            .await
+            .map_err(crate::ControlError::from)?;
+        Ok(Done::default())
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        step.control.store.delete_replica(step.item_id().0).await.map_err(crate::ControlError::from)?;
+        Ok(Undone::default())
+    }
+}
+
+struct UpdateProviders;
+
+#[async_trait]
+impl StepAction for UpdateProviders {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        step.control.refresh_provider(item.primary_provider).await?;
+        Ok(Done::default())
+    }
+}
+
+struct FinalizeProtection;
+
+#[async_trait]
+impl StepAction for FinalizeProtection {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        // The proof that the item is protected: a recovery point that can be opened, with a definition to boot from.
+        let point = step.control.choose_point(&item, PointChoice::LatestProcessed).await?;
+        step.control.point_contents(item.id, mainstay_model::PointId(point.id)).await?;
+        Ok(Done::default())
+    }
+}

@@ -1,0 +1,316 @@
+//! Failback: a planned failover from the recovery site home, with the changes only.
+//!
+//! Changes made at the recovery site become points on top of the one that was failed over to; home fetches the
+//! difference into a staging area over its old disks. Until the staging area is merged the old disks are as they
+//! were, and after it they equal the recovery VM's last state: cancelling is harmless at every step.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use mainstay_model::{Health, PointId};
+use mainstay_provider::{
+    CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerOffVm, PowerState, PrepareHome, ReadPower,
+    ShutDownVm, ShutdownOutcome, StageHome, Staged, StartVm, VerifyHome,
+};
+use serde::{Deserialize, Serialize};
+
+use super::replicate;
+use crate::{
+    ControlError,
+    db::{ItemRecord, JobError, VmCopy},
+    jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
+};
+
+/// What a failback is asked for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FailbackParams {
+    /// Synchronise while the VM runs and then wait for a person (`ForDownTime`); else fetch everything while it is
+    /// stopped (`ForSynchronization`).
+    pub synchronize_before: bool,
+    /// Make the home VM if it does not exist.
+    pub create_vm: bool,
+    /// Another host of the protected site to return to.
+    pub host: Option<mainstay_model::ProviderId>,
+    /// How long the guest may take to stop, in milliseconds.
+    pub shutdown_timeout_ms: u64,
+}
+
+pub(super) fn steps() -> Vec<Step> {
+    vec![
+        Step::new(
+            "PrepareVmOnPremForFailbackTask",
+            PREPARE,
+            "Preparing the on-premises virtual machine",
+            PrepareHomeVm,
+        ),
+        Step::new("DataSyncTask", SYNCHRONIZE, "Data synchronization", Synchronize),
+        Step::new(
+            "WaitForUserInputForFailbackTask",
+            "WaitForUserInputForFailback",
+            "Waiting for user input",
+            WaitForCompletion,
+        ),
+        Step::new(
+            "ShutdownVmOnSecondary",
+            "VmShutdownVmOnSecondary",
+            "Shut down the virtual machine",
+            ShutDownRecoveryVm,
+        ),
+        Step::new("FailbackTask", FAILBACK, "Start failover", BringHome),
+        Step::new(
+            "StartVmOnPrimary",
+            "VmFoStartVmOnPrimary",
+            "Start the on-premises virtual machine",
+            StartHomeVm,
+        ),
+    ]
+}
+
+const PREPARE: &str = "PrepareVmOnPremForFailback";
+const SYNCHRONIZE: &str = "VmDataSync";
+const FAILBACK: &str = "VmFailback";
+
+/// Rounds of synchronisation while the VM runs: each ships what changed during the one before, so that the last delta,
+/// which costs downtime, is short. More rounds do not shorten it when the VM writes as fast as the link carries.
+const SYNCHRONIZE_ROUNDS_MAX: usize = 4;
+/// A delta below which another round is not worth it: a second or so on a slow link.
+const SYNCHRONIZE_ENOUGH_BYTES: u64 = 8 << 20;
+
+fn recovery_vm(item: &ItemRecord) -> Result<VmCopy, JobError> {
+    item.recovery_vm.ok_or_else(|| {
+        JobError::new("NoRecoveryVm", "the item has no recovery VM to fail back from", "Please report this.")
+    })
+}
+
+struct PrepareHomeVm;
+
+#[async_trait]
+impl StepAction for PrepareHomeVm {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        let params: FailbackParams = step.params()?;
+        let copy = recovery_vm(&item)?;
+        let home = params.host.unwrap_or(item.primary_provider);
+        let (definition, disks) = step.control.point_contents(item.id, copy.point).await?;
+        let prepare = PrepareHome {
+            item: item.id,
+            vm: item.vm,
+            generation: item.state.generation,
+            disks,
+            create_from: params.create_vm.then_some(definition),
+        };
+        let prepared = step.call(home, prepare, Patience::RESTART).await.map_err(|error| {
+            let hint = "Use --create-vm to make it anew, or --host to return to another host.";
+            match error.kind {
+                ErrorKind::NotFound if !params.create_vm => {
+                    JobError::new("HomeVmNotFound", error.message, hint)
+                }
+                _ => error.into(),
+            }
+        })?;
+        // The home side is about to be written: it must have been told that it is not the active one.
+        let done = Done::with(&prepared)?;
+        let done = if prepared.is_start_prevented {
+            done
+        } else {
+            done.warning(JobError::new(
+                "StartNotPrevented",
+                "this host cannot prevent that somebody starts the home VM meanwhile; it would be noticed",
+                "Do not start the home VM until the failback is complete.",
+            ))
+        };
+        Ok(done.changing(move |item| item.primary_provider = home))
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        let item = step.item().await?;
+        step.call(item.primary_provider, DiscardHome { item: item.id, vm: item.vm }, Patience::OUTAGE)
+            .await?;
+        Ok(Undone::default())
+    }
+}
+
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+struct Moved {
+    /// Bytes of blocks that differed.
+    bytes_changed: u64,
+    /// Bytes that went home over the data connection.
+    bytes_moved: u64,
+    /// Bytes that went from the recovery VM into the store.
+    bytes_captured: u64,
+}
+
+impl Moved {
+    fn add(&mut self, staged: &Staged) {
+        self.bytes_changed += staged.bytes_changed;
+        self.bytes_moved += staged.bytes_moved;
+    }
+}
+
+/// Captures the recovery VM and stages the result at home; answers the point that home now equals.
+async fn synchronize_once(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    full: bool,
+    moved: &mut Moved,
+) -> Result<(PointId, u64), JobError> {
+    let replicated = replicate(step, item, Patience::OUTAGE, false).await?;
+    moved.bytes_captured += replicated.bytes_moved;
+    // Nothing to fail over to: it leaves the catalogue at once, and stays as the head that the next delta builds on.
+    step.control.store.delete_points(item.id.0, &[replicated.point.0]).await.map_err(ControlError::from)?;
+    let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, full };
+    let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
+    moved.add(&staged);
+    Ok((replicated.point, staged.bytes_changed))
+}
+
+struct Synchronize;
+
+#[async_trait]
+impl StepAction for Synchronize {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let params: FailbackParams = step.params()?;
+        if !params.synchronize_before {
+            return Ok(Done::skipped());
+        }
+        let item = step.item().await?;
+        let mut moved = Moved::default();
+        for _ in 0..SYNCHRONIZE_ROUNDS_MAX {
+            let (_, bytes) = synchronize_once(step, &item, false, &mut moved).await?;
+            if bytes <= SYNCHRONIZE_ENOUGH_BYTES {
+                break;
+            }
+        }
+        Done::with(&moved)
+    }
+}
+
+struct WaitForCompletion;
+
+#[async_trait]
+impl StepAction for WaitForCompletion {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let params: FailbackParams = step.params()?;
+        Ok(if params.synchronize_before { Done::waiting() } else { Done::skipped() })
+    }
+}
+
+struct ShutDownRecoveryVm;
+
+#[async_trait]
+impl StepAction for ShutDownRecoveryVm {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        let params: FailbackParams = step.params()?;
+        let copy = recovery_vm(&item)?;
+        if step.call(item.recovery_provider, ReadPower { vm: copy.vm }, Patience::RESTART).await?
+            == PowerState::Off
+        {
+            return Ok(Done::default());
+        }
+        let shutdown = ShutDownVm { item: item.id, vm: copy.vm, timeout_ms: params.shutdown_timeout_ms };
+        match step.call(item.recovery_provider, shutdown, Patience::RESTART).await? {
+            ShutdownOutcome::Off => Ok(Done::default()),
+            ShutdownOutcome::Refused => Err(JobError::new(
+                "ShutdownRefused",
+                format!(
+                    "'{}' did not shut down within {} s",
+                    item.vm_name,
+                    params.shutdown_timeout_ms / 1000
+                ),
+                "Shut it down from within the guest, then start the failback again.",
+            )),
+        }
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        let item = step.item().await?;
+        let copy = recovery_vm(&item)?;
+        step.call(item.recovery_provider, StartVm { item: item.id, vm: copy.vm }, Patience::OUTAGE).await?;
+        Ok(Undone::default())
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct BroughtHome {
+    point: PointId,
+    moved: Moved,
+    bytes_compared: u64,
+}
+
+struct BringHome;
+
+#[async_trait]
+impl StepAction for BringHome {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        let params: FailbackParams = step.params()?;
+        let prepared: HomePrepared = step.expect_output(PREPARE)?;
+        let mut moved = Moved::default();
+        let full = !params.synchronize_before || prepared.was_created;
+        let (point, _) = synchronize_once(step, &item, full, &mut moved).await?;
+        let verify = VerifyHome { item: item.id, vm: item.vm, to: point };
+        let verified = step.call(item.primary_provider, verify, Patience::OUTAGE).await?;
+        if verified.bytes_different > 0 {
+            return Err(JobError::new(
+                "HomeDiffers",
+                format!(
+                    "{} of {} bytes at home differ from the recovery VM's last state",
+                    verified.bytes_different, verified.bytes_compared
+                ),
+                "The failback was undone and the VM runs at the recovery site. Check the home host's storage, then try again.",
+            ));
+        }
+        // The recovery side writes no more: what home is about to become is final.
+        let generation = item.state.generation.next();
+        step.control.store.raise_generation(item.id.0, generation.0).await.map_err(ControlError::from)?;
+        let commit = CommitHome { item: item.id, vm: item.vm, to: point };
+        step.call(item.primary_provider, commit, Patience::OUTAGE).await?;
+        let output = BroughtHome { point, moved, bytes_compared: verified.bytes_compared };
+        Ok(Done::with(&output)?.fencing())
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        let item = step.item().await?;
+        // Home may be merged or not; both are whole states that the next failback starts from. The recovery side
+        // writes again, in a generation of its own.
+        let generation = item.state.generation.next();
+        step.control.store.raise_generation(item.id.0, generation.0).await.map_err(ControlError::from)?;
+        Ok(Undone { fences: true, ..Undone::default() })
+    }
+}
+
+struct StartHomeVm;
+
+#[async_trait]
+impl StepAction for StartHomeVm {
+    async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
+        let item = step.item().await?;
+        step.call(item.primary_provider, StartVm { item: item.id, vm: item.vm }, Patience::OUTAGE).await?;
+        let power = step.call(item.primary_provider, ReadPower { vm: item.vm }, Patience::RESTART).await?;
+        if power != PowerState::Running {
+            return Err(JobError::new(
+                "VmNotRunning",
+                format!("'{}' was started at home but is {power:?}", item.vm_name),
+                "Look at its console and at the hypervisor's log.",
+            ));
+        }
+        let event = step.control.item_event(
+            &item,
+            "FailbackComplete",
+            Health::Normal,
+            format!("'{}' runs at home again; commit when it has been checked", item.vm_name),
+        );
+        step.control.record_event(event).await.map_err(ControlError::from)?;
+        Ok(Done::default())
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        let item = step.item().await?;
+        step.call(item.primary_provider, PowerOffVm { vm: item.vm }, Patience::OUTAGE).await?;
+        Ok(Undone::default())
+    }
+}
+
+/// How long a guest may take to stop when the request does not say: as long as a busy database needs.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(120);

@@ -1,0 +1,106 @@
+//! The steps of every job, one file per operation. Task names are Site Recovery's, from recorded jobs; where the
+//! record is silent the name is ours and says what the step does.
+
+mod change_point;
+mod commit;
+mod disable;
+mod enable;
+mod failback;
+mod failover;
+mod points;
+mod resynchronize;
+mod reverse;
+mod test_failover;
+mod update;
+
+use mainstay_model::{Ending, ItemId, JobId, Operation, Phase, SessionId};
+use mainstay_provider::{ErrorKind, Replicate, Replicated, SiteError};
+use uuid::Uuid;
+
+use crate::{
+    db::ItemRecord,
+    jobs::{Patience, Step, StepContext},
+};
+
+pub(crate) use disable::DisableParams;
+pub use failback::{FailbackParams, SHUTDOWN_TIMEOUT};
+pub use failover::FailoverParams;
+pub(crate) use points::point_time_ms;
+pub use points::{PointChoice, pick_point};
+pub use test_failover::TestFailoverParams;
+pub use update::UpdateParams;
+
+/// The steps of an operation's workflow.
+pub(crate) fn steps(operation: Operation) -> Vec<Step> {
+    match operation {
+        Operation::EnableProtection => enable::steps(),
+        Operation::FinalizeProtection => enable::finalize_steps(),
+        Operation::TestFailover => test_failover::steps(),
+        Operation::TestFailoverCleanup => test_failover::cleanup_steps(),
+        Operation::UnplannedFailover => failover::unplanned_steps(),
+        Operation::PlannedFailover => failover::planned_steps(),
+        Operation::ChangeRecoveryPoint => change_point::steps(),
+        Operation::Commit => commit::steps(),
+        Operation::Failback => failback::steps(),
+        Operation::ReverseReplicate => reverse::steps(),
+        Operation::Resynchronize => resynchronize::steps(),
+        Operation::UpdateProperties => update::steps(),
+        Operation::DisableProtection => disable::steps(),
+    }
+}
+
+/// What an operation's end leaves in the item beyond its state.
+pub(crate) fn note_ending(item: &mut ItemRecord, operation: Operation, ending: Ending, now_ms: i64) {
+    if ending != Ending::Succeeded {
+        return;
+    }
+    match operation {
+        Operation::UnplannedFailover | Operation::PlannedFailover | Operation::Failback => {
+            item.last_failover_ms = Some(now_ms);
+        }
+        Operation::TestFailoverCleanup => item.last_test_failover_ms = Some(now_ms),
+        _ => {}
+    }
+}
+
+/// Ships what changed at the side that is active now as a new point on top of the store's head, within a job.
+async fn replicate(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    patience: Patience,
+    compare_all: bool,
+) -> Result<Replicated, SiteError> {
+    let provider = match item.state.phase.active_location() {
+        mainstay_model::Location::Primary => item.primary_provider,
+        mainstay_model::Location::Recovery => item.recovery_provider,
+    };
+    let parent = step.control.head(item.id).await.map_err(|error| store_unavailable(&error))?;
+    let operation = Replicate {
+        item: item.id,
+        generation: item.state.generation,
+        session: SessionId(Uuid::now_v7()),
+        parent,
+        application_consistent: false,
+        compare_all,
+        bytes_per_second_max: None,
+    };
+    step.call(provider, operation, patience).await
+}
+
+fn store_unavailable(error: &crate::ControlError) -> SiteError {
+    SiteError::new(ErrorKind::Unavailable, error.to_string())
+}
+
+/// A VM identifier that belongs to a job: asking again gives the same, so that a step that creates the VM can be
+/// repeated, and undone, without having been written down.
+fn vm_of_job(item: ItemId, job: JobId) -> mainstay_model::VmId {
+    let mixed = (item.0.as_u128() ^ job.0.as_u128().rotate_left(64)).to_be_bytes();
+    mainstay_model::VmId(uuid::Builder::from_random_bytes(mixed).into_uuid())
+}
+
+/// Whether the item's recovery points can be chosen in this phase; in the others what is left in the store is only what the
+/// next delta builds on.
+pub(crate) fn shows_points(phase: Phase) -> bool {
+    phase.is_replicating()
+        || matches!(phase, Phase::UnplannedFailoverCommitPending | Phase::PlannedFailoverCommitPending)
+}

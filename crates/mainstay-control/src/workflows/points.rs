@@ -1,0 +1,121 @@
+//! Choosing a recovery point, and what the store says about an item's points.
+
+use mainstay_model::{ItemId, PointId, VmId};
+use mainstay_provider::VmDefinition;
+use mainstay_store::{Consistency, PointInfo, StoreError};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Control, ControlError,
+    db::{ItemRecord, JobError},
+};
+
+/// Which recovery point is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PointChoice {
+    /// The newest state that can be had; a last delta is shipped first where that is possible.
+    Latest,
+    /// The newest point that is there now.
+    LatestProcessed,
+    /// The newest application-consistent point.
+    LatestAppConsistent,
+    /// This one.
+    Point(PointId),
+}
+
+/// Picks a point among those that an item shows, in any order.
+pub fn pick_point(points: &[PointInfo], choice: PointChoice) -> Option<&PointInfo> {
+    match choice {
+        PointChoice::Latest | PointChoice::LatestProcessed => {
+            points.iter().max_by_key(|point| point.sequence)
+        }
+        PointChoice::LatestAppConsistent => points
+            .iter()
+            .filter(|point| point.consistency == Consistency::App)
+            .max_by_key(|point| point.sequence),
+        PointChoice::Point(id) => points.iter().find(|point| PointId(point.id) == id),
+    }
+}
+
+/// The moment that a point shows, milliseconds since the Unix epoch.
+pub(crate) fn point_time_ms(point: &PointInfo) -> i64 {
+    i64::try_from(point.time_ms).unwrap_or(i64::MAX)
+}
+
+impl Control {
+    /// The recovery points that an item shows, oldest first.
+    pub async fn recovery_points(&self, item: &ItemRecord) -> Result<Vec<PointInfo>, ControlError> {
+        if !super::shows_points(item.state.phase) {
+            return Ok(Vec::new());
+        }
+        match self.store.points(item.id.0).await {
+            // Nothing has been committed yet.
+            Err(StoreError::NoReplica(_)) => Ok(Vec::new()),
+            points => Ok(points?),
+        }
+    }
+
+    /// The point that the next delta builds on.
+    pub async fn head(&self, item: ItemId) -> Result<Option<PointId>, ControlError> {
+        match self.store.replica(item.0).await {
+            Err(StoreError::NoReplica(_)) => Ok(None),
+            replica => Ok(replica?.head.map(PointId)),
+        }
+    }
+
+    /// Keeps a point's data for as long as `holder` (a VM that reads it, or builds on it) needs it.
+    pub(crate) async fn hold_point(
+        &self,
+        item: ItemId,
+        point: PointId,
+        holder: VmId,
+    ) -> Result<(), ControlError> {
+        Ok(self.store.pin(item.0, point.0, holder.0).await?)
+    }
+
+    /// The VM needs no point any more.
+    pub(crate) async fn release_point(&self, item: ItemId, holder: VmId) -> Result<(), ControlError> {
+        match self.store.unpin(item.0, holder.0).await {
+            Err(StoreError::NoReplica(_) | StoreError::Deleted(_)) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Picks a recovery point or says why there is none.
+    pub(super) async fn choose_point(
+        &self,
+        item: &ItemRecord,
+        choice: PointChoice,
+    ) -> Result<PointInfo, JobError> {
+        let points = self.recovery_points(item).await?;
+        pick_point(&points, choice).cloned().ok_or_else(|| match choice {
+            PointChoice::Point(id) => JobError::new(
+                "RecoveryPointNotFound",
+                format!("recovery point {id} of '{}' does not exist (any more)", item.vm_name),
+                "List the recovery points and choose one of them.",
+            ),
+            PointChoice::LatestAppConsistent => JobError::new(
+                "NoAppConsistentRecoveryPoint",
+                format!("'{}' has no application-consistent recovery point", item.vm_name),
+                "Choose the latest processed point, or a policy that makes application-consistent ones.",
+            ),
+            _ => JobError::new(
+                "NoRecoveryPoint",
+                format!("'{}' has no recovery point yet", item.vm_name),
+                "Wait until initial replication is complete.",
+            ),
+        })
+    }
+
+    /// What a recovery VM is made from: the definition and the disks (key, size) in the order of the store.
+    pub(super) async fn point_contents(
+        &self,
+        item: ItemId,
+        point: PointId,
+    ) -> Result<(VmDefinition, Vec<(String, u64)>), JobError> {
+        let info = self.store.point(item.0, point.0).await.map_err(ControlError::from)?;
+        let definition = self.store.definition(item.0, point.0).await.map_err(ControlError::from)?;
+        let disks = info.disks.iter().map(|disk| (disk.key.clone(), disk.bytes)).collect();
+        Ok((VmDefinition(definition.to_vec()), disks))
+    }
+}

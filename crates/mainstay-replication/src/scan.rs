@@ -1,0 +1,265 @@
+//! From changed ranges to frames: read, compare, build, compress.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
+use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder};
+use mainstay_block::hash_table::Verdict;
+use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of};
+use tokio::sync::{mpsc, watch};
+
+use crate::throttle::Throttle;
+use crate::{ReplicationError, SendDisk, SendJob, SendOptions, SendProgress};
+
+/// Bytes whose extents are asked for at once.
+const EXTENT_WINDOW_BYTES: u64 = 1 << 30;
+/// Blocks per read: one frame's worth, large enough for a device to stream.
+const READ_BLOCKS: u64 = FRAME_BLOCKS_MAX as u64;
+/// Blocks of zeros compared with the table at once (1 GiB of disk, 2 MiB of table).
+const ZERO_BLOCKS: u64 = 1 << 18;
+/// Frames being compressed at once; two cores are what the smallest agent has.
+const FRAMES_COMPRESSING: usize = 2;
+
+/// What is handed to the link.
+pub(crate) enum Output {
+    Frame(Bytes),
+    /// All of it was handed over. A channel that closes without this means failure.
+    End,
+}
+
+/// A range of blocks of one disk to look at.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    disk: usize,
+    first: u64,
+    end: u64,
+    zero: bool,
+}
+
+/// What must be sent of a piece, in order.
+enum Change {
+    Data { disk: usize, first: u64, hash: BlockHash, block: Bytes },
+    Zeros { disk: usize, first: u64, count: u64 },
+}
+
+/// Runs to the end of all ranges, or until `output` is closed.
+pub(crate) async fn scan(
+    job: &SendJob,
+    options: &SendOptions,
+    progress: &watch::Sender<SendProgress>,
+    output: mpsc::Sender<Output>,
+) -> Result<(), ReplicationError> {
+    let (piece_sink, piece_source) = mpsc::channel(64);
+    let (frame_sink, frame_source) = mpsc::channel(2);
+    let plan = plan(job, piece_sink);
+    let build = build(job, options, progress, piece_source, frame_sink);
+    let compress = compress(options, progress, frame_source, output);
+    tokio::try_join!(plan, build, compress).map(|_| ())
+}
+
+/// Splits ranges into pieces by what the devices know of themselves.
+async fn plan(job: &SendJob, pieces: mpsc::Sender<Piece>) -> Result<(), ReplicationError> {
+    for (index, disk) in job.disks.iter().enumerate() {
+        for range in block_ranges(disk) {
+            let mut at = range.start;
+            while at < range.end {
+                let end = range.end.min(at + EXTENT_WINDOW_BYTES / BLOCK_BYTES);
+                for (first, end, zero) in extents(disk, at, end).await? {
+                    let step = if zero { ZERO_BLOCKS } else { READ_BLOCKS };
+                    let mut from = first;
+                    while from < end {
+                        // Reads end at multiples of their size, so that they do not straddle the device's clusters.
+                        let to = end.min((from / step + 1) * step);
+                        if pieces.send(Piece { disk: index, first: from, end: to, zero }).await.is_err() {
+                            return Ok(());
+                        }
+                        from = to;
+                    }
+                }
+                at = end;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The disk's byte ranges as sorted, disjoint block ranges within the disk.
+fn block_ranges(disk: &SendDisk) -> Vec<Range<u64>> {
+    let blocks = blocks_of(disk.device.size());
+    let outward = |range: &Range<u64>| {
+        (range.start / BLOCK_BYTES).min(blocks)..range.end.div_ceil(BLOCK_BYTES).min(blocks)
+    };
+    let mut ranges: Vec<Range<u64>> =
+        disk.ranges.iter().map(outward).filter(|range| !range.is_empty()).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// Block ranges `(first, end, zero)`; a block that is only partly a hole counts as data.
+async fn extents(disk: &SendDisk, first: u64, end: u64) -> Result<Vec<(u64, u64, bool)>, ReplicationError> {
+    let from = first * BLOCK_BYTES;
+    let to = (end * BLOCK_BYTES).min(disk.device.size());
+    let device = |source| ReplicationError::Device { disk: disk.index, source };
+    let extents = disk.device.extents(from, to - from).await.map_err(device)?;
+    let mut out: Vec<(u64, u64, bool)> = Vec::new();
+    let mut at = first;
+    let data = extents.iter().filter(|extent| extent.kind == ExtentKind::Data);
+    for extent in data {
+        let start = (extent.offset / BLOCK_BYTES).clamp(at, end);
+        let stop = (extent.offset + extent.length).div_ceil(BLOCK_BYTES).clamp(start, end);
+        if start > at {
+            out.push((at, start, true));
+        }
+        match out.last_mut() {
+            Some(last) if !last.2 && last.1 == start => last.1 = stop,
+            _ if stop > start => out.push((start, stop, false)),
+            _ => {}
+        }
+        at = stop;
+    }
+    if at < end {
+        out.push((at, end, true));
+    }
+    Ok(out)
+}
+
+/// Reads and compares several pieces at once, and builds frames of what changed, in order.
+async fn build(
+    job: &SendJob,
+    options: &SendOptions,
+    progress: &watch::Sender<SendProgress>,
+    pieces: mpsc::Receiver<Piece>,
+    frames: mpsc::Sender<FrameBuilder>,
+) -> Result<(), ReplicationError> {
+    let pieces = stream::unfold(pieces, |mut pieces| async move {
+        let piece: Option<Piece> = pieces.recv().await;
+        piece.map(|piece| (piece, pieces))
+    });
+    let examined = pieces
+        .map(|piece| async move { Ok::<_, ReplicationError>((piece, examine(job, piece).await?)) }.boxed());
+    let mut examined = Box::pin(examined.buffered(options.reads_in_flight.max(1)));
+    let mut frame = FrameBuilder::new();
+    while let Some((piece, changes)) = examined.try_next().await? {
+        for change in changes {
+            let (disk, data) = match &change {
+                Change::Data { disk, .. } => (*disk, true),
+                Change::Zeros { disk, .. } => (*disk, false),
+            };
+            if frame.room() == 0 {
+                let full = std::mem::take(&mut frame);
+                if frames.send(full).await.is_err() {
+                    return Ok(());
+                }
+            }
+            let target = &job.disks[disk];
+            let bytes = match change {
+                Change::Data { first, hash, block, .. } => {
+                    frame.push_data(target.index, first, &block)?;
+                    target.table.stage(job.session, first, &[hash])?;
+                    BLOCK_BYTES
+                }
+                Change::Zeros { first, count, .. } => {
+                    frame.push_zero(target.index, first, count as u32)?;
+                    target.table.stage_zeros(job.session, first, count)?;
+                    count * BLOCK_BYTES
+                }
+            };
+            progress.send_modify(|progress| {
+                let disk = &mut progress.disks[disk];
+                *(if data { &mut disk.changed_bytes } else { &mut disk.zeroed_bytes }) += bytes;
+            });
+        }
+        let bytes = (piece.end - piece.first) * BLOCK_BYTES;
+        progress.send_modify(|progress| progress.disks[piece.disk].examined_bytes += bytes);
+    }
+    if !frame.is_empty() {
+        // The receiving side closes only when it failed, and tells why itself.
+        let _closed = frames.send(frame).await;
+    }
+    Ok(())
+}
+
+async fn examine(job: &SendJob, piece: Piece) -> Result<Vec<Change>, ReplicationError> {
+    let disk = &job.disks[piece.disk];
+    let table = Arc::clone(&disk.table);
+    let index = piece.disk;
+    let task = if piece.zero {
+        tokio::task::spawn_blocking(move || {
+            let runs = table.not_zero(piece.first, piece.end - piece.first)?;
+            let change = |(first, count)| Change::Zeros { disk: index, first, count };
+            Ok::<_, ReplicationError>(runs.into_iter().map(change).collect())
+        })
+    } else {
+        let from = piece.first * BLOCK_BYTES;
+        let to = (piece.end * BLOCK_BYTES).min(disk.device.size());
+        let device = |source| ReplicationError::Device { disk: disk.index, source };
+        let data = disk.device.read(from, to - from).await.map_err(device)?;
+        tokio::task::spawn_blocking(move || {
+            let verdicts = table.compare(piece.first, &data)?;
+            let mut changes: Vec<Change> = Vec::new();
+            for ((block, verdict), at) in
+                (piece.first..).zip(verdicts).zip((0..).step_by(BLOCK_BYTES as usize))
+            {
+                match verdict {
+                    Verdict::Same => {}
+                    Verdict::Data(hash) => {
+                        let end = data.len().min(at + BLOCK_BYTES as usize);
+                        let content = data.slice(at..end);
+                        changes.push(Change::Data { disk: index, first: block, hash, block: content });
+                    }
+                    Verdict::Zero => match changes.last_mut() {
+                        Some(Change::Zeros { first, count, .. }) if *first + *count == block => *count += 1,
+                        _ => changes.push(Change::Zeros { disk: index, first: block, count: 1 }),
+                    },
+                }
+            }
+            Ok(changes)
+        })
+    };
+    task.await.map_err(|error| ReplicationError::internal(&error))?
+}
+
+/// Compresses frames on blocking threads and hands them over in order, at the allowed rate.
+async fn compress(
+    options: &SendOptions,
+    progress: &watch::Sender<SendProgress>,
+    frames: mpsc::Receiver<FrameBuilder>,
+    output: mpsc::Sender<Output>,
+) -> Result<(), ReplicationError> {
+    let mut throttle = Throttle::new(options.bytes_per_second);
+    let frames = stream::unfold(frames, |mut frames| async move {
+        let frame: Option<FrameBuilder> = frames.recv().await;
+        frame.map(|frame| (frame, frames))
+    });
+    let encoded = frames.map(|frame| {
+        async move {
+            let task = tokio::task::spawn_blocking(move || frame.finish()).await;
+            Ok::<_, ReplicationError>(task.map_err(|error| ReplicationError::internal(&error))??)
+        }
+        .boxed()
+    });
+    let mut encoded = Box::pin(encoded.buffered(FRAMES_COMPRESSING));
+    while let Some(frame) = encoded.try_next().await? {
+        let bytes = frame.len() as u64;
+        throttle.spend(bytes).await;
+        if output.send(Output::Frame(frame)).await.is_err() {
+            return Ok(());
+        }
+        progress.send_modify(|progress| {
+            progress.frames += 1;
+            progress.frame_bytes += bytes;
+        });
+    }
+    // As above: a closed link has its own error.
+    let _closed = output.send(Output::End).await;
+    Ok(())
+}

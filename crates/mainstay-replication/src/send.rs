@@ -1,0 +1,222 @@
+//! Turning a capture into a recovery point: the agent's side.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use mainstay_block::BlockDevice;
+use mainstay_block::hash_table::HashTable;
+use mainstay_store::{DiskSpec, PointMeta};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::connect::unless_cancelled;
+use crate::link::Link;
+use crate::message::{CommitRequest, Hello, Purpose};
+use crate::scan::scan;
+use crate::wire::{Traffic, VERSION};
+use crate::{Connect, RefusalKind, ReplicationError};
+
+/// How often a session that the server lost is transferred from its beginning before giving up: a server that
+/// restarts more often than that during one capture has another problem.
+const RESTARTS_MAX: u32 = 5;
+
+/// One disk of a capture.
+#[derive(Clone)]
+pub struct SendDisk {
+    /// Index in the replica.
+    pub index: u16,
+    /// The caller's name for it.
+    pub key: String,
+    /// The captured content; must not change until the session ended.
+    pub device: Arc<dyn BlockDevice>,
+    /// Byte ranges to look at; all others are known to be unchanged.
+    pub ranges: Vec<Range<u64>>,
+    /// What the replica holds; must describe the session's parent and have nothing pending.
+    pub table: Arc<HashTable>,
+}
+
+/// One capture to be sent.
+#[derive(Clone)]
+pub struct SendJob {
+    /// The replica.
+    pub replica: Uuid,
+    /// New for every capture; never reused, also not after a crash.
+    pub session: Uuid,
+    /// This side's generation.
+    pub generation: u64,
+    /// The recovery point that the hash tables describe.
+    pub parent: Option<Uuid>,
+    /// See [`mainstay_store::SessionSpec::fork`].
+    pub fork: bool,
+    /// The disks.
+    pub disks: Vec<SendDisk>,
+    /// Time, consistency and definition of the recovery point.
+    pub meta: PointMeta,
+}
+
+/// How to send.
+#[derive(Clone, Debug)]
+pub struct SendOptions {
+    /// Reads of 256 KiB on the devices at the same time, over all disks.
+    pub reads_in_flight: usize,
+    /// Bytes of frames sent but not yet durable; bounds memory. 48 MiB fill 1 Gbit/s at 150 ms twice over, also
+    /// while a segment is being written.
+    pub window_bytes: usize,
+    /// Limit on the frames' bytes per second.
+    pub bytes_per_second: Option<u64>,
+}
+
+impl Default for SendOptions {
+    fn default() -> Self {
+        Self { reads_in_flight: 16, window_bytes: 48 << 20, bytes_per_second: None }
+    }
+}
+
+/// Progress of one disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskProgress {
+    /// Index in the replica.
+    pub disk: u16,
+    /// Bytes in the ranges to look at (overlaps counted once each).
+    pub total_bytes: u64,
+    /// Bytes looked at.
+    pub examined_bytes: u64,
+    /// Bytes found to differ from the replica.
+    pub changed_bytes: u64,
+    /// Bytes that became zeros.
+    pub zeroed_bytes: u64,
+}
+
+/// Progress of a session. Starts over when the transfer does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SendProgress {
+    /// Per disk, in the job's order.
+    pub disks: Vec<DiskProgress>,
+    /// Frames handed to the connection.
+    pub frames: u64,
+    /// Their bytes.
+    pub frame_bytes: u64,
+}
+
+/// A recovery point was made.
+#[derive(Clone, Debug)]
+pub struct SendOutcome {
+    /// Its id.
+    pub point: Uuid,
+    /// Frames written to a connection again because it broke before the server had them.
+    pub frames_resent: u64,
+    /// Transfers from the beginning because the server lost the session.
+    pub restarts: u32,
+    /// What went over all connections.
+    pub traffic: Arc<Traffic>,
+}
+
+impl SendJob {
+    pub(crate) fn hello(&self) -> Hello {
+        let spec = |disk: &SendDisk| DiskSpec {
+            index: disk.index,
+            bytes: disk.device.size(),
+            key: disk.key.clone(),
+        };
+        Hello {
+            version_min: VERSION,
+            version_max: VERSION,
+            replica: self.replica,
+            purpose: Purpose::Replicate {
+                session: self.session,
+                generation: self.generation,
+                parent: self.parent,
+                disks: self.disks.iter().map(spec).collect(),
+                fork: self.fork,
+            },
+        }
+    }
+
+    pub(crate) fn commit_request(&self) -> CommitRequest {
+        CommitRequest {
+            frames: 0,
+            time_ms: self.meta.time_ms,
+            consistency: self.meta.consistency,
+            definition: self.meta.definition.as_ref().map(|definition| definition.to_vec()),
+        }
+    }
+
+    fn progress(&self) -> SendProgress {
+        let disk = |disk: &SendDisk| DiskProgress {
+            disk: disk.index,
+            total_bytes: disk.ranges.iter().map(|range| range.end.saturating_sub(range.start)).sum(),
+            ..DiskProgress::default()
+        };
+        SendProgress { disks: self.disks.iter().map(disk).collect(), ..SendProgress::default() }
+    }
+
+    async fn on_tables(
+        &self,
+        work: impl Fn(&HashTable) -> Result<(), mainstay_block::hash_table::HashTableError> + Send + 'static,
+    ) -> Result<(), ReplicationError> {
+        let tables: Vec<_> = self.disks.iter().map(|disk| Arc::clone(&disk.table)).collect();
+        let task = tokio::task::spawn_blocking(move || tables.iter().try_for_each(|table| work(table)));
+        Ok(task.await.map_err(|error| ReplicationError::internal(&error))??)
+    }
+}
+
+/// Sends what changed and makes it a recovery point; the hash tables then describe it.
+///
+/// Broken connections are retried until `cancel`; the session goes on where the server is. If the server lost the
+/// session everything is sent again, which is valid because the capture is still open.
+///
+/// # Errors
+/// [`ReplicationError::Fenced`], [`ReplicationError::StoreFull`] and other refusals: no recovery point was made and nothing is
+/// pending. After [`ReplicationError::Cancelled`] or an error of a local disk the point may exist when the commit was
+/// already asked for; the tables are then pending, and [`settle`](crate::settle) decides before the next session.
+pub async fn replicate(
+    connect: &dyn Connect,
+    job: &SendJob,
+    options: &SendOptions,
+    progress: &watch::Sender<SendProgress>,
+    cancel: &CancellationToken,
+) -> Result<SendOutcome, ReplicationError> {
+    let traffic = Arc::new(Traffic::default());
+    let mut frames_resent = 0;
+    for restarts in 0..=RESTARTS_MAX {
+        progress.send_replace(job.progress());
+        let mut link = Link::new(connect, job, options.window_bytes, &traffic);
+        let (sink, source) = mpsc::channel(4);
+        let done = unless_cancelled(cancel, async {
+            let scan = async {
+                scan(job, options, progress, sink).await?;
+                std::future::pending::<Result<(), ReplicationError>>().await
+            };
+            tokio::select! {
+                point = link.run(source, cancel) => point,
+                failed = scan => Err(failed.err().unwrap_or(ReplicationError::Cancelled)),
+            }
+        })
+        .await;
+        frames_resent += link.resent;
+        let session = job.session;
+        let error = match done {
+            Ok(point) => {
+                job.on_tables(move |table| table.commit(session, point)).await?;
+                return Ok(SendOutcome { point, frames_resent, restarts, traffic });
+            }
+            Err(error) => error,
+        };
+        // A refusal is the server's word that there is no point; else, once asked, only it knows.
+        let refused = matches!(
+            error,
+            ReplicationError::Fenced { .. } | ReplicationError::StoreFull | ReplicationError::Refused { .. }
+        );
+        if refused || !link.commit_sent {
+            job.on_tables(move |table| table.abandon(session)).await?;
+        }
+        match error {
+            ReplicationError::Refused { kind: RefusalKind::SessionLost, message } => {
+                tracing::warn!(%session, restarts, message, "the server lost the session, sending all of it again");
+            }
+            error => return Err(error),
+        }
+    }
+    Err(ReplicationError::SessionLost(RESTARTS_MAX))
+}

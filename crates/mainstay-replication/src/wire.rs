@@ -1,0 +1,249 @@
+//! Framing: a fixed header, then a raw payload (`docs/formats/wire.md`).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstay_block::frame::FRAME_BYTES_MAX;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::sync::Mutex;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::connect::BoxStream;
+use crate::message::Refusal;
+use crate::{RefusalKind, ReplicationError};
+
+/// The protocol version this code speaks; there is no older one.
+pub(crate) const VERSION: u16 = 1;
+const MAGIC: [u8; 4] = *b"MSDP";
+const HEADER_BYTES: usize = 20;
+/// Control messages: a definition of 16 MiB and its frame of postcard, or a hello with 100,000 ranges.
+const CONTROL_BYTES_MAX: u32 = (16 << 20) + 4096;
+/// A peer that says nothing for this long is gone: both sides send a ping every [`PING_EVERY`].
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// See [`SILENCE_MAX`].
+pub(crate) const PING_EVERY: Duration = Duration::from_secs(5);
+/// Longest read or range of hashes in one query, bytes of answer.
+pub(crate) const ANSWER_BYTES_MAX: u32 = 1 << 20;
+
+/// The header on the wire.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Header {
+    magic: [u8; 4],
+    kind: u8,
+    flags: u8,
+    reserved: [u8; 2],
+    tag: U64,
+    length: U32,
+}
+
+const _: () = assert!(size_of::<Header>() == HEADER_BYTES);
+
+/// Message kinds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    Hello = 1,
+    Welcome = 2,
+    Refusal = 3,
+    Ping = 4,
+    Frame = 5,
+    Ack = 6,
+    Flush = 7,
+    Commit = 8,
+    Committed = 9,
+    Query = 10,
+    Answer = 11,
+    Done = 12,
+}
+
+impl Kind {
+    fn parse(value: u8) -> Option<Self> {
+        use Kind::{
+            Ack, Answer, Commit, Committed, Done, Flush, Frame, Hello, Ping, Query, Refusal, Welcome,
+        };
+        let all = [Hello, Welcome, Refusal, Ping, Frame, Ack, Flush, Commit, Committed, Query, Answer, Done];
+        all.into_iter().find(|kind| *kind as u8 == value)
+    }
+
+    fn limit(self) -> u32 {
+        match self {
+            Self::Frame => FRAME_BYTES_MAX as u32,
+            Self::Answer => ANSWER_BYTES_MAX,
+            Self::Ping | Self::Ack | Self::Flush | Self::Done => 0,
+            Self::Query | Self::Committed => 4096,
+            Self::Hello | Self::Welcome | Self::Commit | Self::Refusal => CONTROL_BYTES_MAX,
+        }
+    }
+}
+
+/// The answer is all zeros and carries no payload.
+pub(crate) const FLAG_ZERO: u8 = 1;
+
+/// One message.
+#[derive(Clone, Debug)]
+pub(crate) struct Message {
+    pub(crate) kind: Kind,
+    pub(crate) flags: u8,
+    /// Sequence number of a frame, number of durable frames, or the query answered.
+    pub(crate) tag: u64,
+    pub(crate) payload: Bytes,
+}
+
+impl Message {
+    pub(crate) fn new(kind: Kind, tag: u64, payload: Bytes) -> Self {
+        Self { kind, flags: 0, tag, payload }
+    }
+
+    pub(crate) fn control(kind: Kind, tag: u64, body: &impl Serialize) -> Result<Self, ReplicationError> {
+        let payload = postcard::to_stdvec(body).map_err(|_| ReplicationError::Protocol("unencodable"))?;
+        Ok(Self::new(kind, tag, payload.into()))
+    }
+
+    pub(crate) fn body<T: DeserializeOwned>(&self) -> Result<T, ReplicationError> {
+        postcard::from_bytes(&self.payload).map_err(|_| ReplicationError::Protocol("undecodable body"))
+    }
+}
+
+/// Bytes that really went over a session's connections, all of them, seen from this side.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    sent: AtomicU64,
+    received: AtomicU64,
+    connections: AtomicU64,
+}
+
+impl Traffic {
+    /// Bytes written.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Bytes read.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Connections made or accepted.
+    pub fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+}
+
+/// Splits a stream into the two ends of a connection.
+pub(crate) fn split(stream: BoxStream, traffic: &Arc<Traffic>) -> (Receiver, Transmitter) {
+    traffic.connections.fetch_add(1, Ordering::Relaxed);
+    let (read, write) = tokio::io::split(stream);
+    let receiver = Receiver { read, traffic: Arc::clone(traffic) };
+    let transmitter = Transmitter { write: Arc::new(Mutex::new(write)), traffic: Arc::clone(traffic) };
+    (receiver, transmitter)
+}
+
+/// The reading end. Not cancel-safe: a dropped `receive` may have taken half a message.
+pub(crate) struct Receiver {
+    read: ReadHalf<BoxStream>,
+    traffic: Arc<Traffic>,
+}
+
+impl Receiver {
+    /// The next message that is not a ping; a refusal becomes the error it stands for.
+    pub(crate) async fn receive(&mut self) -> Result<Message, ReplicationError> {
+        loop {
+            let next = tokio::time::timeout(SILENCE_MAX, read_message(&mut self.read)).await;
+            let message = next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+            let bytes = (HEADER_BYTES + message.payload.len()) as u64;
+            self.traffic.received.fetch_add(bytes, Ordering::Relaxed);
+            match message.kind {
+                Kind::Ping => {}
+                Kind::Refusal => {
+                    let refusal: Refusal = message.body()?;
+                    return Err(ReplicationError::from_refusal(refusal.kind, refusal.message));
+                }
+                _ => return Ok(message),
+            }
+        }
+    }
+
+    /// The next message, which must be of this kind.
+    pub(crate) async fn expect(&mut self, kind: Kind) -> Result<Message, ReplicationError> {
+        let message = self.receive().await?;
+        if message.kind == kind { Ok(message) } else { Err(ReplicationError::Protocol("unexpected message")) }
+    }
+}
+
+async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> Result<Message, ReplicationError> {
+    let mut bytes = [0u8; HEADER_BYTES];
+    read.read_exact(&mut bytes).await?;
+    let header: Header = zerocopy::transmute!(bytes);
+    let kind = Kind::parse(header.kind).filter(|_| header.magic == MAGIC && header.reserved == [0; 2]);
+    let kind = kind.ok_or(ReplicationError::Protocol("not a message of this protocol"))?;
+    let length = header.length.get();
+    if length > kind.limit() {
+        return Err(ReplicationError::Protocol("message too long"));
+    }
+    let mut payload = Vec::new();
+    // Grows with what really arrives, so that a header alone cannot make us allocate.
+    (&mut *read).take(u64::from(length)).read_to_end(&mut payload).await?;
+    if payload.len() != length as usize {
+        return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+    }
+    Ok(Message { kind, flags: header.flags, tag: header.tag.get(), payload: payload.into() })
+}
+
+/// The writing end; clones share it. Dropping a `send` half-way breaks the connection for all, so callers give
+/// up the whole connection then.
+#[derive(Clone)]
+pub(crate) struct Transmitter {
+    write: Arc<Mutex<WriteHalf<BoxStream>>>,
+    traffic: Arc<Traffic>,
+}
+
+impl Transmitter {
+    pub(crate) async fn send(&self, message: &Message) -> Result<(), ReplicationError> {
+        let header = Header {
+            magic: MAGIC,
+            kind: message.kind as u8,
+            flags: message.flags,
+            reserved: [0; 2],
+            tag: U64::new(message.tag),
+            length: U32::new(message.payload.len() as u32),
+        };
+        if message.payload.len() > message.kind.limit() as usize {
+            return Err(ReplicationError::Protocol("message too long to send"));
+        }
+        let mut write = self.write.lock().await;
+        write_all(&mut *write, header.as_bytes(), &message.payload).await?;
+        let bytes = (HEADER_BYTES + message.payload.len()) as u64;
+        self.traffic.sent.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) async fn refuse(&self, kind: RefusalKind, message: String) -> Result<(), ReplicationError> {
+        self.send(&Message::control(Kind::Refusal, 0, &Refusal { kind, message })?).await
+    }
+
+    /// Says that we are alive until dropped or broken.
+    pub(crate) async fn ping_forever(&self) -> ReplicationError {
+        loop {
+            tokio::time::sleep(PING_EVERY).await;
+            if let Err(error) = self.send(&Message::new(Kind::Ping, 0, Bytes::new())).await {
+                return error;
+            }
+        }
+    }
+}
+
+async fn write_all(
+    write: &mut (impl AsyncWrite + Unpin),
+    header: &[u8],
+    payload: &[u8],
+) -> std::io::Result<()> {
+    write.write_all(header).await?;
+    write.write_all(payload).await?;
+    write.flush().await
+}

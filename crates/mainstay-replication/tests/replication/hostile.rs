@@ -1,0 +1,90 @@
+//! Bytes that no client of ours would send.
+
+use std::sync::Arc;
+
+use mainstay_replication::serve_connection;
+use mainstay_store::Store;
+use object_store::memory::InMemory;
+use proptest::prelude::*;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::bench::store_options;
+
+/// Whether the server ended well, and what it said.
+fn serve(bytes: &[u8]) -> (bool, Vec<u8>) {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let store = Store::open(Arc::new(InMemory::new()), store_options());
+        let (mut client, server) = tokio::io::duplex(1 << 20);
+        let write = async {
+            client.write_all(bytes).await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.unwrap();
+            answer
+        };
+        let (served, answer) = tokio::join!(serve_connection(Box::new(server), &store, &|_| true), write);
+        (served.is_ok(), answer)
+    })
+}
+
+/// A message header with these fields.
+fn message(kind: u8, tag: u64, length: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = b"MSDP".to_vec();
+    bytes.extend_from_slice(&[kind, 0, 0, 0]);
+    bytes.extend_from_slice(&tag.to_le_bytes());
+    bytes.extend_from_slice(&length.to_le_bytes());
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// A hello for a new replica with one disk of 1 MiB.
+fn hello() -> Vec<u8> {
+    let id = |value: u8| [[16].as_slice(), &[value; 16]].concat();
+    let payload =
+        [[1, 1].as_slice(), &id(1), &[0], &id(2), &[1, 0, 1, 0], &[0x80, 0x80, 0x40], &[1, b'x', 0]].concat();
+    message(1, 0, payload.len() as u32, &payload)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_bytes_end_the_connection(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        prop_assert!(!serve(&bytes).0);
+    }
+
+    #[test]
+    fn random_messages_end_the_connection(
+        messages in proptest::collection::vec(
+            (0u8..14, any::<u64>(), proptest::collection::vec(any::<u8>(), 0..200)), 1..6),
+    ) {
+        let mut bytes = hello();
+        for (kind, tag, payload) in &messages {
+            bytes.extend(message(*kind, *tag % 3, payload.len() as u32, payload));
+        }
+        prop_assert!(!serve(&bytes).0);
+    }
+
+    #[test]
+    fn damaged_hellos_never_panic(at in 0usize..80, value in any::<u8>()) {
+        let mut bytes = hello();
+        let at = at % bytes.len();
+        bytes[at] = value;
+        serve(&bytes);
+    }
+}
+
+#[test]
+fn lengths_are_limited_before_anything_is_allocated() {
+    assert!(!serve(&message(1, 0, u32::MAX, &[])).0);
+    assert!(!serve(&message(5, 0, 400_000, &[])).0);
+}
+
+/// The other tests stand on this hello being a good one.
+#[test]
+fn the_sound_hello_is_welcome() {
+    let (_, answer) = serve(&hello());
+    assert_eq!(&answer[..5], b"MSDP\x02");
+}

@@ -1,0 +1,225 @@
+//! The built-in certificate authority: its own certificate, the server's, and those of agents.
+//!
+//! Keys are files that only the server's user can read. An agent's certificate names its provider id as common name; being
+//! signed by this authority is what lets it in, and being registered is what lets it do anything.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use mainstay_model::ProviderId;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls::{
+    RootCertStore, ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    server::WebPkiClientVerifier,
+};
+use time::{Duration, OffsetDateTime};
+
+/// Validity of the authority: longer than any installation should go without a renewal.
+const AUTHORITY_DAYS: i64 = 3650;
+/// Validity of certificates it signs: two years, the longest that TLS clients commonly accept.
+const CERTIFICATE_DAYS: i64 = 730;
+/// Certificates are valid from a day before they are made: clocks differ.
+const CLOCK_SLACK_DAYS: i64 = 1;
+
+/// The protocols that agents speak on one port, told apart by ALPN.
+pub(crate) const CONTROL_PROTOCOL: &[u8] = b"mainstay-control/1";
+/// The data plane.
+pub(crate) const DATA_PROTOCOL: &[u8] = b"mainstay-data/1";
+
+/// Why the authority failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A certificate could not be made or read.
+    #[error("certificate: {0}")]
+    Certificate(#[from] rcgen::Error),
+    /// A stored key or certificate cannot be read.
+    #[error("{path} is not a PEM file of the expected kind")]
+    Pem {
+        /// Which.
+        path: PathBuf,
+    },
+    /// TLS cannot be set up with what is there.
+    #[error("TLS: {0}")]
+    Tls(String),
+}
+
+/// The certificate authority.
+pub struct Authority {
+    dir: PathBuf,
+    issuer: Issuer<'static, KeyPair>,
+    certificate_pem: String,
+}
+
+fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> AuthorityError + '_ {
+    move |source| AuthorityError::File { path: path.to_owned(), source }
+}
+
+/// Writes a file that only its owner can read, whole or not at all.
+fn write_private(path: &Path, text: &str) -> Result<(), AuthorityError> {
+    let temporary = path.with_extension("new");
+    let write = || {
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().map_err(file_error(path))
+}
+
+fn validity(params: &mut CertificateParams, days: i64) {
+    let now = OffsetDateTime::now_utc();
+    params.not_before = now - Duration::days(CLOCK_SLACK_DAYS);
+    params.not_after = now + Duration::days(days);
+}
+
+impl Authority {
+    /// Opens the authority in a directory, or makes it.
+    pub fn open(dir: &Path) -> Result<Self, AuthorityError> {
+        fs::create_dir_all(dir).map_err(file_error(dir))?;
+        let (key_path, certificate_path) = (dir.join("ca.key"), dir.join("ca.pem"));
+        if !certificate_path.exists() {
+            let key = KeyPair::generate()?;
+            let mut params = CertificateParams::default();
+            params.distinguished_name.push(DnType::CommonName, "Mainstay certificate authority");
+            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+            validity(&mut params, AUTHORITY_DAYS);
+            let certificate = params.self_signed(&key)?;
+            write_private(&key_path, &key.serialize_pem())?;
+            // The certificate is written last: it is there means that the key is there.
+            write_private(&certificate_path, &certificate.pem())?;
+        }
+        let key = fs::read_to_string(&key_path).map_err(file_error(&key_path))?;
+        let key = KeyPair::from_pem(&key).map_err(|_| AuthorityError::Pem { path: key_path })?;
+        let certificate_pem = fs::read_to_string(&certificate_path).map_err(file_error(&certificate_path))?;
+        let issuer = Issuer::from_ca_cert_pem(&certificate_pem, key)
+            .map_err(|_| AuthorityError::Pem { path: certificate_path })?;
+        Ok(Self { dir: dir.to_owned(), issuer, certificate_pem })
+    }
+
+    /// The authority's certificate, PEM.
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// Signs an agent's request: only its public key is taken from it.
+    pub fn sign_agent(&self, request_pem: &str, provider: ProviderId) -> Result<String, AuthorityError> {
+        let request = CertificateSigningRequestParams::from_pem(request_pem)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, provider.to_string());
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        validity(&mut params, CERTIFICATE_DAYS);
+        Ok(params.signed_by(&request.public_key, &self.issuer)?.pem())
+    }
+
+    /// A certificate for the server under its names, made anew at every start: nothing depends on it living long.
+    fn server_certificate(
+        &self,
+        names: &[String],
+    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), AuthorityError> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "Mainstay server");
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        for name in names {
+            params.subject_alt_names.push(match name.parse() {
+                Ok(address) => SanType::IpAddress(address),
+                Err(_) => SanType::DnsName(name.as_str().try_into()?),
+            });
+        }
+        validity(&mut params, CERTIFICATE_DAYS);
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        let key = PrivateKeyDer::try_from(key.serialize_der())
+            .map_err(|error| AuthorityError::Tls(error.to_owned()))?;
+        Ok((vec![certificate.der().clone()], key))
+    }
+
+    fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+        Arc::new(rustls::crypto::ring::default_provider())
+    }
+
+    /// TLS for the API: clients authenticate by token.
+    pub(crate) fn api_tls(&self, names: &[String]) -> Result<Arc<ServerConfig>, AuthorityError> {
+        let (chain, key) = self.server_certificate(names)?;
+        let mut config = ServerConfig::builder_with_provider(Self::provider())
+            .with_safe_default_protocol_versions()
+            .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
+            .map_err(|error| AuthorityError::Tls(error.to_string()))?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(Arc::new(config))
+    }
+
+    /// TLS for agents: a certificate of this authority is demanded.
+    pub(crate) fn agent_tls(&self, names: &[String]) -> Result<Arc<ServerConfig>, AuthorityError> {
+        let (chain, key) = self.server_certificate(names)?;
+        let path = self.dir.join("ca.pem");
+        let mut roots = RootCertStore::empty();
+        let authority = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes())
+            .map_err(|_| AuthorityError::Pem { path: path.clone() })?;
+        roots.add(authority).map_err(|_| AuthorityError::Pem { path })?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Self::provider())
+            .build()
+            .map_err(|error| AuthorityError::Tls(error.to_string()))?;
+        let mut config = ServerConfig::builder_with_provider(Self::provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .and_then(|builder| builder.with_client_cert_verifier(verifier).with_single_cert(chain, key))
+            .map_err(|error| AuthorityError::Tls(error.to_string()))?;
+        config.alpn_protocols = vec![CONTROL_PROTOCOL.to_vec(), DATA_PROTOCOL.to_vec()];
+        Ok(Arc::new(config))
+    }
+}
+
+/// The provider that a verified certificate was signed for.
+pub(crate) fn certificate_provider(certificate: &CertificateDer<'_>) -> Option<ProviderId> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let name = certificate.subject().iter_common_name().next()?;
+    name.as_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agents_certificate_names_its_provider_whatever_it_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut asked = CertificateParams::default();
+        asked.distinguished_name.push(DnType::CommonName, "somebody else");
+        let request = asked.serialize_request(&key).unwrap().pem().unwrap();
+        let provider = ProviderId(uuid::Uuid::from_u128(7));
+        // A second opening finds the same authority.
+        let signed = Authority::open(dir.path()).unwrap().sign_agent(&request, provider).unwrap();
+        let certificate = CertificateDer::from_pem_slice(signed.as_bytes()).unwrap();
+        assert_eq!(certificate_provider(&certificate), Some(provider));
+    }
+
+    #[test]
+    fn keys_are_readable_by_their_owner_only() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        Authority::open(dir.path()).unwrap();
+        let mode = fs::metadata(dir.path().join("ca.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+}

@@ -1,0 +1,47 @@
+//! The server's configuration: a TOML file, unknown keys refused.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// The server's settings. Every key can be left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServerConfig {
+    /// Where everything is kept: database, certificates, recovery points.
+    pub data_dir: PathBuf,
+    /// Where the API listens (HTTPS).
+    pub listen: SocketAddr,
+    /// Where agents are let in (mTLS).
+    pub agent_listen: SocketAddr,
+    /// Names and addresses under which clients and agents reach the server; they stand in its certificate.
+    pub names: Vec<String>,
+    /// Address that agents are told, `HOST:PORT`; empty = the first name with the agents' port.
+    pub agent_endpoint: String,
+    /// Where recovery points are kept; empty = under the data directory.
+    pub store_dir: Option<PathBuf>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            data_dir: PathBuf::from("/var/lib/mainstay/server"),
+            listen: SocketAddr::from(([0, 0, 0, 0], 8443)),
+            agent_listen: SocketAddr::from(([0, 0, 0, 0], 8444)),
+            names: vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
+            agent_endpoint: String::new(),
+            store_dir: None,
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Reads a configuration text.
+    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    pub(crate) fn store_dir(&self) -> PathBuf {
+        self.store_dir.clone().unwrap_or_else(|| self.data_dir.join("store"))
+    }
+}

@@ -1,0 +1,335 @@
+//! HTTP: parse, authenticate, convert; decides nothing.
+//!
+//! ARM paths are matched case-insensitively, which route tables cannot; so one function splits the path and each resource's
+//! file matches the rest. Long work answers 202 with the operation's address, as recorded from the service.
+
+mod convert;
+mod error;
+mod items;
+mod jobs;
+mod resources;
+mod v1;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    body::{Body, to_bytes},
+    extract::{Request, State},
+    response::{IntoResponse as _, Response},
+    routing::any,
+};
+use hyper::{Method, StatusCode, header};
+use mainstay_api::arm;
+use mainstay_control::{
+    Control, ControlError,
+    app::{Requester, Role, VaultRecord},
+    db::{AuditRecord, JobRecord},
+};
+use serde::de::DeserializeOwned;
+use uuid::Uuid;
+
+use crate::Authority;
+use error::ApiError;
+
+/// Largest request body; the largest real one is a few KiB.
+const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// What handlers work with.
+pub(crate) struct Api {
+    pub(crate) control: Arc<Control>,
+    pub(crate) authority: Authority,
+    pub(crate) vault: VaultRecord,
+    /// `https://HOST:PORT` as clients that send no Host header are told.
+    pub(crate) base_url: String,
+    /// Address that agents are told.
+    pub(crate) agent_endpoint: String,
+    /// SHA-256 of the authority's certificate, part of registration keys.
+    pub(crate) metrics: metrics_exporter_prometheus::PrometheusHandle,
+}
+
+/// The routes.
+pub(crate) fn router(api: Arc<Api>) -> Router {
+    Router::new().fallback(any(handle)).with_state(api)
+}
+
+/// A request as handlers see it.
+struct Call {
+    api: Arc<Api>,
+    method: Method,
+    /// Segments of the path below the vault (or below `/api/v1`), as sent, percent-decoded.
+    segments: Vec<String>,
+    body: Vec<u8>,
+    who: Requester,
+    /// `https://HOST` as the client knows the server.
+    base_url: String,
+    /// The client's `api-version`.
+    api_version: String,
+}
+
+impl Call {
+    /// The segments in lower case, for matching.
+    fn path(&self) -> Vec<String> {
+        self.segments.iter().map(|segment| segment.to_lowercase()).collect()
+    }
+
+    fn control(&self) -> &Arc<Control> {
+        &self.api.control
+    }
+
+    /// Reads the body; `null` and an empty body are an empty object.
+    fn body<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        let bytes: &[u8] = if self.body.is_empty() || self.body == b"null" { b"{}" } else { &self.body };
+        serde_json::from_slice(bytes).map_err(|error| {
+            ApiError::bad_request(
+                "InvalidRequestBody",
+                format!("the request body cannot be read: {error}"),
+                "Correct it and try again.",
+            )
+        })
+    }
+
+    /// `properties` of the body; without a body, those of an empty one.
+    fn properties<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
+        #[derive(serde::Deserialize)]
+        struct MaybeProperties<T> {
+            #[serde(default = "Option::default")]
+            properties: Option<T>,
+        }
+        Ok(self.body::<MaybeProperties<T>>()?.properties.unwrap_or_default())
+    }
+
+    /// The answer to work that has become a job.
+    fn accepted(&self, job: &JobRecord, resource: &str) -> Response {
+        let operation = format!(
+            "{}{}/replicationOperationStatus/{}?api-version={}",
+            self.base_url,
+            self.api.vault.id(),
+            job.id,
+            self.api_version
+        );
+        let location = format!(
+            "{}{resource}/operationresults/{}?api-version={}",
+            self.base_url, job.id, self.api_version
+        );
+        Response::builder()
+            .status(StatusCode::ACCEPTED)
+            .header("Azure-AsyncOperation", operation)
+            .header(header::LOCATION, location)
+            .header(header::RETRY_AFTER, "1")
+            .header("x-ms-request-id", job.id.to_string())
+            .body(Body::empty())
+            .unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> Result<Response, ApiError> {
+    let body = serde_json::to_vec(value).map_err(|error| ApiError::internal(error.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+fn list<T: serde::Serialize>(value: Vec<T>) -> Result<Response, ApiError> {
+    json(&arm::List { value, next_link: None })
+}
+
+async fn handle(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let response = match dispatch(api, request).await {
+        Ok(response) => response,
+        Err(error) => error.into_response(),
+    };
+    let status = response.status();
+    metrics::counter!("mainstay_http_requests", "method" => method.to_string(), "status" => status.as_u16().to_string())
+        .increment(1);
+    tracing::debug!(%method, path, status = status.as_u16(), "request");
+    response
+}
+
+async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError> {
+    let (parts, body) = request.into_parts();
+    let segments: Vec<String> = parts
+        .uri
+        .path()
+        .split('/')
+        .filter(|segment| !segment.is_empty())
+        .map(decode)
+        .collect::<Option<_>>()
+        .ok_or_else(|| {
+            ApiError::bad_request("InvalidPath", "the path is not valid percent-encoded UTF-8", "")
+        })?;
+    let lower: Vec<String> = segments.iter().map(|segment| segment.to_lowercase()).collect();
+    let lower: Vec<&str> = lower.iter().map(String::as_str).collect();
+    match lower.as_slice() {
+        // Living and ready are the same: the listener opens when everything is up.
+        ["healthz" | "readyz"] => return Ok("ok\n".into_response()),
+        _ => {}
+    }
+    let body = to_bytes(body, BODY_BYTES_MAX).await.map_err(|_| {
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLarge", "the request body is too large", "")
+    })?;
+    if parts.method == Method::POST && lower.as_slice() == ["api", "v1", "register"] {
+        return v1::register(&api, &body).await;
+    }
+    let role_wanted = required_role(&parts.method, &lower);
+    let token = bearer(&parts.headers).ok_or_else(ApiError::unauthenticated)?;
+    let token = api.control.authenticate(token).await?.ok_or_else(ApiError::unauthenticated)?;
+    let is_allowed = token.role >= role_wanted;
+    if parts.method != Method::GET {
+        audit(&api, &token.label, &parts.method, parts.uri.path(), is_allowed).await?;
+    }
+    if !is_allowed {
+        return Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "AuthorizationFailed",
+            format!("the token '{}' has the role {:?}; this needs {role_wanted:?}", token.label, token.role),
+            "Use a token with that role.",
+        ));
+    }
+    let host = parts.headers.get(header::HOST).and_then(|value| value.to_str().ok());
+    let base_url = host.map_or_else(|| api.base_url.clone(), |host| format!("https://{host}"));
+    let api_version = parts
+        .uri
+        .query()
+        .into_iter()
+        .flat_map(|query| query.split('&'))
+        .find_map(|pair| pair.strip_prefix("api-version="))
+        .unwrap_or(arm::API_VERSION)
+        .to_owned();
+    let mut call = Call {
+        api,
+        method: parts.method,
+        segments,
+        body: body.to_vec(),
+        who: Requester(token.label),
+        base_url,
+        api_version,
+    };
+    match lower.as_slice() {
+        ["metrics"] => Ok(call.api.metrics.render().into_response()),
+        ["api", "v1", ..] => {
+            call.segments.drain(..2);
+            v1::dispatch(&call).await
+        }
+        [
+            "subscriptions",
+            subscription,
+            "resourcegroups",
+            group,
+            "providers",
+            "microsoft.recoveryservices",
+            "vaults",
+            vault,
+            ..,
+        ] => {
+            let known = &call.api.vault;
+            let is_ours = known.subscription.eq_ignore_ascii_case(subscription)
+                && known.resource_group.eq_ignore_ascii_case(group)
+                && known.name.eq_ignore_ascii_case(vault);
+            if !is_ours {
+                return Err(ControlError::not_found("vault", *vault).into());
+            }
+            call.segments.drain(..8);
+            vault_dispatch(&call).await
+        }
+        _ => Err(ApiError::no_such_path()),
+    }
+}
+
+async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
+    let path = call.path();
+    match path.first().map(String::as_str) {
+        Some("replicationjobs" | "replicationoperationstatus" | "replicationevents") => {
+            jobs::dispatch(call).await
+        }
+        Some("replicationprotecteditems") => items::list_all(call).await,
+        Some("replicationfabrics")
+            if path.get(4).is_some_and(|segment| segment == "replicationprotecteditems") =>
+        {
+            items::dispatch(call).await
+        }
+        _ => resources::dispatch(call).await,
+    }
+}
+
+/// Reading needs a Reader, failing over and back an Operator, everything else a Contributor.
+fn required_role(method: &Method, path: &[&str]) -> Role {
+    if method == Method::GET {
+        return Role::Reader;
+    }
+    let verbs = [
+        "testfailover",
+        "testfailovercleanup",
+        "plannedfailover",
+        "unplannedfailover",
+        "failovercommit",
+        "failovercancel",
+        "applyrecoverypoint",
+        "reprotect",
+        "repairreplication",
+        "refreshprovider",
+        "cancel",
+        "resume",
+        "restart",
+    ];
+    if method == Method::POST && path.last().is_some_and(|last| verbs.contains(last)) {
+        return Role::Operator;
+    }
+    Role::Contributor
+}
+
+async fn audit(api: &Api, who: &str, method: &Method, path: &str, is_allowed: bool) -> Result<(), ApiError> {
+    let record = AuditRecord {
+        id: Uuid::now_v7().to_string(),
+        time_ms: api.control.clock.now_ms(),
+        who: who.to_owned(),
+        action: method.to_string(),
+        target: path.to_owned(),
+        is_allowed,
+    };
+    let mut transaction = api.control.db.begin().await.map_err(ControlError::from)?;
+    transaction.add_audit(&record).await.map_err(ControlError::from)?;
+    transaction.commit().await.map_err(ControlError::from)?;
+    Ok(())
+}
+
+fn bearer(headers: &hyper::HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+}
+
+fn decode(segment: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(segment.len());
+    let mut rest = segment.as_bytes().iter();
+    while let Some(byte) = rest.next() {
+        if *byte != b'%' {
+            bytes.push(*byte);
+            continue;
+        }
+        let hex = [*rest.next()?, *rest.next()?];
+        bytes.push(u8::from_str_radix(std::str::from_utf8(&hex).ok()?, 16).ok()?);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_encoding_is_undone_or_refused() {
+        assert_eq!(decode("Microsoft%20Azure").as_deref(), Some("Microsoft Azure"));
+        assert_eq!(decode("%4"), None);
+        assert_eq!(decode("%zz"), None);
+        assert_eq!(decode("%ff"), None);
+    }
+
+    #[test]
+    fn operators_fail_over_and_only_contributors_configure() {
+        assert_eq!(required_role(&Method::GET, &["metrics"]), Role::Reader);
+        assert_eq!(required_role(&Method::POST, &["x", "unplannedfailover"]), Role::Operator);
+        assert_eq!(required_role(&Method::POST, &["x", "remove"]), Role::Contributor);
+        assert_eq!(required_role(&Method::PUT, &["x", "cancel"]), Role::Contributor);
+    }
+}

@@ -1,0 +1,288 @@
+//! Fabrics, providers, containers, mappings, protectable items, networks, policies: what is configured once.
+
+use axum::response::{IntoResponse as _, Response};
+use hyper::{Method, StatusCode};
+use mainstay_api::arm::{AZURE, ContainerMappingInput, PolicyInput, PolicySettings, Request};
+use mainstay_control::{ControlError, app::FabricRecord};
+use mainstay_model::{ProviderId, ReplicationPolicy};
+
+use super::{
+    Call,
+    convert::{self, Ids, last_segment, segment_after},
+    error::ApiError,
+    json, list,
+};
+
+pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
+    let path = call.path();
+    let path: Vec<&str> = path.iter().map(String::as_str).collect();
+    match path.as_slice() {
+        ["replicationfabrics"] if call.method == Method::GET => {
+            let mut shown = Vec::new();
+            for fabric in call.control().fabrics().await? {
+                shown.push(convert::fabric(&Ids(&call.api.vault), &fabric, is_healthy(call, &fabric).await?));
+            }
+            list(shown)
+        }
+        ["replicationfabrics", _, rest @ ..] => fabric(call, &call.segments[1], rest).await,
+        ["replicationrecoveryservicesproviders"] if call.method == Method::GET => providers(call, None).await,
+        ["replicationprotectioncontainers"] if call.method == Method::GET => {
+            let mut shown = Vec::new();
+            for fabric in call.control().fabrics().await? {
+                shown.push(container(call, &fabric).await?);
+            }
+            list(shown)
+        }
+        ["replicationprotectioncontainermappings"] if call.method == Method::GET => {
+            mappings(call, None).await
+        }
+        ["replicationnetworks"] if call.method == Method::GET => networks(call, None).await,
+        ["replicationpolicies", rest @ ..] => policies(call, rest).await,
+        _ => Err(ApiError::no_such_path()),
+    }
+}
+
+fn done() -> Response {
+    StatusCode::NO_CONTENT.into_response()
+}
+
+async fn is_healthy(call: &Call, fabric: &FabricRecord) -> Result<bool, ApiError> {
+    let providers = call.control().providers().await?;
+    Ok(providers
+        .iter()
+        .filter(|provider| provider.fabric.eq_ignore_ascii_case(&fabric.name))
+        .all(|provider| call.control().sites.is_connected(provider.id)))
+}
+
+async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiError> {
+    let control = call.control();
+    let ids = Ids(&call.api.vault);
+    match (&call.method, rest) {
+        (&Method::PUT, []) => {
+            let fabric = control.create_fabric(name).await?;
+            return json(&convert::fabric(&ids, &fabric, true));
+        }
+        (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
+            control.remove_fabric(name).await?;
+            return Ok(done());
+        }
+        _ => {}
+    }
+    let fabric = control.fabric(name).await?;
+    match (&call.method, rest) {
+        (&Method::GET, []) => json(&convert::fabric(&ids, &fabric, is_healthy(call, &fabric).await?)),
+        (&Method::GET, ["replicationrecoveryservicesproviders"]) => providers(call, Some(&fabric)).await,
+        (_, ["replicationrecoveryservicesproviders", id, rest @ ..]) => {
+            provider(call, &fabric, id, rest).await
+        }
+        (&Method::GET, ["replicationprotectioncontainers"]) => list(vec![container(call, &fabric).await?]),
+        (_, ["replicationprotectioncontainers", name, rest @ ..]) => {
+            if !fabric.container().eq_ignore_ascii_case(name) {
+                return Err(ControlError::not_found("protection container", *name).into());
+            }
+            in_container(call, &fabric, rest).await
+        }
+        (&Method::GET, ["replicationnetworks"]) => networks(call, Some(&fabric)).await,
+        _ => Err(ApiError::no_such_path()),
+    }
+}
+
+async fn in_container(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Response, ApiError> {
+    match (&call.method, rest) {
+        (&Method::GET, []) => json(&container(call, fabric).await?),
+        (&Method::GET, ["replicationprotectableitems", rest @ ..]) => {
+            protectable_items(call, fabric, rest).await
+        }
+        (&Method::GET, ["replicationprotectioncontainermappings"]) => mappings(call, Some(fabric)).await,
+        (_, ["replicationprotectioncontainermappings", _, rest @ ..]) => {
+            mapping(call, fabric, &call.segments[5], rest).await
+        }
+        _ => Err(ApiError::no_such_path()),
+    }
+}
+
+async fn providers(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {
+    let control = call.control();
+    let items = control.db.items().await.map_err(ControlError::from)?;
+    let providers = control.providers().await?;
+    let shown = providers
+        .iter()
+        .filter(|provider| fabric.is_none_or(|fabric| provider.fabric.eq_ignore_ascii_case(&fabric.name)))
+        .map(|provider| {
+            let count = items.iter().filter(|item| item.primary_provider == provider.id).count();
+            convert::provider(&Ids(&call.api.vault), provider, control.sites.is_connected(provider.id), count)
+        });
+    list(shown.collect())
+}
+
+async fn provider(call: &Call, fabric: &FabricRecord, id: &str, rest: &[&str]) -> Result<Response, ApiError> {
+    let control = call.control();
+    let not_found = || ControlError::not_found("registered host", id);
+    let id: ProviderId = id.parse().map_err(|_| not_found())?;
+    let provider = control.provider(id).await?;
+    if !provider.fabric.eq_ignore_ascii_case(&fabric.name) {
+        return Err(not_found().into());
+    }
+    match (&call.method, rest) {
+        (&Method::GET, []) => {}
+        (&Method::POST, ["refreshprovider"]) => {
+            control.refresh_provider(id).await?;
+        }
+        (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
+            control.remove_provider(id).await?;
+            return Ok(done());
+        }
+        _ => return Err(ApiError::no_such_path()),
+    }
+    let items = control.db.items().await.map_err(ControlError::from)?;
+    let count = items.iter().filter(|item| item.primary_provider == id).count();
+    json(&convert::provider(&Ids(&call.api.vault), &provider, control.sites.is_connected(id), count))
+}
+
+async fn container(
+    call: &Call,
+    fabric: &FabricRecord,
+) -> Result<mainstay_api::arm::Resource<mainstay_api::arm::ContainerProperties>, ApiError> {
+    let control = call.control();
+    let items = control.db.items().await.map_err(ControlError::from)?;
+    let count = items.iter().filter(|item| item.fabric.eq_ignore_ascii_case(&fabric.name)).count();
+    let mappings = control.container_mappings().await?;
+    let is_paired = mappings.iter().any(|mapping| mapping.fabric.eq_ignore_ascii_case(&fabric.name));
+    Ok(convert::container(&Ids(&call.api.vault), fabric, count, is_paired))
+}
+
+async fn protectable_items(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Response, ApiError> {
+    let control = call.control();
+    let items = control.db.items().await.map_err(ControlError::from)?;
+    let found = control.protectable_items(&fabric.name).await?;
+    let mut shown = found.iter().map(|found| {
+        let name = items.iter().find(|item| Some(item.id) == found.item).map(|item| item.name.as_str());
+        convert::protectable_item(&Ids(&call.api.vault), fabric, found, name)
+    });
+    match rest {
+        [] => list(shown.collect()),
+        [name] => match shown.find(|item| item.name.eq_ignore_ascii_case(name)) {
+            Some(item) => json(&item),
+            None => Err(ControlError::not_found("protectable item", *name).into()),
+        },
+        _ => Err(ApiError::no_such_path()),
+    }
+}
+
+async fn mappings(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {
+    let control = call.control();
+    let mut shown = Vec::new();
+    for mapping in control.container_mappings().await? {
+        if fabric.is_some_and(|fabric| !mapping.fabric.eq_ignore_ascii_case(&fabric.name)) {
+            continue;
+        }
+        let source = control.fabric(&mapping.fabric).await?;
+        let target = control.fabric(&mapping.recovery_fabric).await?;
+        shown.push(convert::container_mapping(&Ids(&call.api.vault), &source, &target, &mapping));
+    }
+    list(shown)
+}
+
+async fn mapping(
+    call: &Call,
+    fabric: &FabricRecord,
+    name: &str,
+    rest: &[&str],
+) -> Result<Response, ApiError> {
+    let control = call.control();
+    let mapping = match (&call.method, rest) {
+        (&Method::PUT, []) => {
+            let input: Request<ContainerMappingInput> = call.body()?;
+            let input = input.properties;
+            let target = input.target_protection_container_id;
+            let recovery_fabric = if target.eq_ignore_ascii_case(AZURE) {
+                None
+            } else {
+                Some(segment_after(&target, "replicationFabrics").ok_or_else(|| {
+                    ApiError::bad_request(
+                        "InvalidTargetContainer",
+                        format!("'{target}' is not the id of a protection container"),
+                        format!("Use a container's id, or '{AZURE}' for the only other site."),
+                    )
+                })?)
+            };
+            control
+                .put_container_mapping(&fabric.name, name, last_segment(&input.policy_id), recovery_fabric)
+                .await?
+        }
+        (&Method::GET, []) => control.container_mapping(&fabric.name, name).await?,
+        (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
+            control.remove_container_mapping(&fabric.name, name).await?;
+            return Ok(done());
+        }
+        _ => return Err(ApiError::no_such_path()),
+    };
+    let target = control.fabric(&mapping.recovery_fabric).await?;
+    json(&convert::container_mapping(&Ids(&call.api.vault), fabric, &target, &mapping))
+}
+
+async fn networks(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {
+    let mut shown = Vec::new();
+    for provider in call.control().providers().await? {
+        if fabric.is_some_and(|fabric| !provider.fabric.eq_ignore_ascii_case(&fabric.name)) {
+            continue;
+        }
+        let Some(discovery) = provider.discovery else { continue };
+        for network in discovery.inventory.networks {
+            shown.push(convert::network(&Ids(&call.api.vault), &provider.fabric, &network));
+        }
+    }
+    shown.dedup_by(|a, b| a.id == b.id);
+    list(shown)
+}
+
+/// Defaults of a new policy: Site Recovery's own.
+const DEFAULT_POLICY: ReplicationPolicy = ReplicationPolicy {
+    copy_frequency_seconds: 300,
+    retention_hours: 24,
+    app_consistent_frequency_hours: 0,
+    bytes_per_second_max: None,
+};
+
+async fn policies(call: &Call, rest: &[&str]) -> Result<Response, ApiError> {
+    let control = call.control();
+    let ids = Ids(&call.api.vault);
+    let name = call.segments.get(1).map_or("", String::as_str);
+    let record = match (&call.method, rest) {
+        (&Method::GET, []) => {
+            return list(
+                control.policies().await?.iter().map(|record| convert::policy(&ids, record)).collect(),
+            );
+        }
+        (&Method::GET, [_]) => control.policy(name).await?,
+        (&Method::PUT, [_]) => {
+            let input: Request<PolicyInput> = call.body()?;
+            let policy = with_settings(DEFAULT_POLICY, &input.properties.provider_specific_input);
+            control.put_policy(name, policy).await?
+        }
+        (&Method::PATCH, [_]) => {
+            let input: Request<PolicyInput> = call.body()?;
+            let present = control.policy(name).await?.policy;
+            control
+                .put_policy(name, with_settings(present, &input.properties.provider_specific_input))
+                .await?
+        }
+        (&Method::DELETE, [_]) => {
+            control.remove_policy(name).await?;
+            return Ok(done());
+        }
+        _ => return Err(ApiError::no_such_path()),
+    };
+    json(&convert::policy(&ids, &record))
+}
+
+fn with_settings(policy: ReplicationPolicy, settings: &PolicySettings) -> ReplicationPolicy {
+    ReplicationPolicy {
+        copy_frequency_seconds: settings.replication_interval.unwrap_or(policy.copy_frequency_seconds),
+        retention_hours: settings.recovery_point_history_duration.unwrap_or(policy.retention_hours),
+        app_consistent_frequency_hours: settings
+            .application_consistent_snapshot_frequency_in_hours
+            .unwrap_or(policy.app_consistent_frequency_hours),
+        ..policy
+    }
+}

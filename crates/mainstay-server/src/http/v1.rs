@@ -1,0 +1,170 @@
+//! What Azure has no word for: `/api/v1`.
+
+use axum::response::Response;
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use hyper::{Method, StatusCode};
+use mainstay_api::v1::{
+    Console, CycleProgress, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, Token,
+    TokenRequest, Vault,
+};
+use mainstay_control::{
+    ControlError,
+    app::{Role, TokenRecord},
+    db::ItemRecord,
+};
+use mainstay_model::{ItemId, Location};
+use mainstay_provider::{NoProgress, ReadConsole, call as call_site};
+use serde_json::json as value;
+
+use super::{Api, Call, convert::time_text, error::ApiError, json, list};
+
+/// Milliseconds of a day.
+const DAY_MS: i64 = 24 * 3_600_000;
+
+pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
+    let path = call.path();
+    let path: Vec<&str> = path.iter().map(String::as_str).collect();
+    let control = call.control();
+    match (&call.method, path.as_slice()) {
+        (&Method::GET, ["vault"]) => json(&Vault {
+            subscription: call.api.vault.subscription.clone(),
+            resource_group: call.api.vault.resource_group.clone(),
+            name: call.api.vault.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }),
+        (&Method::POST, ["fabrics", _, "registrationkeys"]) => {
+            registration_key(call, &call.segments[1]).await
+        }
+        (&Method::GET, ["items", id]) => json(&item_status(call, id).await?),
+        (&Method::GET, ["items", id, "console"]) => {
+            let item = find_item(call, id).await?;
+            let (provider, vm) = match (item.state.phase.active_location(), item.recovery_vm) {
+                (Location::Recovery, Some(copy)) => (item.recovery_provider, copy.vm),
+                _ => (item.primary_provider, item.vm),
+            };
+            let site = control.sites.get(provider).map_err(ControlError::from)?;
+            let command =
+                call_site(&*site, ReadConsole { vm }, &NoProgress).await.map_err(ControlError::from)?;
+            json(&Console { command })
+        }
+        (&Method::GET, ["tokens"]) => {
+            list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
+        }
+        (&Method::POST, ["tokens"]) => {
+            let request: TokenRequest = call.body()?;
+            let role = parse_role(&request.role)?;
+            let expires_ms = request.days.map(|days| control.clock.now_ms() + i64::from(days) * DAY_MS);
+            let (record, secret) = control.create_token(&request.label, role, expires_ms).await?;
+            json(&shown(record, Some(secret.0)))
+        }
+        (&Method::DELETE, ["tokens", digest]) => {
+            control.revoke_token(digest).await?;
+            json(&value!({}))
+        }
+        (&Method::GET, ["audit"]) => {
+            let records = control.db.audit_trail().await.map_err(ControlError::from)?;
+            list(records)
+        }
+        _ => Err(ApiError::no_such_path()),
+    }
+}
+
+fn shown(record: TokenRecord, secret: Option<String>) -> Token {
+    Token {
+        digest: record.digest,
+        label: record.label,
+        role: format!("{:?}", record.role),
+        expires: record.expires_ms.map(time_text),
+        secret,
+    }
+}
+
+fn parse_role(role: &str) -> Result<Role, ApiError> {
+    [Role::Reader, Role::Operator, Role::Contributor]
+        .into_iter()
+        .find(|known| format!("{known:?}").eq_ignore_ascii_case(role))
+        .ok_or_else(|| {
+            ApiError::bad_request(
+                "InvalidRole",
+                format!("'{role}' is not a role"),
+                "Use Reader, Operator or Contributor.",
+            )
+        })
+}
+
+async fn registration_key(call: &Call, fabric: &str) -> Result<Response, ApiError> {
+    let (record, secret) = call.control().create_registration_key(fabric).await?;
+    let key = value!({ "url": call.base_url, "secret": secret.0, "authority": call.api.authority.certificate_pem() });
+    json(&RegistrationKey {
+        key: URL_SAFE_NO_PAD.encode(key.to_string()),
+        fabric: record.fabric,
+        expires: time_text(record.expires_ms),
+    })
+}
+
+/// Exchanges a registration key for a certificate. The only request without a token: the key is the proof.
+pub(super) async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
+    let request: RegisterRequest = serde_json::from_slice(body).map_err(|error| {
+        ApiError::bad_request("InvalidRequestBody", format!("the request body cannot be read: {error}"), "")
+    })?;
+    let provider =
+        api.control.register_host(&request.secret, &request.host, &request.version).await.map_err(
+            |error| match error {
+                ControlError::Invalid {
+                    code: code @ ("RegistrationKeyInvalid" | "RegistrationKeyExpired"),
+                    message,
+                    remedy,
+                } => ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy),
+                error => error.into(),
+            },
+        )?;
+    let certificate =
+        api.authority.sign_agent(&request.certificate_request, provider.id).map_err(|error| {
+            ApiError::bad_request(
+                "InvalidCertificateRequest",
+                error.to_string(),
+                "Register with the agent of this version.",
+            )
+        })?;
+    tracing::info!(provider = %provider.id, host = provider.name, fabric = provider.fabric, "a host was registered");
+    json(&RegisterAnswer {
+        provider: provider.id.to_string(),
+        fabric: provider.fabric,
+        certificate,
+        authority: api.authority.certificate_pem().to_owned(),
+        endpoint: api.agent_endpoint.clone(),
+    })
+}
+
+async fn find_item(call: &Call, id: &str) -> Result<ItemRecord, ApiError> {
+    if let Ok(id) = id.parse::<ItemId>() {
+        return Ok(call.control().item(id).await?);
+    }
+    let items = call.control().db.items().await.map_err(ControlError::from)?;
+    let found = items.into_iter().find(|item| item.name.eq_ignore_ascii_case(id));
+    found.ok_or_else(|| ControlError::not_found("replicated item", id).into())
+}
+
+async fn item_status(call: &Call, id: &str) -> Result<ItemStatus, ApiError> {
+    let item = find_item(call, id).await?;
+    let (_, _, rpo_seconds) = call.control().item_health(&item).await?;
+    let cycle = call.control().cycles.progress(item.id).map(|progress| CycleProgress {
+        phase: progress.phase,
+        bytes_done: progress.bytes_done,
+        bytes_total: progress.bytes_total,
+        bytes_moved: progress.bytes_moved,
+    });
+    Ok(ItemStatus {
+        id: item.id.to_string(),
+        generation: item.state.generation.0,
+        vm: item.vm.to_string(),
+        recovery_vm: item.recovery_vm.map(|copy| copy.vm.to_string()),
+        test_vm: item.test_vm.map(|copy| copy.vm.to_string()),
+        is_hydrated: item.recovery_vm.map(|copy| copy.is_hydrated),
+        bytes_changed: item.replication.bytes_changed,
+        bytes_moved: item.replication.bytes_moved,
+        rpo_seconds,
+        cycle,
+        loss_seconds: item.failover.map(|failover| failover.loss_seconds),
+    })
+}

@@ -1,0 +1,14 @@
+//! The server process: the API, the agents' endpoint, the certificate authority and what holds them together.
+//!
+//! HTTP is known only here (module [`http`]) and in `mainstay-api`. Nothing here decides: handlers parse, authenticate,
+//! convert, and ask the control plane.
+
+mod agents;
+mod authority;
+mod config;
+mod http;
+mod server;
+
+pub use authority::{Authority, AuthorityError};
+pub use config::ServerConfig;
+pub use server::{Initialized, Running, initialize, run};

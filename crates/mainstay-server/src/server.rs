@@ -1,0 +1,213 @@
+//! The server's life: initialise, run, stop.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use mainstay_control::{
+    Control, SystemClock,
+    app::{Role, TokenSecret, VaultRecord},
+    db::Db,
+};
+use mainstay_store::{Store, StoreOptions, local_storage};
+use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+
+use crate::{
+    Authority, ServerConfig, agents,
+    http::{Api, router},
+};
+
+/// What `server init` made.
+pub struct Initialized {
+    /// The vault.
+    pub vault: VaultRecord,
+    /// The first token's secret; `None` if the server had been initialised before.
+    pub token: Option<TokenSecret>,
+    /// The authority's certificate, PEM.
+    pub authority_pem: String,
+}
+
+/// Makes the vault, the certificate authority and the first token. Called again it makes nothing anew.
+pub async fn initialize(
+    config: &ServerConfig,
+    resource_group: &str,
+    vault: &str,
+) -> anyhow::Result<Initialized> {
+    let control = open(config).await?;
+    let authority = Authority::open(&config.data_dir.join("pki"))?;
+    let vault = VaultRecord {
+        subscription: Uuid::new_v4().to_string(),
+        resource_group: resource_group.to_owned(),
+        name: vault.to_owned(),
+        location: "mainstay".to_owned(),
+    };
+    let vault = control.create_vault(vault).await?;
+    let token = if control.tokens().await?.is_empty() {
+        Some(control.create_token("first administrator", Role::Contributor, None).await?.1)
+    } else {
+        None
+    };
+    control.db.close().await;
+    Ok(Initialized { vault, token, authority_pem: authority.certificate_pem().to_owned() })
+}
+
+async fn open(config: &ServerConfig) -> anyhow::Result<Arc<Control>> {
+    let data_dir = &config.data_dir;
+    create_private_dir(data_dir).with_context(|| format!("data directory {}", data_dir.display()))?;
+    let store_dir = config.store_dir();
+    create_private_dir(&store_dir).with_context(|| format!("store directory {}", store_dir.display()))?;
+    let db_path = data_dir.join("mainstay.db");
+    let db = Db::open(&db_path).await.with_context(|| format!("database {}", db_path.display()))?;
+    let storage =
+        local_storage(&store_dir).with_context(|| format!("replica store {}", store_dir.display()))?;
+    let store = Store::open(storage, StoreOptions::default());
+    Ok(Control::new(db, Arc::new(store), Arc::new(SystemClock)))
+}
+
+fn create_private_dir(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// A running server.
+pub struct Running {
+    /// Where the API really listens.
+    pub api_address: std::net::SocketAddr,
+    /// Where agents are really let in.
+    pub agent_address: std::net::SocketAddr,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    control: Arc<Control>,
+}
+
+/// Connections of API clients at once.
+const CONNECTIONS_MAX: usize = 1024;
+/// A handshake that takes longer is somebody holding a place.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+/// Pause after a failed accept (out of file descriptors), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Starts the server; it is ready when this returns.
+pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
+    let control = open(config).await?;
+    let vault = control.vault().await?;
+    let authority = Authority::open(&config.data_dir.join("pki"))?;
+    let (api_tls, agent_tls) = (authority.api_tls(&config.names)?, authority.agent_tls(&config.names)?);
+    let api_listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
+    let agent_listener = TcpListener::bind(config.agent_listen)
+        .await
+        .with_context(|| format!("listen on {}", config.agent_listen))?;
+    let (api_address, agent_address) = (api_listener.local_addr()?, agent_listener.local_addr()?);
+    let name = config.names.first().map_or("localhost", String::as_str);
+    let agent_endpoint = if config.agent_endpoint.is_empty() {
+        format!("{name}:{}", agent_address.port())
+    } else {
+        config.agent_endpoint.clone()
+    };
+    let api = Arc::new(Api {
+        control: control.clone(),
+        authority,
+        vault,
+        base_url: format!("https://{name}:{}", api_address.port()),
+        agent_endpoint,
+        metrics: metrics_recorder(),
+    });
+    let stop = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    tasks.spawn(agents::serve(agent_listener, agent_tls, control.clone(), stop.clone()));
+    tasks.spawn(serve_api(api_listener, TlsAcceptor::from(api_tls), router(api), stop.clone()));
+    tasks.spawn(control.clone().run_reconcilers(stop.clone()));
+    let resumed = control.resume_jobs().await?;
+    tracing::info!(%api_address, %agent_address, resumed, "the server is ready");
+    Ok(Running { api_address, agent_address, stop, tasks, control })
+}
+
+impl Running {
+    /// Stops orderly: no new work, what is under way ends where it can be taken up again.
+    pub async fn stop(self) {
+        self.control.engine.stop().await;
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.control.db.close().await;
+        tracing::info!("the server has stopped");
+    }
+}
+
+/// One recorder for the process, also when several servers run in it (tests).
+fn metrics_recorder() -> metrics_exporter_prometheus::PrometheusHandle {
+    static HANDLE: std::sync::OnceLock<metrics_exporter_prometheus::PrometheusHandle> =
+        std::sync::OnceLock::new();
+    HANDLE
+        .get_or_init(|| {
+            let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+            let handle = recorder.handle();
+            if metrics::set_global_recorder(recorder).is_err() {
+                tracing::warn!("another metrics recorder was set first; /metrics stays empty");
+            }
+            handle
+        })
+        .clone()
+}
+
+async fn serve_api(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    router: axum::Router,
+    stop: CancellationToken,
+) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let tasks = TaskTracker::new();
+    loop {
+        let place = tokio::select! {
+            () = stop.cancelled() => break,
+            place = places.clone().acquire_owned() => place,
+        };
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a client's connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (acceptor, service, stop) =
+            (acceptor.clone(), TowerToHyperService::new(router.clone()), stop.clone());
+        tasks.spawn(async move {
+            let _place = place;
+            let stream = match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => return tracing::debug!(%error, "a handshake failed"),
+                Err(_) => return tracing::debug!("a handshake took too long"),
+            };
+            let builder = auto::Builder::new(TokioExecutor::new());
+            let connection = builder.serve_connection(TokioIo::new(stream), service);
+            tokio::pin!(connection);
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = stop.cancelled() => {
+                    // Requests under way are answered; idle connections close at once.
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
+                tracing::debug!(error, "a client's connection ended badly");
+            }
+        });
+    }
+    tasks.close();
+    tasks.wait().await;
+}

@@ -1,0 +1,219 @@
+//! Rewriting segments that are mostly dead, and joining small ones.
+//!
+//! A segment is named by the delta map of exactly one layer (sessions and compaction write for one layer, merging
+//! moves all of a layer's segments along), so what is alive in it stands in that map's footer.
+
+use std::collections::{HashMap, HashSet};
+
+use bytes::Bytes;
+use mainstay_block::BLOCK_BYTES;
+use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder, inspect};
+use uuid::Uuid;
+
+use crate::extent_map::{Entry, Location, overlay};
+use crate::manifest::{Layer, Manifest};
+use crate::map_file::{MapWriter, SegmentInfo, SegmentUse};
+use crate::map_reader::{MapReader, segment_infos};
+use crate::segment::SegmentBuilder;
+use crate::storage::Hold;
+use crate::{MaintainReport, Store, StoreError, keys};
+
+/// Segments smaller than `segment_bytes` over this are small.
+const SMALL_FRACTION: usize = 16;
+
+impl Store {
+    pub(super) async fn compact(&self, replica: Uuid, report: &mut MaintainReport) -> Result<(), StoreError> {
+        let manifest = self.shared.manifest(replica).await?;
+        let mut budget = self.shared.options.compact_bytes_per_pass;
+        for layer in &manifest.layers {
+            let map = self.shared.open_map(replica, &layer.delta).await?;
+            let victims = self.victims(&map, &mut budget, report);
+            if victims.is_empty() {
+                continue;
+            }
+            let bytes = self.compact_layer(replica, layer, &map, &victims).await?;
+            if let Some(bytes) = bytes {
+                report.segments_compacted += victims.len();
+                report.compacted_bytes += bytes;
+            }
+        }
+        Ok(())
+    }
+
+    fn victims(&self, map: &MapReader, budget: &mut u64, report: &mut MaintainReport) -> HashSet<Uuid> {
+        let options = &self.shared.options;
+        let small = |segment: &SegmentUse| (segment.bytes as usize) < options.segment_bytes / SMALL_FRACTION;
+        let smalls = map.footer.segments.iter().filter(|segment| small(segment)).count();
+        let many_small = smalls >= options.compact_small_segments.max(2);
+        let mut victims = HashSet::new();
+        for segment in &map.footer.segments {
+            let share = f64::from(segment.live) / f64::from(segment.blocks.max(1));
+            if share >= options.compact_live_share && !(many_small && small(segment)) {
+                continue;
+            }
+            let bytes = u64::from(segment.bytes);
+            if bytes > *budget {
+                report.more = true;
+                continue;
+            }
+            *budget -= bytes;
+            victims.insert(segment.id);
+        }
+        victims
+    }
+
+    /// Returns the bytes moved, or nothing when the layer changed meanwhile.
+    async fn compact_layer(
+        &self,
+        replica: Uuid,
+        layer: &Layer,
+        map: &MapReader,
+        victims: &HashSet<Uuid>,
+    ) -> Result<Option<u64>, StoreError> {
+        let shared = &self.shared;
+        let mut rewrite = Rewrite::new(self, replica);
+        let mut moved: HashMap<u16, Vec<Entry>> = HashMap::new();
+        for (index, chunk) in map.footer.chunks.iter().enumerate() {
+            for entry in map.chunk(&shared.storage, &shared.chunks, index).await?.iter() {
+                let Some(place) = entry.place.filter(|place| victims.contains(&place.segment)) else {
+                    continue;
+                };
+                let data = shared.entry_data(replica, chunk.disk, entry, &place).await?;
+                for (disk, entry) in rewrite.push(chunk.disk, entry.start, &data).await? {
+                    moved.entry(disk).or_default().push(entry);
+                }
+            }
+        }
+        for (disk, entry) in rewrite.finish().await? {
+            moved.entry(disk).or_default().push(entry);
+        }
+        let mut known = segment_infos(std::slice::from_ref(map));
+        known.extend(rewrite.segments.iter().map(|(id, info)| (*id, *info)));
+        let id = shared.new_id();
+        let mut writer = MapWriter::new(replica, id, known);
+        for (index, chunk) in map.footer.chunks.iter().enumerate() {
+            let entries = map.chunk(&shared.storage, &shared.chunks, index).await?;
+            let moved = moved.get(&chunk.disk).map_or(&[][..], Vec::as_slice);
+            let first = moved.partition_point(|entry| entry.end() <= chunk.first);
+            let last = moved.partition_point(|entry| entry.start < chunk.end);
+            let inside: Vec<Entry> =
+                moved[first..last].iter().map(|entry| entry.clip(chunk.first, chunk.end)).collect();
+            for entry in overlay(&inside, &entries) {
+                writer.push(chunk.disk, entry).map_err(StoreError::internal)?;
+            }
+        }
+        let (delta, _hold) = shared.write_map(replica, id, writer).await?;
+        let apply = |manifest: &mut Manifest| {
+            match manifest.layer_mut(layer.id) {
+                Some(now) if now.delta == layer.delta => now.delta = delta.clone(),
+                _ => return Ok(false),
+            }
+            drop_jumps_over(manifest, layer.id);
+            Ok(true)
+        };
+        Ok(shared.edit(replica, apply).await?.then_some(rewrite.bytes))
+    }
+}
+
+/// Jumps that span a layer name the segments it had; flattening makes new ones.
+fn drop_jumps_over(manifest: &mut Manifest, compacted: Uuid) {
+    let spanning: HashSet<Uuid> = manifest
+        .layers
+        .iter()
+        .filter(|layer| {
+            let Some(jump) = &layer.jump else { return false };
+            let ancestry = manifest.ancestry(layer.id);
+            ancestry.into_iter().take_while(|at| Some(*at) != jump.ancestor).any(|at| at == compacted)
+        })
+        .map(|layer| layer.id)
+        .collect();
+    for layer in manifest.layers.iter_mut().filter(|layer| spanning.contains(&layer.id)) {
+        layer.jump = None;
+    }
+}
+
+/// Packs blocks into new frames and segments.
+struct Rewrite<'a> {
+    store: &'a Store,
+    replica: Uuid,
+    frame: FrameBuilder,
+    segment: Option<SegmentBuilder>,
+    holds: Vec<Hold>,
+    segments: HashMap<Uuid, SegmentInfo>,
+    bytes: u64,
+}
+
+impl<'a> Rewrite<'a> {
+    fn new(store: &'a Store, replica: Uuid) -> Self {
+        Self {
+            store,
+            replica,
+            frame: FrameBuilder::new(),
+            segment: None,
+            holds: Vec::new(),
+            segments: HashMap::new(),
+            bytes: 0,
+        }
+    }
+
+    /// Adds blocks in order of disk and block; returns the places of frames that became full.
+    async fn push(&mut self, disk: u16, first: u64, data: &Bytes) -> Result<Vec<(u16, Entry)>, StoreError> {
+        let mut placed = Vec::new();
+        let mut at = 0;
+        while at < data.len() {
+            let room = self.frame.room();
+            if room == 0 {
+                placed.extend(self.close_frame().await?);
+                continue;
+            }
+            let end = data.len().min(at + room.min(FRAME_BLOCKS_MAX) * BLOCK_BYTES as usize);
+            let block = first + at as u64 / BLOCK_BYTES;
+            self.frame.push_data(disk, block, &data[at..end])?;
+            at = end;
+        }
+        Ok(placed)
+    }
+
+    async fn close_frame(&mut self) -> Result<Vec<(u16, Entry)>, StoreError> {
+        let frame = std::mem::take(&mut self.frame);
+        if frame.is_empty() {
+            return Ok(Vec::new());
+        }
+        let bytes = tokio::task::spawn_blocking(move || frame.finish()).await;
+        let bytes = bytes.map_err(StoreError::internal)??;
+        let runs = inspect(&bytes)?;
+        let shared = &self.store.shared;
+        let segment = self.segment.get_or_insert_with(|| {
+            let id = shared.new_id();
+            self.holds.push(shared.storage.hold(&keys::segment(self.replica, id)));
+            SegmentBuilder::new(self.replica, id, Uuid::nil())
+        });
+        let (offset, length) = segment.push(&bytes, runs.iter().map(|run| run.count).sum());
+        let (mut index, mut placed) = (0, Vec::with_capacity(runs.len()));
+        for run in runs {
+            let place = Location { segment: segment.id, offset, length, index };
+            index += run.count as u16;
+            let entry = Entry { start: run.block, count: u64::from(run.count), place: Some(place) };
+            placed.push((run.disk, entry));
+        }
+        if segment.len() >= shared.options.segment_bytes {
+            self.close_segment().await?;
+        }
+        Ok(placed)
+    }
+
+    async fn close_segment(&mut self) -> Result<(), StoreError> {
+        let Some(segment) = self.segment.take() else { return Ok(()) };
+        let (id, blocks) = (segment.id, segment.blocks);
+        let bytes = segment.finish();
+        self.bytes += bytes.len() as u64;
+        self.segments.insert(id, SegmentInfo { blocks, bytes: bytes.len() as u32 });
+        self.store.shared.storage.put(&keys::segment(self.replica, id), bytes).await
+    }
+
+    async fn finish(&mut self) -> Result<Vec<(u16, Entry)>, StoreError> {
+        let placed = self.close_frame().await?;
+        self.close_segment().await?;
+        Ok(placed)
+    }
+}

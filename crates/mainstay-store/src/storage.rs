@@ -1,0 +1,143 @@
+//! The few operations of object storage that are used, so that a test can count and break them, and the
+//! local directory with real durability.
+
+use std::collections::HashMap;
+use std::path::Path as FilePath;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use futures::TryStreamExt as _;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload};
+
+use crate::StoreError;
+
+/// Object storage in a local directory, created if missing, in which every acknowledged put is durable: file and
+/// directory are synced. Half-written staging files of a crashed process are removed.
+///
+/// # Errors
+/// Those of creating and reading the directory.
+pub fn local_storage(directory: &FilePath) -> std::io::Result<Arc<dyn ObjectStore>> {
+    std::fs::create_dir_all(directory)?;
+    remove_staging_files(directory)?;
+    let storage = LocalFileSystem::new_with_prefix(directory).map_err(std::io::Error::other)?;
+    Ok(Arc::new(storage.with_fsync(true)))
+}
+
+/// `object_store` stages an upload as `name#number` beside its target; none of our names has a `#`.
+fn remove_staging_files(directory: &FilePath) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            remove_staging_files(&entry.path())?;
+        } else if kind.is_file() && entry.file_name().to_string_lossy().contains('#') {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// How a put-if-absent ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Created {
+    Ours,
+    Taken,
+}
+
+/// Object storage plus the objects that are being written or read and must not be collected.
+#[derive(Debug)]
+pub(crate) struct Storage {
+    inner: Arc<dyn ObjectStore>,
+    held: Arc<Mutex<HashMap<Path, usize>>>,
+}
+
+/// Keeps an object from being collected until dropped.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    key: Path,
+    held: Arc<Mutex<HashMap<Path, usize>>>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = held.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.key);
+            }
+        }
+    }
+}
+
+impl Storage {
+    pub(crate) fn new(inner: Arc<dyn ObjectStore>) -> Self {
+        Self { inner, held: Arc::default() }
+    }
+
+    pub(crate) fn hold(&self, key: &Path) -> Hold {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        *held.entry(key.clone()).or_default() += 1;
+        Hold { key: key.clone(), held: Arc::clone(&self.held) }
+    }
+
+    pub(crate) fn held(&self) -> std::collections::HashSet<Path> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
+    pub(crate) async fn get(&self, key: &Path) -> Result<Option<Bytes>, StoreError> {
+        match self.inner.get(key).await {
+            Ok(found) => found.bytes().await.map(Some).map_err(|error| StoreError::storage(key, error)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(StoreError::storage(key, error)),
+        }
+    }
+
+    /// Reads a range that must be there: a missing or short object is damage.
+    pub(crate) async fn get_range(&self, key: &Path, from: u64, length: u64) -> Result<Bytes, StoreError> {
+        let bytes = match self.inner.get_range(key, from..from + length).await {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => {
+                return Err(StoreError::damaged(key, "the object is missing"));
+            }
+            Err(error) => return Err(StoreError::storage(key, error)),
+        };
+        if bytes.len() as u64 != length {
+            return Err(StoreError::damaged(key, "the object is too short"));
+        }
+        Ok(bytes)
+    }
+
+    pub(crate) async fn put(&self, key: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        let put = self.inner.put(key, PutPayload::from(bytes)).await;
+        put.map(|_| ()).map_err(|error| StoreError::storage(key, error))
+    }
+
+    pub(crate) async fn create(&self, key: &Path, bytes: Bytes) -> Result<Created, StoreError> {
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match self.inner.put_opts(key, PutPayload::from(bytes), options).await {
+            Ok(_) => Ok(Created::Ours),
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Taken),
+            Err(error) => Err(StoreError::storage(key, error)),
+        }
+    }
+
+    pub(crate) async fn list(&self, prefix: &Path) -> Result<Vec<ObjectMeta>, StoreError> {
+        let listed = self.inner.list(Some(prefix)).try_collect().await;
+        listed.map_err(|error| StoreError::storage(prefix, error))
+    }
+
+    pub(crate) async fn folders(&self, prefix: &Path) -> Result<Vec<Path>, StoreError> {
+        let listed = self.inner.list_with_delimiter(Some(prefix)).await;
+        listed.map(|listed| listed.common_prefixes).map_err(|error| StoreError::storage(prefix, error))
+    }
+
+    pub(crate) async fn delete(&self, key: &Path) -> Result<(), StoreError> {
+        match self.inner.delete(key).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(StoreError::storage(key, error)),
+        }
+    }
+}

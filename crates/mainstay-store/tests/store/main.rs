@@ -1,0 +1,10 @@
+//! The store from outside.
+
+#[cfg(test)]
+mod crash;
+#[cfg(test)]
+mod oracle;
+#[cfg(test)]
+mod rules;
+#[cfg(test)]
+mod support;
