@@ -24,6 +24,8 @@ pub struct KvmOptions {
     pub directory: PathBuf,
     /// Networks that libvirt does not know of: `mcast:ADDRESS:PORT`, `bridge:NAME`.
     pub networks: Vec<Network>,
+    /// How fast each disk of a recovery VM is copied out of the store at most; `None` = as fast as it goes.
+    pub hydration_bytes_per_second: Option<u64>,
 }
 
 /// What all parts of the driver share.

@@ -1,7 +1,5 @@
 //! Recovery VMs: started from a served recovery point, made independent, and asked what changed since.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
-
 mod rig;
 
 use std::path::PathBuf;
@@ -223,5 +221,55 @@ async fn a_guest_waits_for_a_store_that_comes_back() -> Result<()> {
     ledger::wait_until_up(&home.site, spec.vm, PATIENCE).await?;
     assert!(ledger::query(&home.site, spec.vm).await?.is_whole());
     home.host.remove_recovery_vm(spec.vm).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn captures_go_on_while_a_vm_hydrates() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let home = Rig::start(lab.path(), "home").await?;
+    let vm = ledger_vm();
+    home.boot(&vm, 30).await?;
+    let mut point = take_point(&home, &vm).await?;
+    home.host.power_off(vm.id).await?;
+    let socket = socket_of(&home, "store");
+    let server = serve(&socket, &point).await?;
+    let spec = spec(&point, "web-recovered", &socket);
+    // Slower than that it cannot be made: every capture's pause of the disks lets the job run ahead of its limit.
+    let host = home.slow_driver(1 << 20)?;
+    host.create_recovery_vm(&spec).await?;
+    let mut tracker = host.creation_tracker();
+    host.start_tracked(spec.vm, &["vda".to_owned(), "vdb".to_owned()], &tracker).await?;
+    assert!(!host.hydrate(spec.vm).await?.is_complete);
+    let deadline = Instant::now() + PATIENCE;
+    let mut captures_while_hydrating = 0;
+    loop {
+        let is_complete = host.hydrate(spec.vm).await?.is_complete;
+        let capture = host.begin_capture(spec.vm, request(Some(&tracker))).await?;
+        apply(capture.as_ref(), &mut point.copies).await?;
+        assert_same(&point.copies, &read_capture(capture.as_ref()).await?);
+        tracker = capture.tracker().clone();
+        capture.close().await?;
+        host.confirm_tracker(spec.vm, &tracker).await?;
+        if is_complete {
+            break;
+        }
+        captures_while_hydrating += 1;
+        if captures_while_hydrating == 1 {
+            home.site.kill().await?;
+            home.site.start().await?;
+        }
+        ensure!(Instant::now() < deadline, "hydration does not end");
+    }
+    assert!(captures_while_hydrating > 0, "hydration was too fast to prove anything");
+    server.shutdown().await;
+    ledger::wait_until_up(&home.site, spec.vm, PATIENCE).await?;
+    let verdict = ledger::query(&home.site, spec.vm).await?;
+    assert!(verdict.is_whole(), "{verdict:?}");
+    // A restart needs the store no more.
+    host.power_off(spec.vm).await?;
+    host.start(spec.vm).await?;
+    ledger::wait_until_up(&home.site, spec.vm, PATIENCE).await?;
+    assert!(ledger::query(&home.site, spec.vm).await?.is_whole());
     Ok(())
 }

@@ -70,7 +70,8 @@ async fn step(
     // The job must dismiss itself: one that is concluded and not dismissed keeps a filter node without a child, and
     // `query-named-block-nodes`, which libvirt asks all the time, then crashes QEMU (seen with 10.0.2). A job
     // that is gone has ended well if the image has no backing file any more; else it begins anew.
-    let arguments = json!({"device": middle.name, "job-id": id, "on-error": "stop"});
+    let speed = host.options.hydration_bytes_per_second.unwrap_or(0);
+    let arguments = json!({"device": middle.name, "job-id": id, "on-error": "stop", "speed": speed});
     host.libvirt.qmp(vm, "block-stream", arguments).await.doing("starting to copy a disk")?;
     Ok(Some(0))
 }

@@ -33,6 +33,7 @@ impl Rig {
             uri: site.uri().to_owned(),
             directory: site.driver_directory_short(),
             networks: Vec::new(),
+            hydration_bytes_per_second: None,
         };
         Ok(Self { host: KvmHost::open(options)?, site })
     }
@@ -43,6 +44,18 @@ impl Rig {
             uri: self.site.uri().to_owned(),
             directory: self.site.driver_directory_short(),
             networks: Vec::new(),
+            hydration_bytes_per_second: None,
+        };
+        Ok(KvmHost::open(options)?)
+    }
+
+    /// A driver that copies recovery VMs' disks out of the store slowly.
+    pub(crate) fn slow_driver(&self, bytes_per_second: u64) -> Result<KvmHost> {
+        let options = KvmOptions {
+            uri: self.site.uri().to_owned(),
+            directory: self.site.driver_directory_short(),
+            networks: Vec::new(),
+            hydration_bytes_per_second: Some(bytes_per_second),
         };
         Ok(KvmHost::open(options)?)
     }
