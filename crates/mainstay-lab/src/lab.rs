@@ -437,7 +437,7 @@ impl Lab {
         let libvirt = site.libvirt();
         match action {
             LabAction::Kill => site.kill_vm(vm).await?,
-            LabAction::Stop => libvirt.shut_down(vm, false).await?,
+            LabAction::Stop => libvirt.press_power_button(vm).await?,
             LabAction::Start => libvirt.start(vm, false).await?,
             LabAction::Pause => libvirt.suspend(vm).await?,
             LabAction::Resume => libvirt.resume(vm).await?,
