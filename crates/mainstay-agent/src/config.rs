@@ -17,6 +17,9 @@ pub struct AgentConfig {
     pub libvirt_uri: String,
     /// Networks that libvirt has no object for: `bridge:NAME`, `mcast:ADDRESS:PORT`.
     pub networks: Vec<String>,
+    /// Bytes per second at which a recovery VM's disk is copied out of the store while the VM runs; 0 = as fast as it
+    /// goes.
+    pub hydration_bytes_per_second: u64,
     /// Address of the server's agent endpoint, `HOST:PORT`; empty = what registration answered.
     pub server: String,
 }
@@ -28,6 +31,7 @@ impl Default for AgentConfig {
             run_dir: PathBuf::from("/run/mainstay"),
             libvirt_uri: "qemu:///system".to_owned(),
             networks: Vec::new(),
+            hydration_bytes_per_second: 0,
             server: String::new(),
         }
     }

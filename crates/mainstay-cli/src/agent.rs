@@ -57,7 +57,12 @@ fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
         .iter()
         .map(|name| Network { name: name.clone(), kind: NetworkKind::Production })
         .collect();
-    let options = KvmOptions { uri: config.libvirt_uri.clone(), directory: config.run_dir.clone(), networks };
+    let options = KvmOptions {
+        uri: config.libvirt_uri.clone(),
+        directory: config.run_dir.clone(),
+        networks,
+        hydration_bytes_per_second: Some(config.hydration_bytes_per_second).filter(|limit| *limit > 0),
+    };
     KvmHost::open(options).map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))
 }
 
