@@ -127,7 +127,7 @@ pub(crate) fn parse_mebibytes(text: &str) -> Result<u64, String> {
         (_, _, Some(number)) => (number, 1 << 20),
         _ => {
             let bytes: u64 = upper.parse().map_err(|_| bad())?;
-            return if bytes % (1 << 20) == 0 { check(bytes >> 20) } else { Err(bad()) };
+            return if bytes.is_multiple_of(1 << 20) { check(bytes >> 20) } else { Err(bad()) };
         }
     };
     check(number.parse::<u64>().map_err(|_| bad())?.checked_mul(factor).ok_or_else(bad)?)

@@ -54,9 +54,9 @@ impl Inner {
             exports.insert(key.clone(), Arc::new(disk), true);
         }
         let mut served = self.served.lock().await;
-        if !served.contains_key(&record.vm) {
+        if let std::collections::hash_map::Entry::Vacant(e) = served.entry(record.vm) {
             let server = Server::bind_unix(&self.socket(record.vm), exports)?;
-            served.insert(record.vm, Served { server, stop });
+            e.insert(Served { server, stop });
         }
         Ok(())
     }

@@ -165,7 +165,7 @@ impl Item {
             match job.properties.state.as_str() {
                 "Succeeded" | "Suspended" => return Ok(Job(job)),
                 "InProgress" | "NotStarted" | "Cancelling" if Instant::now() < deadline => {
-                    tokio::time::sleep(POLL).await
+                    tokio::time::sleep(POLL).await;
                 }
                 state => {
                     let errors: Vec<_> = job
