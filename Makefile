@@ -1,13 +1,12 @@
 # Two commands for a new user: `make demo` and `make test`. Both install what is missing first (Debian packages;
 # Rust must be there) and work as root or with sudo, with or without hardware virtualisation.
 
-.PHONY: demo test soak bench setup guest help
+.PHONY: demo test soak setup guest help
 
 help:
 	@echo "make demo    the tutorial's whole journey on real VMs, proved"
 	@echo "make test    all tests (30 minutes at most on 2 cores)"
 	@echo "make soak    the long tests"
-	@echo "make bench   measurements against named peers"
 
 setup:
 	@scripts/setup.sh
@@ -24,8 +23,3 @@ test: guest
 
 soak: guest
 	@cargo xtask soak
-
-bench:
-	@scripts/setup.sh bench
-	@cargo xtask guest
-	@cargo xtask bench $(BENCH_ARGS)

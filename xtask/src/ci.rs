@@ -30,6 +30,14 @@ pub(crate) fn run(repository: &Path) -> Result<()> {
     outcome
 }
 
+/// Runs the tests that take too long for every change.
+pub(crate) fn soak(repository: &Path) -> Result<()> {
+    cargo(
+        repository,
+        &["test", "--package", "mainstay-cli", "--test", "kills", "--", "--ignored", "--nocapture"],
+    )
+}
+
 fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
     timed(times, "formatting", || cargo(repository, &["fmt", "--all", "--check"]))?;
     timed(times, "tidy", || tidy::run(repository))?;

@@ -16,6 +16,7 @@ fn main() -> anyhow::Result<()> {
     match Xtask::parse() {
         Xtask::Ci => ci::run(repository),
         Xtask::Guest { refresh } => guest::run(refresh),
+        Xtask::Soak => ci::soak(repository),
         Xtask::Tidy => tidy::run(repository),
     }
 }
@@ -25,6 +26,8 @@ fn main() -> anyhow::Result<()> {
 enum Xtask {
     /// Everything that a change must pass: formatting, tidy, lints, tests; prints the time per suite.
     Ci,
+    /// The long tests: random kills on real VMs, many seeds of the simulation.
+    Soak,
     /// Dependency direction, file sizes, format documents.
     Tidy,
     /// Builds the ledger guest (kernel and initramfs) into `.cache/guest`, without root.

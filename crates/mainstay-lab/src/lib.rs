@@ -8,6 +8,8 @@
 mod account;
 pub mod demo;
 mod guest;
+mod item;
+pub mod kills;
 mod lab;
 mod lab_file;
 pub mod ledger;

@@ -10,11 +10,11 @@ use uuid::Uuid;
 use super::{
     DemoReport, Narrator, PhaseReport,
     acknowledgements::{Watch, now_ms},
-    api::{Item, Job, Point},
     images::{Image, Images},
 };
 use crate::{
     HOME, Lab, LabAction, LedgerCopy, RECOVERY,
+    item::{Item, Job, Point},
     ledger::{self, Ledger, Status},
 };
 

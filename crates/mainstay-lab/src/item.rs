@@ -1,10 +1,10 @@
-//! The journey's hands: a client of the published API like any other.
+//! An item of the lab, in the hands of a client of the published API like any other.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use mainstay_api::{
-    Client,
+    Client, ClientError,
     arm::{ItemProperties, JobProperties, JobTask, List, RecoveryPointProperties, Resource},
     v1::ItemStatus,
 };
@@ -19,7 +19,7 @@ const POLL: Duration = Duration::from_millis(50);
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// One item of the lab.
-pub(super) struct Item {
+pub(crate) struct Item {
     client: Client,
     vault: String,
     name: String,
@@ -28,17 +28,17 @@ pub(super) struct Item {
 
 /// A recovery point.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Point {
-    pub(super) id: Uuid,
-    pub(super) time_ms: i64,
+pub(crate) struct Point {
+    pub(crate) id: Uuid,
+    pub(crate) time_ms: i64,
 }
 
 /// A job that ended or waits.
-pub(super) struct Job(pub(super) Resource<JobProperties>);
+pub(crate) struct Job(pub(crate) Resource<JobProperties>);
 
 impl Job {
     /// The tasks' output by name.
-    pub(super) fn output(&self, task: &str) -> Value {
+    pub(crate) fn output(&self, task: &str) -> Value {
         let task: Option<&JobTask> = self.0.properties.tasks.iter().find(|found| found.name == task);
         let details = task.and_then(|task| task.custom_details.as_ref());
         details.and_then(|details| details.get("output")).cloned().unwrap_or(Value::Null)
@@ -47,7 +47,7 @@ impl Job {
 
 impl Item {
     /// Makes a policy and protects a VM with it.
-    pub(super) async fn protect(lab: &Lab, vm: &str, copy_frequency_seconds: u32) -> Result<Self> {
+    pub(crate) async fn protect(lab: &Lab, vm: &str, copy_frequency_seconds: u32) -> Result<Self> {
         let (client, vault) = (lab.client()?, lab.vault_path());
         let policy = format!("{vault}/replicationPolicies/demo");
         let settings = json!({ "properties": { "providerSpecificInput": {
@@ -74,17 +74,17 @@ impl Item {
     }
 
     /// The item's state.
-    pub(super) async fn show(&self) -> Result<ItemProperties> {
+    pub(crate) async fn show(&self) -> Result<ItemProperties> {
         Ok(self.client.get::<Resource<ItemProperties>>(&self.path).await?.properties)
     }
 
     /// What ARM has no field for.
-    pub(super) async fn status(&self) -> Result<ItemStatus> {
+    pub(crate) async fn status(&self) -> Result<ItemStatus> {
         Ok(self.client.get(&format!("/api/v1/items/{}", self.name)).await?)
     }
 
     /// Its recovery points, oldest first.
-    pub(super) async fn points(&self) -> Result<Vec<Point>> {
+    pub(crate) async fn points(&self) -> Result<Vec<Point>> {
         let points: List<Resource<RecoveryPointProperties>> =
             self.client.get(&format!("{}/recoveryPoints", self.path)).await?;
         let mut found = Vec::new();
@@ -96,14 +96,20 @@ impl Item {
     }
 
     /// Waits until the item is as `wanted`.
-    pub(super) async fn wait(
+    pub(crate) async fn wait(
         &self,
         what: &str,
         wanted: impl Fn(&ItemProperties) -> bool,
     ) -> Result<ItemProperties> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            let item = self.show().await?;
+            let item = match self.show().await {
+                Err(error) if is_outage(&error) && Instant::now() < deadline => {
+                    tokio::time::sleep(POLL).await;
+                    continue;
+                }
+                item => item?,
+            };
             if wanted(&item) {
                 return Ok(item);
             }
@@ -119,7 +125,7 @@ impl Item {
     }
 
     /// Waits until a number of recovery points is there that were taken after a moment.
-    pub(super) async fn wait_points(&self, after_ms: i64, count: usize) -> Result<Vec<Point>> {
+    pub(crate) async fn wait_points(&self, after_ms: i64, count: usize) -> Result<Vec<Point>> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let mut points = self.points().await?;
@@ -138,30 +144,42 @@ impl Item {
     }
 
     /// Begins an operation on the item and waits until its job ends well or waits for a person.
-    pub(super) async fn run(&self, method: Method, verb: &str, body: &Value) -> Result<Job> {
+    pub(crate) async fn run(&self, method: Method, verb: &str, body: &Value) -> Result<Job> {
         let job = self.begin(method, verb, body).await?;
         self.finish(&job).await
     }
 
     /// Begins an operation and answers the job's name, as soon as the request is accepted.
-    pub(super) async fn begin(&self, method: Method, verb: &str, body: &Value) -> Result<String> {
+    pub(crate) async fn begin(&self, method: Method, verb: &str, body: &Value) -> Result<String> {
         let path = if verb.is_empty() { self.path.clone() } else { format!("{}/{verb}", self.path) };
         self.client.begin(method, &path, Some(body)).await?.context("the operation is a job")
     }
 
     /// Continues a job that waits.
-    pub(super) async fn resume(&self, job: &Job) -> Result<Job> {
-        let path = format!("{}/replicationJobs/{}/resume", self.vault, job.0.name);
-        self.client.begin(Method::POST, &path, Some(&json!({ "properties": {} }))).await?;
+    pub(crate) async fn resume(&self, job: &Job) -> Result<Job> {
+        self.begin_resume(job).await?;
         self.finish(&job.0.name).await
     }
 
-    /// Waits for a job.
-    pub(super) async fn finish(&self, name: &str) -> Result<Job> {
+    /// Continues a job that waits, and does not wait for its end.
+    pub(crate) async fn begin_resume(&self, job: &Job) -> Result<String> {
+        let path = format!("{}/replicationJobs/{}/resume", self.vault, job.0.name);
+        self.client.begin(Method::POST, &path, Some(&json!({ "properties": {} }))).await?;
+        Ok(job.0.name.clone())
+    }
+
+    /// Waits for a job, also through outages of the server.
+    pub(crate) async fn finish(&self, name: &str) -> Result<Job> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            let job: Resource<JobProperties> =
-                self.client.get(&format!("{}/replicationJobs/{name}", self.vault)).await?;
+            let job = self.client.get(&format!("{}/replicationJobs/{name}", self.vault)).await;
+            let job: Resource<JobProperties> = match job {
+                Err(ClientError::Unreachable { .. }) if Instant::now() < deadline => {
+                    tokio::time::sleep(POLL).await;
+                    continue;
+                }
+                job => job?,
+            };
             match job.properties.state.as_str() {
                 "Succeeded" | "Suspended" => return Ok(Job(job)),
                 "InProgress" | "NotStarted" | "Cancelling" if Instant::now() < deadline => {
@@ -181,7 +199,7 @@ impl Item {
     }
 
     /// What is left of recovery VMs at the recovery site: domains and files.
-    pub(super) async fn remains(&self, lab: &Lab) -> Result<Vec<String>> {
+    pub(crate) async fn remains(&self, lab: &Lab) -> Result<Vec<String>> {
         let site = lab.site(RECOVERY)?;
         let mut found = Vec::new();
         for vm in site.libvirt().domains().await? {
@@ -194,16 +212,18 @@ impl Item {
     }
 
     /// Whether the server refuses an operation because of the item's state.
-    pub(super) async fn refuses(&self, verb: &str, body: &Value) -> Result<bool> {
+    pub(crate) async fn refuses(&self, verb: &str, body: &Value) -> Result<bool> {
         match self.begin(Method::POST, verb, body).await {
             Ok(_) => Ok(false),
-            Err(error) => match error
-                .downcast_ref::<mainstay_api::ClientError>()
-                .and_then(mainstay_api::ClientError::status)
-            {
+            Err(error) => match error.downcast_ref::<ClientError>().and_then(ClientError::status) {
                 Some(404 | 409) => Ok(true),
                 _ => Err(error),
             },
         }
     }
+}
+
+/// Whether the server was away; everything else is an answer.
+fn is_outage(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ClientError::Unreachable { .. }))
 }
