@@ -13,7 +13,7 @@ use mainstay_control::{
     jobs::{Fault, Faults},
     workflows::{FailoverParams, PointChoice},
 };
-use mainstay_model::{Ending, ItemId, Operation};
+use mainstay_model::{Ending, ItemId, Location, Operation};
 use mainstay_provider::{ErrorKind, Hypervisor as _};
 use mainstay_sim::{HostFault, World, WorldOptions};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
@@ -87,7 +87,8 @@ impl Run {
             82..86 => self.world.mend(is_home),
             86..89 => {
                 let (host, id) = self.world.active(vm).await;
-                host.hypervisor.crash_vm(id).unwrap();
+                // Not there while another recovery point is being chosen.
+                let _ = host.hypervisor.crash_vm(id);
             }
             89..93 => self.start_active(vm).await,
             93..95 => self.world.home.hypervisor.let_guests_refuse(self.rng.random()),
@@ -125,7 +126,9 @@ impl Run {
         };
         let mut allowed = item.state.allowed_operations();
         allowed.retain(|operation| *operation != Operation::FinalizeProtection);
-        if self.rng.random_bool(0.8) {
+        // Disabled at the recovery site, the recovery VM is the administrator's, and its name is taken ever after.
+        let is_away = item.state.phase.active_location() == Location::Recovery;
+        if is_away || self.rng.random_bool(0.8) {
             allowed.retain(|operation| *operation != Operation::DisableProtection);
         }
         let Some(operation) = allowed.choose(&mut self.rng).copied() else { return };
@@ -192,6 +195,8 @@ impl Run {
         self.world.home.hypervisor.let_guests_refuse(false);
         self.world.mend(true);
         self.world.mend(false);
+        // Longer than any pause after failed cycles.
+        self.world.clock.advance_ms(40 * 60_000);
         // Also takes up the jobs that a fault has stopped.
         self.world.restart_server().await;
         for attempt in 0.. {
