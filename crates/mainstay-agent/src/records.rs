@@ -140,10 +140,15 @@ impl Records {
 
     /// Removes a recovery VM's record.
     pub fn remove_recovery_vm(&self, vm: VmId) -> io::Result<()> {
-        match fs::remove_file(self.recovery_path(vm)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        let path = self.recovery_path(vm);
+        // What a crash left half written goes too: nobody would replace it any more.
+        for path in [path.with_extension(UNFINISHED), path] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// All recovery VMs on record.
@@ -169,9 +174,12 @@ fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     }
 }
 
+/// Extension of a record that is being written.
+const UNFINISHED: &str = "new";
+
 /// Writes a file whole or not at all, and durably.
 fn replace(path: &Path, record: &impl Serialize) -> io::Result<()> {
-    let temporary = path.with_extension("new");
+    let temporary = path.with_extension(UNFINISHED);
     let mut file = fs::File::create(&temporary)?;
     file.write_all(&serde_json::to_vec_pretty(record)?)?;
     file.sync_all()?;

@@ -54,6 +54,12 @@ impl Inner {
     }
 
     pub(super) async fn unprotect(&self, item: ItemId) -> Result<(), SiteError> {
+        // A recovery VM that owns its disks is the administrator's from now on; one that does not is still served.
+        for record in self.records.recovery_vms()? {
+            if record.item == item && record.is_hydrated {
+                self.records.remove_recovery_vm(record.vm)?;
+            }
+        }
         let Some(record) = self.records.item(item)? else { return Ok(()) };
         if record.staging.is_some() {
             self.discard_home(item, record.vm).await?;

@@ -5,7 +5,7 @@
 //! or Cancelled, or Stuck, which a person sees and can restart; (4) an item belongs to at most one job.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -54,6 +54,8 @@ pub enum Fault {
     StopAfter,
     /// Somebody cancels the job while the step is being done.
     Cancel,
+    /// Somebody cancels the job after the step was chosen and before it is written down as begun.
+    CancelBefore,
 }
 
 /// Decides about faults; only tests install one.
@@ -250,6 +252,8 @@ impl Control {
                 Ok(())
             })
             .await?;
+        // The stuck run has written its end and may not have left the table yet.
+        self.engine.wait_until_ended(id).await;
         self.launch(id);
         Ok(job)
     }
@@ -274,10 +278,13 @@ impl Control {
             woken: Notify::new(),
             progress: Mutex::new(Progress::default()),
         });
-        if lock(&self.engine.active).insert(id, active.clone()).is_some() {
-            tracing::error!(job = %id, "a job was launched twice; the first run goes on alone");
-            return;
-        }
+        match lock(&self.engine.active).entry(id) {
+            Entry::Occupied(_) => {
+                tracing::error!(job = %id, "a job was launched twice; the first run goes on alone");
+                return;
+            }
+            Entry::Vacant(entry) => entry.insert(active.clone()),
+        };
         let control = self.clone();
         self.engine.tasks.spawn(async move {
             let work = control.run_job(id, &active);
@@ -342,8 +349,17 @@ impl Control {
         active: &Active,
     ) -> Result<std::ops::ControlFlow<()>, ControlError> {
         let now_ms = self.clock.now_ms();
+        let fault = self.fault(&job, index, false);
+        if fault == Fault::CancelBefore {
+            // A refusal is what the test looks for at steps beyond the point of no return.
+            let _ = self.cancel_job(job.id).await;
+        }
         let job = self
             .change_job(job.id, |job| {
+                // Cancelled since the step was chosen: it must not begin, least of all if there is no way back from it.
+                if job.is_cancel_requested && !job_log(job).is_past_return() {
+                    return Ok(());
+                }
                 let entry = &mut job.steps[index];
                 entry.state = StepState::Started;
                 entry.started_ms.get_or_insert(now_ms);
@@ -351,7 +367,7 @@ impl Control {
                 Ok(())
             })
             .await?;
-        if job.is_cancel_requested {
+        if job.is_cancel_requested && !job_log(&job).is_past_return() {
             return Ok(std::ops::ControlFlow::Continue(()));
         }
         *lock(&active.progress) = Progress::default();
@@ -362,7 +378,6 @@ impl Control {
             cancel: &active.cancel,
             progress: &active.progress,
         };
-        let fault = self.fault(&job, index, false);
         tracing::info!(job = %job.id, item = job.item_name, step = step.task.name, "step begins");
         let action = async {
             if fault == Fault::Repeat {

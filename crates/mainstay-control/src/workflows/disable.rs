@@ -6,7 +6,6 @@ use mainstay_provider::{Hydrate, PowerOffVm, RemoveRecoveryVm, SiteError, Unprot
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ControlError,
     db::JobError,
     jobs::{Done, Patience, Step, StepAction, StepContext},
 };
@@ -110,7 +109,7 @@ struct RemoveReplica;
 #[async_trait]
 impl StepAction for RemoveReplica {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
-        step.control.store.delete_replica(step.item_id().0).await.map_err(ControlError::from)?;
+        step.control.delete_replica(step.item_id()).await?;
         Ok(Done::default())
     }
 }

@@ -214,7 +214,7 @@ impl StepAction for StartInitialReplication {
     }
 
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
-        step.control.store.delete_replica(step.item_id().0).await.map_err(crate::ControlError::from)?;
+        step.control.delete_replica(step.item_id()).await?;
         Ok(Undone::default())
     }
 }

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use mainstay_model::{Health, PointId, VmId};
 use mainstay_provider::{
     CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerOffVm, PowerState, PrepareHome, ReadPower,
-    ShutDownVm, ShutdownOutcome, StageHome, Staged, StartVm, VerifyHome,
+    ShutDownVm, ShutdownOutcome, StageHome, Staged, StartVm, VerifyHome, VmDefinition,
 };
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +84,22 @@ fn recovery_vm(item: &ItemRecord) -> Result<VmCopy, JobError> {
 
 struct PrepareHomeVm;
 
+/// What a home VM is made of. The point that was failed over to has the definition that was written at home; it is
+/// held from now on, because synchronising replaces it as the head. Without it, the newest state must do.
+async fn home_contents(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    copy: VmCopy,
+) -> Result<(VmDefinition, Vec<(String, u64)>), JobError> {
+    let control = step.control;
+    if control.has_point(item.id, copy.point).await? {
+        control.hold_point(item.id, copy.point, copy.vm).await?;
+        return control.point_contents(item.id, copy.point).await;
+    }
+    let head = control.head(item.id).await?.unwrap_or(copy.point);
+    control.point_contents(item.id, head).await
+}
+
 #[async_trait]
 impl StepAction for PrepareHomeVm {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
@@ -91,7 +107,7 @@ impl StepAction for PrepareHomeVm {
         let params: FailbackParams = step.params()?;
         let copy = recovery_vm(&item)?;
         let home = params.host.unwrap_or(item.primary_provider);
-        let (definition, disks) = step.control.point_contents(item.id, copy.point).await?;
+        let (definition, disks) = home_contents(step, &item, copy).await?;
         let prepare = PrepareHome {
             item: item.id,
             vm: item.vm,

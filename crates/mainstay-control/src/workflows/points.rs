@@ -82,6 +82,22 @@ impl Control {
         }
     }
 
+    /// Deletes everything that the store has of an item, also if that is nothing.
+    pub(super) async fn delete_replica(&self, item: ItemId) -> Result<(), ControlError> {
+        match self.store.delete_replica(item.0).await {
+            Err(StoreError::NoReplica(_)) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Whether the store still has a point.
+    pub(super) async fn has_point(&self, item: ItemId, point: PointId) -> Result<bool, ControlError> {
+        match self.store.point(item.0, point.0).await {
+            Err(StoreError::NoPoint(_)) => Ok(false),
+            found => Ok(found.map(|_| true)?),
+        }
+    }
+
     /// Picks a recovery point or says why there is none.
     pub(super) async fn choose_point(
         &self,

@@ -243,6 +243,11 @@ impl SimHypervisor {
         self.views().into_iter().find(|view| view.id == vm)
     }
 
+    /// Names, power states and open captures, for a message.
+    pub(crate) fn summary(&self) -> Vec<(String, PowerState, usize)> {
+        self.views().into_iter().map(|view| (view.name, view.power, view.captures)).collect()
+    }
+
     async fn start_with(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
         if self.power(vm).await? == PowerState::Off {
             // Booting reads the disks: without them it does not get far.

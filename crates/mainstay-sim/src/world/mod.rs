@@ -237,7 +237,8 @@ impl World {
     pub async fn active(&self, name: &str) -> (&Host, VmId) {
         match self.item(name).await {
             Some(item) if item.state.phase.active_location() == mainstay_model::Location::Recovery => {
-                (&self.recovery, item.recovery_vm.expect("a recovery VM").vm)
+                // While another recovery point is being chosen there is none.
+                (&self.recovery, item.recovery_vm.map_or(item.vm, |copy| copy.vm))
             }
             _ => (&self.home, vm_named(name)),
         }
@@ -261,8 +262,14 @@ impl World {
                 return;
             }
             if tokio::time::Instant::now() > deadline {
-                let jobs = self.ask(|control| async move { control.jobs().await }).await;
-                panic!("waited in vain until {what}; jobs: {jobs:#?}");
+                let (items, jobs) = self
+                    .ask(|control| async move { (control.db.items().await, control.db.open_jobs().await) })
+                    .await;
+                panic!(
+                    "waited in vain until {what}; open jobs {jobs:#?}; items {items:#?}; home {:?}; recovery {:?}",
+                    self.home.hypervisor.summary(),
+                    self.recovery.hypervisor.summary()
+                );
             }
             // Most conditions follow from the control plane's changes, the others are seen a little later.
             tokio::select! {

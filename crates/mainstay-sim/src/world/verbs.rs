@@ -175,6 +175,10 @@ impl World {
             if jobs.expect("jobs are read").iter().any(is_working) {
                 return false;
             }
+            // An operation that was cancelled cleans up after itself.
+            if world.open_captures() > 0 {
+                return false;
+            }
             let items = world.ask(|control| async move { control.db.items().await }).await;
             let home_is_there = world.control().sites.is_connected(world.home.provider);
             items.expect("items are read").iter().all(|item| {

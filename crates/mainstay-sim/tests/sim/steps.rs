@@ -19,23 +19,42 @@ use crate::{
     workflows::{VM, Workflow, finish_journey},
 };
 
-/// One fault at one step, once.
+/// One fault at one step or undo, once.
 struct Once {
     operation: Operation,
     step: usize,
     fault: Fault,
+    /// The step fails whose failure brings the undo about.
+    failing: Option<usize>,
     has_struck: AtomicBool,
 }
 
 impl Faults for Once {
     fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {
-        let is_it = job.operation == self.operation && step == self.step && !is_undo;
+        if job.operation != self.operation {
+            return Fault::None;
+        }
+        if !is_undo && self.failing == Some(step) {
+            return Fault::FailAfter;
+        }
+        let is_it = step == self.step && is_undo == self.failing.is_some();
         if is_it && !self.has_struck.swap(true, Ordering::SeqCst) { self.fault } else { Fault::None }
     }
 }
 
 fn install(world: &World, workflow: Workflow, step: usize, fault: Fault) -> Arc<Once> {
-    let once = Once { operation: workflow.operation(), step, fault, has_struck: AtomicBool::new(false) };
+    install_undo(world, workflow, None, step, fault)
+}
+
+fn install_undo(
+    world: &World,
+    workflow: Workflow,
+    failing: Option<usize>,
+    step: usize,
+    fault: Fault,
+) -> Arc<Once> {
+    let operation = workflow.operation();
+    let once = Once { operation, step, fault, failing, has_struck: AtomicBool::new(false) };
     let once = Arc::new(once);
     world.set_faults(Some(once.clone()));
     once
@@ -56,23 +75,22 @@ async fn resume(world: &World, job: JobId) {
 
 /// Completes a job up to where its run stops without having ended.
 async fn drive_until_stopped(world: &World, job: JobId, once: &Once) {
-    loop {
-        world
-            .until("the job has stopped", async |world| {
-                world.job(job).await.state == JobState::Suspended || !world.control().engine.is_active(job)
-            })
-            .await;
-        if !world.control().engine.is_active(job) {
-            assert!(once.has_struck.load(Ordering::SeqCst), "the job ended: {}", world.tell(job).await);
-            return;
-        }
-        resume(world, job).await;
-    }
+    drive_until_over(world, job).await;
+    assert!(once.has_struck.load(Ordering::SeqCst), "the job ended: {}", world.tell(job).await);
 }
 
 async fn settle_and_check(world: &World) {
     world.settle().await;
     world.check().await;
+    match world.phase(VM).await {
+        Some(Phase::FailbackCommitPending) => {
+            if world.item(VM).await.unwrap().state.running.is_none() {
+                world.check_failback(VM).await;
+            }
+        }
+        Some(Phase::PlannedFailoverCommitPending) => world.check_planned_failover(VM).await,
+        _ => {}
+    }
 }
 
 async fn undisturbed(workflow: Workflow) -> (Snapshot, usize, Option<usize>) {
@@ -82,7 +100,7 @@ async fn undisturbed(workflow: Workflow) -> (Snapshot, usize, Option<usize>) {
     settle_and_check(&world).await;
     let point_of_no_return = job_log(&job).steps.iter().position(|(plan, _)| plan.is_point_of_no_return);
     let snapshot = world.snapshot(VM).await;
-    finish_journey(&world).await;
+    finish_journey(&world, VM, 0).await;
     (snapshot, job.steps.len(), point_of_no_return)
 }
 
@@ -94,7 +112,7 @@ async fn repeat(workflow: Workflow, step: usize, expected: &Snapshot) {
     assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
     settle_and_check(&world).await;
     assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: step {step} was done twice");
-    finish_journey(&world).await;
+    finish_journey(&world, VM, 0).await;
 }
 
 /// (c) The process dies after the step and before that was written down.
@@ -107,7 +125,7 @@ async fn kill(workflow: Workflow, step: usize, expected: &Snapshot) {
     assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
     settle_and_check(&world).await;
     assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: killed after step {step}");
-    finish_journey(&world).await;
+    finish_journey(&world, VM, 0).await;
 }
 
 /// (b) and (d) beyond the point of no return: stuck and then completed; refused.
@@ -126,7 +144,7 @@ async fn beyond_return(workflow: Workflow, step: usize, fault: Fault, expected: 
     }
     settle_and_check(&world).await;
     assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: {fault:?} at step {step}");
-    finish_journey(&world).await;
+    finish_journey(&world, VM, 0).await;
 }
 
 /// (b) and (d): the job is undone and the item is what it was.
@@ -157,6 +175,49 @@ async fn undone(world: &World, workflow: Workflow, step: usize, fault: Fault) {
     }
 }
 
+/// The last step that can be undone fails, and the undo of an earlier one is done twice, fails, or is interrupted.
+async fn undo_disturbed(world: &mut World, workflow: Workflow, failing: usize, step: usize, fault: Fault) {
+    let what = format!("{workflow:?}: {fault:?} at the undo of step {step}");
+    let before = world.phase(VM).await;
+    let (host, vm) = world.active(VM).await;
+    let power_before = host.hypervisor.view(vm).unwrap().power;
+    let once = install_undo(world, workflow, Some(failing), step, fault);
+    let job = workflow.begin(world).await;
+    if fault == Fault::StopAfter {
+        drive_until_over(world, job.id).await;
+        world.restart_server().await;
+    }
+    let mut ending = world.complete(job.id).await;
+    if ending == Ending::Stuck {
+        assert_eq!(fault, Fault::FailAfter, "{what}: {}", world.tell(job.id).await);
+        let id = job.id;
+        world.ask(move |control| async move { control.restart_job(id).await }).await.unwrap();
+        ending = world.complete(job.id).await;
+    }
+    assert_eq!(ending, Ending::Failed, "{what}: {}", world.tell(job.id).await);
+    drop(once);
+    world.set_faults(None);
+    settle_and_check(world).await;
+    assert_eq!(world.phase(VM).await, before, "{what}");
+    let (host, vm) = world.active(VM).await;
+    assert_eq!(host.hypervisor.view(vm).unwrap().power, power_before, "{what}: the active VM");
+}
+
+/// Completes a job up to where its run stops, ended or not.
+async fn drive_until_over(world: &World, job: JobId) {
+    loop {
+        world
+            .until("the job has stopped", async |world| {
+                world.job(job).await.state == JobState::Suspended || !world.control().engine.is_active(job)
+            })
+            .await;
+        if !world.control().engine.is_active(job) {
+            return;
+        }
+        resume(world, job).await;
+    }
+}
+
 async fn four_questions(workflow: Workflow) {
     log();
     let (expected, steps, point_of_no_return) = undisturbed(workflow).await;
@@ -180,6 +241,13 @@ async fn four_questions(workflow: Workflow) {
             undone(&world, workflow, step, fault).await;
         }
     }
+    if workflow != Workflow::Finalize {
+        for step in 0..first_final {
+            for fault in [Fault::Repeat, Fault::FailAfter, Fault::StopAfter] {
+                undo_disturbed(&mut world, workflow, first_final - 1, step, fault).await;
+            }
+        }
+    }
     if let Some(step) = point_of_no_return {
         undone(&world, workflow, step, Fault::CancelBefore).await;
     }
@@ -188,7 +256,7 @@ async fn four_questions(workflow: Workflow) {
         assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
         settle_and_check(&world).await;
     }
-    finish_journey(&world).await;
+    finish_journey(&world, VM, 0).await;
 }
 
 macro_rules! four_questions {

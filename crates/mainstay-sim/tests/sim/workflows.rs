@@ -129,22 +129,30 @@ async fn fail_over_and_commit(world: &World) {
     world.write(VM, &[("vda", 8, 9)]).await;
 }
 
-/// From wherever the item is, through all that is left of the journey, until it is protected at home.
-pub(crate) async fn finish_journey(world: &World) {
+/// From wherever the item is, through all that is left of the journey and `laps` whole ones, until it is protected at
+/// home, and then no more. Checks on the way that nothing is lost where nothing may be.
+pub(crate) async fn finish_journey(world: &World, vm: &str, mut laps: usize) {
     world.mend(true);
+    world.mend(false);
+    let hosts = [world.home.provider, world.recovery.provider];
     world
-        .until("home is connected", async |world| world.control().sites.is_connected(world.home.provider))
+        .until("both sites are connected", async |world| {
+            hosts.iter().all(|host| world.control().sites.is_connected(*host))
+        })
         .await;
     world.settle().await;
     let mut fill = 100;
-    while let Some(phase) = world.phase(VM).await {
+    while let Some(item) = world.item(vm).await {
         fill += 1;
-        world.write(VM, &[("vda", 20, fill), ("vdb", 2, fill)]).await;
-        let test = world.item(VM).await.unwrap().test_vm;
-        let operation = match phase {
-            Phase::Protected if test.is_some() => Operation::TestFailoverCleanup,
+        world.write(vm, &[("vda", 20, fill), ("vdb", 2, fill)]).await;
+        let operation = match item.state.phase {
+            Phase::Protected if item.test_vm.is_some() => Operation::TestFailoverCleanup,
+            Phase::Protected if laps > 0 => {
+                laps -= 1;
+                Operation::PlannedFailover
+            }
             Phase::Protected => {
-                world.cycle(VM).await;
+                world.cycle(vm).await;
                 world.check().await;
                 Operation::DisableProtection
             }
@@ -155,7 +163,12 @@ pub(crate) async fn finish_journey(world: &World) {
             Phase::FailbackCommitted => Operation::ReverseReplicate,
             other => panic!("{other:?} is not a phase in which anything settles"),
         };
-        world.run(VM, operation).await;
+        world.run(vm, operation).await;
         world.check().await;
+        match operation {
+            Operation::Failback => world.check_failback(vm).await,
+            Operation::PlannedFailover => world.check_planned_failover(vm).await,
+            _ => {}
+        }
     }
 }

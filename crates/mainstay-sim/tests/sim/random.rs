@@ -1,0 +1,291 @@
+//! Random worlds: verbs, writes, crashes, cuts and faults in any order; one seed replays the decisions of a run.
+//!
+//! `SIM_SEEDS=100` runs more seeds than the default, `SIM_SEED=7` only that one.
+
+use std::{
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex},
+};
+
+use futures::FutureExt as _;
+use mainstay_control::{
+    db::{JobRecord, JobState},
+    jobs::{Fault, Faults},
+    workflows::{FailoverParams, PointChoice},
+};
+use mainstay_model::{Ending, ItemId, Location, Operation};
+use mainstay_provider::{ErrorKind, Hypervisor as _};
+use mainstay_sim::{HostFault, World, WorldOptions};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
+
+use crate::{support::log, workflows::finish_journey};
+
+const VMS: [&str; 2] = ["web", "db"];
+/// Seeds of an ordinary run of the tests: what a few seconds are enough for.
+const SEEDS: u64 = 12;
+/// Things that happen between two calms.
+const ACTIONS: usize = 14;
+/// Calms in a run.
+const CALMS: usize = 3;
+/// How often jobs that do not end well are tried again in a calm.
+const TRIES: usize = 12;
+
+const METHODS: [&str; 14] = [
+    "vm",
+    "definition",
+    "power",
+    "start",
+    "start_tracked",
+    "shut_down",
+    "power_off",
+    "begin_capture",
+    "confirm_tracker",
+    "create_recovery_vm",
+    "hydrate",
+    "remove_recovery_vm",
+    "open_staging",
+    "commit_staging",
+];
+
+/// Strikes one step in `one_in`.
+struct RandomFaults {
+    rng: Mutex<StdRng>,
+    one_in: u32,
+}
+
+impl Faults for RandomFaults {
+    fn fault(&self, _: &JobRecord, _: usize, is_undo: bool) -> Fault {
+        let mut rng = self.rng.lock().unwrap();
+        if rng.random_range(0..self.one_in) > 0 {
+            return Fault::None;
+        }
+        let faults = [Fault::Repeat, Fault::FailAfter, Fault::StopAfter, Fault::Cancel, Fault::CancelBefore];
+        let possible = if is_undo { &faults[..3] } else { &faults[..] };
+        *possible.choose(&mut rng).unwrap()
+    }
+}
+
+struct Run {
+    world: World,
+    rng: StdRng,
+}
+
+impl Run {
+    fn set_faults(&mut self) {
+        let rng = Mutex::new(StdRng::seed_from_u64(self.rng.random()));
+        self.world.set_faults(Some(Arc::new(RandomFaults { rng, one_in: 12 })));
+    }
+
+    async fn act(&mut self) {
+        let vm = *VMS.choose(&mut self.rng).unwrap();
+        let is_home = self.rng.random_bool(0.5);
+        let action = self.rng.random_range(0..100);
+        tracing::info!(vm, is_home, action, "action");
+        match action {
+            0..20 => self.write(vm).await,
+            20..30 => {
+                self.world.clock.advance_ms(5_000);
+                self.world.control().changed.notify_waiters();
+            }
+            30..58 => self.begin(vm).await,
+            58..64 => self.touch_a_job().await,
+            64..69 => self.world.restart_agent(is_home).await,
+            69..74 => {
+                self.world.restart_server().await;
+                self.set_faults();
+            }
+            74..79 => self.world.hiccup(is_home),
+            79..82 => self.world.cut(is_home),
+            82..86 => self.world.mend(is_home),
+            86..89 => {
+                let (host, id) = self.world.active(vm).await;
+                // Not there while another recovery point is being chosen.
+                let _ = host.hypervisor.crash_vm(id);
+            }
+            89..93 => self.start_active(vm).await,
+            93..95 => self.world.home.hypervisor.let_guests_refuse(self.rng.random()),
+            _ => {
+                let host = if is_home { &self.world.home } else { &self.world.recovery };
+                let kinds = [ErrorKind::Failed, ErrorKind::Busy, ErrorKind::Unavailable, ErrorKind::TimedOut];
+                let kind = *kinds.choose(&mut self.rng).unwrap();
+                let fault = match self.rng.random() {
+                    true => HostFault::Fail(kind),
+                    false => HostFault::FailAfter(kind),
+                };
+                host.hypervisor.inject(METHODS.choose(&mut self.rng).unwrap(), fault, 1);
+            }
+        }
+        // Lets what was begun come to a different point each time.
+        for _ in 0..self.rng.random_range(0..40) {
+            self.world.ask(|_| async { tokio::task::yield_now().await }).await;
+        }
+    }
+
+    async fn write(&mut self, vm: &str) {
+        for _ in 0..self.rng.random_range(1..6) {
+            let (disk, blocks) = *[("vda", 64), ("vdb", 17)].choose(&mut self.rng).unwrap();
+            let block = self.rng.random_range(3..blocks);
+            let fill = if self.rng.random_bool(0.2) { 0 } else { self.rng.random() };
+            self.world.write(vm, &[(disk, block, fill)]).await;
+        }
+    }
+
+    async fn begin(&mut self, vm: &str) {
+        let Some(item) = self.world.item(vm).await else {
+            // Refused while what an earlier protection left is not gone.
+            let _ = self.world.enable(vm).await;
+            return;
+        };
+        let mut allowed = item.state.allowed_operations();
+        allowed.retain(|operation| *operation != Operation::FinalizeProtection);
+        // Disabled at the recovery site, the recovery VM is the administrator's, and its name is taken ever after.
+        let is_away = item.state.phase.active_location() == Location::Recovery;
+        if is_away || self.rng.random_bool(0.8) {
+            allowed.retain(|operation| *operation != Operation::DisableProtection);
+        }
+        let Some(operation) = allowed.choose(&mut self.rng).copied() else { return };
+        tracing::info!(vm, ?operation, "begin");
+        let points = [PointChoice::Latest, PointChoice::LatestProcessed];
+        let point = match self.some_point(item.id).await {
+            Some(point) if self.rng.random_bool(0.4) => point,
+            _ => *points.choose(&mut self.rng).unwrap(),
+        };
+        // What is refused leaves everything as it was.
+        let _ = match operation {
+            Operation::UnplannedFailover => {
+                let shutdown_source = self.rng.random();
+                let params = FailoverParams { point, shutdown_source, shutdown_timeout_ms: 1_000 };
+                self.world.fail_over(vm, params).await
+            }
+            Operation::ChangeRecoveryPoint => self.world.change_point(vm, point).await,
+            Operation::Failback => self.world.fail_back(vm, self.rng.random()).await,
+            other => self.world.begin(vm, other).await,
+        };
+    }
+
+    async fn some_point(&mut self, item: ItemId) -> Option<PointChoice> {
+        let points = self.world.ask(move |control| async move { control.store.points(item.0).await }).await;
+        let points = points.ok()?;
+        points.choose(&mut self.rng).map(|point| PointChoice::Point(mainstay_model::PointId(point.id)))
+    }
+
+    async fn open_jobs(&self) -> Vec<JobRecord> {
+        self.world.ask(|control| async move { control.db.open_jobs().await }).await.unwrap()
+    }
+
+    async fn touch_a_job(&mut self) {
+        let jobs = self.open_jobs().await;
+        let Some(job) = jobs.choose(&mut self.rng) else { return };
+        let (id, cancels) = (job.id, self.rng.random_bool(0.5));
+        self.world
+            .ask(move |control| async move {
+                // Either may be refused.
+                if cancels {
+                    let _ = control.cancel_job(id).await;
+                } else {
+                    let _ = control.resume_job(id).await;
+                }
+            })
+            .await;
+    }
+
+    /// The administrator starts a VM that has crashed; no VM that a job works on, or that is not the active one.
+    async fn start_active(&mut self, vm: &str) {
+        if self.world.item(vm).await.is_some_and(|item| item.state.running.is_some()) {
+            return;
+        }
+        let (host, id) = self.world.active(vm).await;
+        if let Err(error) = host.hypervisor.start(id).await {
+            tracing::debug!(%error, "the administrator could not start a VM");
+        }
+    }
+
+    /// Ends all trouble, brings every job to its end, and checks everything.
+    async fn calm(&mut self) {
+        self.world.home.hypervisor.clear_faults();
+        self.world.recovery.hypervisor.clear_faults();
+        self.world.home.hypervisor.let_guests_refuse(false);
+        self.world.mend(true);
+        self.world.mend(false);
+        // Longer than any pause after failed cycles.
+        self.world.clock.advance_ms(40 * 60_000);
+        // Also takes up the jobs that a fault has stopped.
+        self.world.restart_server().await;
+        for attempt in 0.. {
+            for job in self.open_jobs().await {
+                if self.rng.random_bool(0.3) {
+                    let id = job.id;
+                    let _ = self.world.ask(move |control| async move { control.cancel_job(id).await }).await;
+                }
+                self.world.complete(job.id).await;
+            }
+            let mut stuck = Vec::new();
+            for vm in VMS {
+                let running = self.world.item(vm).await.and_then(|item| item.state.running);
+                if let Some(running) = running {
+                    stuck.push(running.job);
+                }
+            }
+            if stuck.is_empty() && self.open_jobs().await.is_empty() {
+                break;
+            }
+            for id in stuck {
+                let job = self.world.job(id).await;
+                assert!(attempt < TRIES, "a job does not end: {}", self.world.tell(id).await);
+                if job.state == JobState::Ended(Ending::Stuck) {
+                    let _ = self.world.ask(move |control| async move { control.restart_job(id).await }).await;
+                }
+            }
+        }
+        self.world.settle().await;
+        for vm in VMS {
+            let start = async |world: &World| {
+                let (host, id) = world.active(vm).await;
+                // Refused while a capture is open.
+                host.hypervisor.start(id).await.is_ok()
+            };
+            self.world.until("the active VM runs", start).await;
+        }
+        self.world.settle().await;
+        self.world.check().await;
+    }
+}
+
+async fn run(seed: u64) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let options = WorldOptions {
+        vms: VMS.iter().map(|&vm| vm.to_owned()).collect(),
+        volatile_trackers: rng.random_bool(0.3),
+    };
+    let mut run = Run { world: World::new(options).await, rng };
+    for vm in VMS {
+        run.write(vm).await;
+        run.world.protect(vm).await;
+    }
+    for _ in 0..CALMS {
+        run.set_faults();
+        for _ in 0..ACTIONS {
+            run.act().await;
+        }
+        run.calm().await;
+    }
+    run.world.set_faults(None);
+    for vm in VMS {
+        finish_journey(&run.world, vm, 1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn random_worlds_keep_every_promise() {
+    log();
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let seeds = match number("SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    for seed in seeds {
+        // What it panicked with has been printed by then.
+        let ended = AssertUnwindSafe(run(seed)).catch_unwind().await;
+        assert!(ended.is_ok(), "seed {seed} failed: SIM_SEED={seed} repeats it");
+    }
+}
