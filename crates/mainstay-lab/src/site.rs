@@ -134,7 +134,7 @@ impl Site {
         }
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            match self.libvirt.capabilities().await {
+            match self.libvirt.ping().await {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() > deadline => {
                     let log = fs::read_to_string(self.directory.join("libvirtd.log")).unwrap_or_default();

@@ -114,7 +114,13 @@ impl Libvirt {
         self.call(move |connection| work(&connection.domain(&vm.to_string())?)).await
     }
 
-    /// Versions of libvirt and of QEMU.
+    /// Fails unless the daemon answers.
+    pub async fn ping(&self) -> Result<(), LibvirtError> {
+        self.call(|_connection| Ok(())).await
+    }
+
+    /// Versions of libvirt and of QEMU. Slow where libvirt has to look at QEMU anew, up to minutes on a host
+    /// with a broken `/dev/kvm`.
     pub async fn versions(&self) -> Result<(String, String), LibvirtError> {
         let text = |number: u64| format!("{}.{}.{}", number / 1_000_000, number / 1000 % 1000, number % 1000);
         let (libvirt, qemu) = self.call(RawConnection::versions).await?;
@@ -344,9 +350,7 @@ fn seconds(timeout: Duration) -> i32 {
 /// not lost to a daemon that was restarted long ago.
 fn connect(slot: &Mutex<Option<Arc<RawConnection>>>, uri: &str) -> Result<Arc<RawConnection>, LibvirtError> {
     let known = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    if let Some(connection) =
-        known.filter(|connection| connection.is_alive() && connection.versions().is_ok())
-    {
+    if let Some(connection) = known.filter(|connection| connection.is_answering()) {
         return Ok(connection);
     }
     let connection = Arc::new(RawConnection::open(uri)?);
