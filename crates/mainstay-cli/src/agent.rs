@@ -66,8 +66,20 @@ fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     KvmHost::open(options).map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))
 }
 
+/// The agent; without a subcommand it runs.
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct AgentInvocation {
+    #[command(subcommand)]
+    command: Option<AgentCommand>,
+    #[command(flatten)]
+    agent: AgentArguments,
+    #[command(flatten)]
+    logging: LogArguments,
+}
+
 #[derive(Subcommand)]
-pub(crate) enum AgentCommand {
+enum AgentCommand {
     /// Exchanges a registration key for a certificate.
     Register {
         #[command(flatten)]
@@ -79,7 +91,7 @@ pub(crate) enum AgentCommand {
         #[arg(long)]
         name: Option<String>,
     },
-    /// Runs the agent until SIGTERM. VMs run on without it.
+    /// Runs the agent until SIGTERM; the same as without a subcommand. VMs run on without it.
     Run {
         #[command(flatten)]
         agent: AgentArguments,
@@ -96,8 +108,9 @@ pub(crate) enum AgentCommand {
     },
 }
 
-pub(crate) async fn run(command: AgentCommand) -> anyhow::Result<Exit> {
-    match command {
+pub(crate) async fn run(invocation: AgentInvocation) -> anyhow::Result<Exit> {
+    let AgentInvocation { command, agent, logging } = invocation;
+    match command.unwrap_or(AgentCommand::Run { agent, logging }) {
         AgentCommand::Register { agent, key, name } => {
             let config = agent.config()?;
             let key = RegistrationKey::parse(&key)?;

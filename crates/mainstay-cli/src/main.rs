@@ -35,11 +35,9 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Runs the server, or prepares one.
-    #[command(subcommand)]
-    Server(server::ServerCommand),
+    Server(server::ServerInvocation),
     /// Runs the agent of a host, registers it, or says what the host lacks.
-    #[command(subcommand)]
-    Agent(agent::AgentCommand),
+    Agent(agent::AgentInvocation),
     /// Two sites, a server and guests on this machine, to try things on.
     #[command(subcommand)]
     Lab(lab::LabCommand),

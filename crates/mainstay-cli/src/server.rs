@@ -44,8 +44,20 @@ impl ServerArguments {
     }
 }
 
+/// The server; without a subcommand it runs.
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct ServerInvocation {
+    #[command(subcommand)]
+    command: Option<ServerCommand>,
+    #[command(flatten)]
+    server: ServerArguments,
+    #[command(flatten)]
+    logging: LogArguments,
+}
+
 #[derive(Subcommand)]
-pub(crate) enum ServerCommand {
+enum ServerCommand {
     /// Makes the vault, the certificate authority and the first token.
     Init {
         #[command(flatten)]
@@ -60,7 +72,7 @@ pub(crate) enum ServerCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Runs the server until SIGTERM.
+    /// Runs the server until SIGTERM; the same as without a subcommand.
     Run {
         #[command(flatten)]
         server: ServerArguments,
@@ -106,8 +118,9 @@ pub(crate) async fn terminated() -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(crate) async fn run(command: ServerCommand) -> anyhow::Result<Exit> {
-    match command {
+pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
+    let ServerInvocation { command, server, logging } = invocation;
+    match command.unwrap_or(ServerCommand::Run { server, logging }) {
         ServerCommand::Init { server, vault, resource_group, json } => {
             let config = server.config()?;
             let made = mainstay_server::initialize(&config, &resource_group, &vault).await?;
