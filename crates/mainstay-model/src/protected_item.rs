@@ -322,8 +322,11 @@ impl ItemState {
             },
             Event::Succeed(job) => {
                 let running = self.running_as(job).map_err(refuse)?;
-                let Some(phase) = target(self.phase, running.operation).flatten() else {
-                    return Ok(Outcome::Removed);
+                let phase = match target(self.phase, running.operation) {
+                    Some(Some(phase)) => phase,
+                    Some(None) => return Ok(Outcome::Removed),
+                    // The first recovery point moved the phase on while the operation was under way.
+                    None => self.phase,
                 };
                 let test_failover = match running.operation {
                     Operation::TestFailover => TestFailoverState::WaitingForCleanup,
@@ -421,6 +424,18 @@ mod tests {
             refusal.allowed,
             [Operation::ReverseReplicate, Operation::UpdateProperties, Operation::DisableProtection]
         );
+    }
+
+    #[test]
+    fn a_first_point_during_a_resynchronization_does_not_cost_the_item() {
+        let initial = ItemState { phase: Phase::InitialReplication, ..ItemState::new() };
+        let running = Running { operation: Operation::Resynchronize, job: job(1) };
+        let mut state = initial;
+        for event in [Event::Begin(running), Event::PointReached, Event::Succeed(job(1))] {
+            let Ok(Outcome::State(next)) = state.apply(event) else { panic!("{event:?} in {state:?}") };
+            state = next;
+        }
+        assert_eq!((state.phase, state.running), (Phase::FinalizingProtection, None));
     }
 
     fn any_event() -> impl Strategy<Value = Event> {
