@@ -96,11 +96,13 @@ impl Run {
                 let host = if is_home { &self.world.home } else { &self.world.recovery };
                 let kinds = [ErrorKind::Failed, ErrorKind::Busy, ErrorKind::Unavailable, ErrorKind::TimedOut];
                 let kind = *kinds.choose(&mut self.rng).unwrap();
-                let fault = match self.rng.random() {
+                let method = *METHODS.choose(&mut self.rng).unwrap();
+                // After an error no capture is open.
+                let fault = match self.rng.random_bool(0.5) || method == "begin_capture" {
                     true => HostFault::Fail(kind),
                     false => HostFault::FailAfter(kind),
                 };
-                host.hypervisor.inject(METHODS.choose(&mut self.rng).unwrap(), fault, 1);
+                host.hypervisor.inject(method, fault, 1);
             }
         }
         // Lets what was begun come to a different point each time.
