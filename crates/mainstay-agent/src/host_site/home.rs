@@ -60,13 +60,12 @@ impl Inner {
         };
         // Prepared before, by a job that was interrupted: what was staged still counts.
         let staged = present.as_ref().and_then(|present| present.staging.clone()).filter(|_| !was_created);
-        let staging =
-            staged.unwrap_or_else(|| StagingFile {
-                disks: order.disks.clone(),
-                is_blank: was_created || present.as_ref().is_none_or(|present| present.base.is_none()),
-                touched: vec![Vec::new(); order.disks.len()],
-                ..StagingFile::default()
-            });
+        let staging = staged.unwrap_or_else(|| StagingFile {
+            disks: order.disks.clone(),
+            is_blank: was_created || present.as_ref().is_none_or(|present| present.base.is_none()),
+            touched: vec![Vec::new(); order.disks.len()],
+            ..StagingFile::default()
+        });
         let is_blank = staging.is_blank;
         let record = ItemFile {
             item: order.item,
@@ -219,14 +218,13 @@ impl Inner {
     ) -> Result<FetchReport, SiteError> {
         work.report("Fetching what changed at the recovery site", 0, 0, 0);
         let targets = touched.iter().zip(tables).zip(extras).enumerate();
-        let target = |(index, ((device, table), extra)): (usize, ((&Arc<Touched>, &Arc<HashTable>), _))| {
-            FetchTarget {
+        let target =
+            |(index, ((device, table), extra)): (usize, ((&Arc<Touched>, &Arc<HashTable>), _))| FetchTarget {
                 index: u16::try_from(index).unwrap_or(u16::MAX),
                 device: device.clone(),
                 extra,
                 table: Some(table.clone()),
-            }
-        };
+            };
         let job = FetchJob {
             replica: order.item.0,
             to: order.to.0,

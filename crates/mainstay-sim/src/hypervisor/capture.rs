@@ -104,8 +104,7 @@ impl SimHypervisor {
         if !machine.captures.is_empty() {
             return Err(SiteError::new(ErrorKind::Busy, format!("a capture of VM {vm} is open")));
         }
-        let indices =
-            request.disks.iter().map(|key| machine.disk(key)).collect::<Result<Vec<_>, _>>()?;
+        let indices = request.disks.iter().map(|key| machine.disk(key)).collect::<Result<Vec<_>, _>>()?;
         let all = machine.contents(bases);
         let changed: Vec<_> = indices.iter().map(|index| machine.changed(*index, &request.since)).collect();
         let tracker = TrackerId(format!("capture-{}", request.capture));

@@ -59,7 +59,9 @@ pub(crate) struct State {
 
 impl State {
     fn machine(&mut self, vm: VmId) -> Result<&mut Machine, SiteError> {
-        self.vms.get_mut(&vm).ok_or_else(|| SiteError::new(ErrorKind::NotFound, format!("there is no VM {vm}")))
+        self.vms
+            .get_mut(&vm)
+            .ok_or_else(|| SiteError::new(ErrorKind::NotFound, format!("there is no VM {vm}")))
     }
 
     fn next_opening(&mut self) -> u64 {
@@ -149,6 +151,11 @@ impl SimHypervisor {
     /// Forgets all faults that have not happened yet.
     pub fn clear_faults(&self) {
         self.inner.faults.clear();
+    }
+
+    /// Waits until a call hangs that was injected to.
+    pub async fn wait_for_hang(&self) {
+        self.inner.faults.wait_for_hang().await;
     }
 
     /// From now on trackers die whenever a VM stops.
@@ -465,8 +472,7 @@ impl Hypervisor for SimHypervisor {
     ) -> Result<(), SiteError> {
         let create = async {
             let shape: Shape = serde_json::from_slice(&definition.0).map_err(failed)?;
-            let disks: Vec<_> =
-                spec.disks.iter().map(|disk| (disk.key.as_str(), disk.size_bytes)).collect();
+            let disks: Vec<_> = spec.disks.iter().map(|disk| (disk.key.as_str(), disk.size_bytes)).collect();
             if self.view(vm).is_none() {
                 self.add_vm(vm, &format!("home-{vm}"), &disks);
             }

@@ -33,7 +33,8 @@ struct StagedDevice {
 }
 
 fn gone() -> BlockError {
-    std::io::Error::new(std::io::ErrorKind::BrokenPipe, "the staging area is not this handle's any more").into()
+    std::io::Error::new(std::io::ErrorKind::BrokenPipe, "the staging area is not this handle's any more")
+        .into()
 }
 
 impl StagedDevice {

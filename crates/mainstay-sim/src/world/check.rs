@@ -20,7 +20,8 @@ fn runs(host: &Host, vm: VmId) -> bool {
 impl World {
     /// Checks every invariant; the world must have settled.
     pub async fn check(&self) {
-        let items = self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
+        let items =
+            self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
         for item in &items {
             self.check_points(item).await;
             self.check_copies(item).await;
@@ -73,7 +74,8 @@ impl World {
         if item.stand_down.is_none() {
             assert!(!(home_runs && copy_runs), "'{}' runs at both sites: {item:#?}", item.name);
         }
-        let is_failing_back = item.state.running.is_some_and(|running| running.operation == Operation::Failback);
+        let is_failing_back =
+            item.state.running.is_some_and(|running| running.operation == Operation::Failback);
         let staged = self.home.hypervisor.view(item.vm).is_some_and(|view| view.is_staged);
         assert!(!staged || is_failing_back, "'{}' is staged without a failback", item.name);
         if item.state.phase.active_location() == Location::Recovery {

@@ -119,8 +119,7 @@ impl World {
         network.set_server(Some((server.process.handle().clone(), server.control.clone())));
         let host = async |name: &str, provider: ProviderId| {
             let hypervisor = SimHypervisor::new(name, oracle.clone());
-            let (data_dir, run_dir) =
-                (dir.path().join(name).join("data"), dir.path().join(name).join("run"));
+            let (data_dir, run_dir) = (dir.path().join(name).join("data"), dir.path().join(name).join("run"));
             std::fs::create_dir_all(&run_dir).expect("a directory");
             Host { provider, hypervisor, data_dir, run_dir, agent: None }
         };
@@ -133,8 +132,7 @@ impl World {
             home.hypervisor.make_trackers_volatile();
             recovery.hypervisor.make_trackers_volatile();
         }
-        let mut world =
-            Self { home, recovery, clock, oracle, network, storage, server: Some(server), dir };
+        let mut world = Self { home, recovery, clock, oracle, network, storage, server: Some(server), dir };
         for name in &options.vms {
             mainstay_provider::Hypervisor::start(&world.home.hypervisor, vm_named(name))
                 .await
@@ -225,7 +223,8 @@ impl World {
 
     /// The item of a VM.
     pub async fn item(&self, name: &str) -> Option<ItemRecord> {
-        let items = self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
+        let items =
+            self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
         items.into_iter().find(|item| item.name == name)
     }
 

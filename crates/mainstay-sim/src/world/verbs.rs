@@ -48,11 +48,8 @@ impl World {
 
     /// Begins an operation on an item with the usual parameters.
     pub async fn begin(&self, name: &str, operation: Operation) -> Result<JobRecord, ControlError> {
-        let failover = FailoverParams {
-            point: PointChoice::Latest,
-            shutdown_source: true,
-            shutdown_timeout_ms: 1_000,
-        };
+        let failover =
+            FailoverParams { point: PointChoice::Latest, shutdown_source: true, shutdown_timeout_ms: 1_000 };
         match operation {
             Operation::EnableProtection => self.enable(name).await,
             Operation::UnplannedFailover => self.fail_over(name, failover).await,
@@ -110,7 +107,12 @@ impl World {
     /// Begins an operation, completes it where it waits for a person, and expects that it succeeds.
     pub async fn run(&self, name: &str, operation: Operation) {
         let job = self.begin(name, operation).await.expect("the operation is allowed");
-        assert_eq!(self.complete(job.id).await, Ending::Succeeded, "{operation:?}: {}", self.tell(job.id).await);
+        assert_eq!(
+            self.complete(job.id).await,
+            Ending::Succeeded,
+            "{operation:?}: {}",
+            self.tell(job.id).await
+        );
         self.settle().await;
     }
 

@@ -1,6 +1,6 @@
 //! Random worlds: verbs, writes, crashes, cuts and faults in any order; one seed replays the decisions of a run.
 //!
-//! `SIM_SEEDS=100` runs more seeds than the default, `SIM_SEED=7` only that one.
+//! `SIM_SEEDS=100` runs more seeds than the default, from `SIM_FIRST_SEED` on; `SIM_SEED=7` only that one.
 
 use std::{
     panic::AssertUnwindSafe,
@@ -31,8 +31,20 @@ const CALMS: usize = 3;
 const TRIES: usize = 12;
 
 const METHODS: [&str; 14] = [
-    "vm", "definition", "power", "start", "start_tracked", "shut_down", "power_off", "begin_capture",
-    "confirm_tracker", "create_recovery_vm", "hydrate", "remove_recovery_vm", "open_staging", "commit_staging",
+    "vm",
+    "definition",
+    "power",
+    "start",
+    "start_tracked",
+    "shut_down",
+    "power_off",
+    "begin_capture",
+    "confirm_tracker",
+    "create_recovery_vm",
+    "hydrate",
+    "remove_recovery_vm",
+    "open_staging",
+    "commit_staging",
 ];
 
 /// Strikes one step in `one_in`.
@@ -271,7 +283,10 @@ async fn random_worlds_keep_every_promise() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let seeds = match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
+        None => {
+            let first = number("SIM_FIRST_SEED").unwrap_or(0);
+            first..first + number("SIM_SEEDS").unwrap_or(SEEDS)
+        }
     };
     for seed in seeds {
         // What it panicked with has been printed by then.

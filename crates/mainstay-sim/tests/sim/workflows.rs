@@ -92,9 +92,7 @@ impl Workflow {
         let job = match self {
             Self::Finalize => {
                 world.enable(VM).await.unwrap();
-                world
-                    .until("a finalize job exists", async |world| finalize_job(world).await.is_some())
-                    .await;
+                world.until("a finalize job exists", async |world| finalize_job(world).await.is_some()).await;
                 return finalize_job(world).await.unwrap();
             }
             Self::FailoverWithoutShutdown => {
@@ -107,10 +105,8 @@ impl Workflow {
             }
             Self::ChangePoint => {
                 let item = world.item(VM).await.unwrap();
-                let points = world
-                    .ask(|control| async move { control.recovery_points(&item).await })
-                    .await
-                    .unwrap();
+                let points =
+                    world.ask(|control| async move { control.recovery_points(&item).await }).await.unwrap();
                 let first = mainstay_model::PointId(points[0].id);
                 world.change_point(VM, PointChoice::Point(first)).await
             }
