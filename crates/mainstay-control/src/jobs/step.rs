@@ -155,6 +155,8 @@ pub struct Patience(pub Duration);
 impl Patience {
     /// Not at all.
     pub const NONE: Self = Self(Duration::ZERO);
+    /// Until a living agent has dialled again after a restart of the server: it pauses for 5 s at most.
+    pub const RECONNECT: Self = Self(Duration::from_secs(15));
     /// Through a restart of an agent or of its hypervisor's daemon.
     pub const RESTART: Self = Self(Duration::from_secs(120));
     /// Through an outage that a person must end; the job then fails and is undone.
@@ -189,6 +191,11 @@ impl StepContext<'_> {
     /// The item as it is now.
     pub async fn item(&self) -> Result<ItemRecord, JobError> {
         Ok(self.control.item(self.job.item).await?)
+    }
+
+    /// Whether the step was begun before: the server may have been restarted, and agents be on their way back.
+    pub(crate) fn is_resumed(&self) -> bool {
+        self.job.steps.get(self.index).is_some_and(|step| step.attempts > 1)
     }
 
     /// What was asked for.
