@@ -1,19 +1,35 @@
 //! Tasks of the repository itself: `cargo xtask <task>`.
 
+mod ci;
 mod cpio;
 mod guest;
+mod tidy;
 
+use std::path::Path;
+
+use anyhow::Context as _;
 use clap::Parser as _;
 
 fn main() -> anyhow::Result<()> {
+    let repository =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies outside the repository")?;
     match Xtask::parse() {
+        Xtask::Ci => ci::run(repository),
         Xtask::Guest { refresh } => guest::run(refresh),
+        Xtask::Soak => ci::soak(repository),
+        Xtask::Tidy => tidy::run(repository),
     }
 }
 
 /// Tasks of the repository itself.
 #[derive(clap::Parser)]
 enum Xtask {
+    /// Everything that a change must pass: formatting, tidy, lints, tests; prints the time per suite.
+    Ci,
+    /// The long tests: random kills on real VMs, many seeds of the simulation.
+    Soak,
+    /// Dependency direction, file sizes, format documents.
+    Tidy,
     /// Builds the ledger guest (kernel and initramfs) into `.cache/guest`, without root.
     Guest {
         /// Fetches the Debian packages anew.

@@ -15,6 +15,11 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// The hypervisor: a libvirt URI.
     pub libvirt_uri: String,
+    /// Networks that libvirt has no object for: `bridge:NAME`, `mcast:ADDRESS:PORT`.
+    pub networks: Vec<String>,
+    /// Bytes per second at which a recovery VM's disk is copied out of the store while the VM runs; 0 = as fast as it
+    /// goes.
+    pub hydration_bytes_per_second: u64,
     /// Address of the server's agent endpoint, `HOST:PORT`; empty = what registration answered.
     pub server: String,
 }
@@ -25,6 +30,8 @@ impl Default for AgentConfig {
             data_dir: PathBuf::from("/var/lib/mainstay/agent"),
             run_dir: PathBuf::from("/run/mainstay"),
             libvirt_uri: "qemu:///system".to_owned(),
+            networks: Vec::new(),
+            hydration_bytes_per_second: 0,
             server: String::new(),
         }
     }

@@ -91,7 +91,7 @@ pub async fn run(link: ServerLink, site: Arc<dyn Site>, stop: CancellationToken)
                 is_told = false;
             }
             Err(error) if is_told => {
-                tracing::debug!(server = link.address, %error, "the server still cannot be reached")
+                tracing::debug!(server = link.address, %error, "the server still cannot be reached");
             }
             Err(error) => {
                 tracing::warn!(server = link.address, %error, "the server cannot be reached; trying on");

@@ -127,13 +127,13 @@ impl Control {
     pub async fn record_event(&self, event: EventRecord) -> Result<(), DbError> {
         match event.severity {
             Health::Critical => {
-                tracing::error!(code = event.code, object = event.affected_object, "{}", event.description)
+                tracing::error!(code = event.code, object = event.affected_object, "{}", event.description);
             }
             Health::Warning => {
-                tracing::warn!(code = event.code, object = event.affected_object, "{}", event.description)
+                tracing::warn!(code = event.code, object = event.affected_object, "{}", event.description);
             }
             Health::Normal => {
-                tracing::info!(code = event.code, object = event.affected_object, "{}", event.description)
+                tracing::info!(code = event.code, object = event.affected_object, "{}", event.description);
             }
         }
         let mut transaction = self.db.begin().await?;

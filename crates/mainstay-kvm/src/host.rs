@@ -24,6 +24,8 @@ pub struct KvmOptions {
     pub directory: PathBuf,
     /// Networks that libvirt does not know of: `mcast:ADDRESS:PORT`, `bridge:NAME`.
     pub networks: Vec<Network>,
+    /// How fast each disk of a recovery VM is copied out of the store at most; `None` = as fast as it goes.
+    pub hydration_bytes_per_second: Option<u64>,
 }
 
 /// What all parts of the driver share.
@@ -32,6 +34,8 @@ pub(crate) struct Host {
     pub(crate) libvirt: Libvirt,
     pub(crate) files: Files,
     pub(crate) options: KvmOptions,
+    /// Read once: libvirt takes up to eight seconds to put them together, every time.
+    capabilities: tokio::sync::OnceCell<String>,
     /// One operation at a time that changes a VM.
     locks: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
     /// Captures that are open in this process.
@@ -50,6 +54,7 @@ impl Host {
             libvirt: Libvirt::new(options.uri.clone()),
             files: Files::open(&options.directory)?,
             options,
+            capabilities: tokio::sync::OnceCell::new(),
             locks: Mutex::default(),
             captures: Mutex::default(),
             staged: Mutex::default(),
@@ -75,13 +80,18 @@ impl Host {
         lock(&self.captures).contains(&vm)
     }
 
+    /// The host's capabilities as XML, as of the first time they were asked for.
+    pub(crate) async fn capabilities(&self) -> Result<&str, SiteError> {
+        let read = self.capabilities.get_or_try_init(|| self.libvirt.capabilities());
+        read.await.map(String::as_str).doing("asking libvirt for the host's capabilities")
+    }
+
     /// The account under which QEMU runs, if files must be given to it.
     pub(crate) async fn owner(&self) -> Result<Option<Owner>, SiteError> {
         if !nix::unistd::Uid::effective().is_root() {
             return Ok(None);
         }
-        let capabilities = self.libvirt.capabilities().await.doing("asking libvirt for its accounts")?;
-        if let Some(owner) = qemu_account(&capabilities) {
+        if let Some(owner) = qemu_account(self.capabilities().await?) {
             return Ok(Some(owner));
         }
         // A daemon of an ordinary user runs QEMU as that user, who also owns its socket.

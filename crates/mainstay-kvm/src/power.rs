@@ -13,15 +13,21 @@ use crate::libvirt::XmlKind;
 use crate::nodes::Nodes;
 
 const POLL: Duration = Duration::from_millis(100);
+/// How long to wait for the answer that a guest agent gives only when it does not obey.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A guest that has just booted ignores the power button; it is pressed again.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
 /// How long resuming is tried while a disk's server comes back: QEMU notices it within half a second or so.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(15);
 const RESUME_POLL: Duration = Duration::from_millis(500);
+/// How long a VM whose guest has shut down may take to go: QEMU writes its bitmaps, a second or two. libvirt can miss the
+/// end, and then waits for a minute.
+const LINGER: Duration = Duration::from_secs(15);
 
 /// Starts a VM, or lets it go on.
 pub(crate) async fn start(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let _lock = host.lock(vm).await;
+    wait_for_end(host, vm).await?;
     match host.power(vm).await? {
         PowerState::Running => Ok(()),
         PowerState::Paused => resume(host, vm).await,
@@ -41,6 +47,7 @@ pub(crate) async fn start_tracked(
     tracker: &TrackerId,
 ) -> Result<(), SiteError> {
     let _lock = host.lock(vm).await;
+    wait_for_end(host, vm).await?;
     match host.power(vm).await? {
         PowerState::Running => return Ok(()),
         PowerState::Paused => {}
@@ -61,6 +68,19 @@ pub(crate) async fn start_tracked(
         set_live(host, vm, &nodes, &tracker.0).await.doing("setting a tracker")?;
     }
     resume(host, vm).await
+}
+
+/// A VM that is just ending is neither running nor startable.
+async fn wait_for_end(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let deadline = Instant::now() + LINGER;
+    // An unknown VM is reported by what comes next.
+    while host.libvirt.state(vm).await.is_ok_and(|state| state.is_shutting_down) {
+        if Instant::now() > deadline {
+            return Err(busy("the VM is still ending", "Try again; `virsh destroy` ends it at once."));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
 }
 
 /// An open capture of a VM that is off reads its images.
@@ -95,7 +115,10 @@ pub(crate) async fn shut_down(
     vm: VmId,
     timeout: Duration,
 ) -> Result<ShutdownOutcome, SiteError> {
-    let _lock = host.lock(vm).await;
+    {
+        // Not held while waiting: somebody may lose patience and switch the VM off.
+        let _lock = host.lock(vm).await;
+    }
     if host.power(vm).await? == PowerState::Off {
         return Ok(ShutdownOutcome::Off);
     }
@@ -106,21 +129,30 @@ pub(crate) async fn shut_down(
     let mut by_agent =
         host.domain(vm, XmlKind::Live).await?.has_agent && crate::guest::is_agent_up(host, vm).await;
     let mut ask_at = Instant::now();
+    let mut ended_at = None;
     loop {
-        if Instant::now() >= ask_at {
+        let state = host.libvirt.state(vm).await?;
+        if state.is_shutting_down && *ended_at.get_or_insert_with(Instant::now) + LINGER < Instant::now() {
+            return power_off(host, vm).await.map(|()| ShutdownOutcome::Off);
+        }
+        if Instant::now() >= ask_at && state.power == PowerState::Running && !state.is_shutting_down {
             ask_at = Instant::now() + ASK_AGAIN;
-            if let Err(error) = host.libvirt.shut_down(vm, by_agent).await {
-                tracing::debug!(%vm, %error, "a guest cannot be asked to shut down this way");
-                // The next way at once.
-                ask_at = Instant::now() + POLL;
+            if by_agent {
+                // An agent that obeys does not answer. (libvirt's own way of asking it waits a minute for that.)
+                let mode = serde_json::json!({"mode": "powerdown"});
+                if let Err(error) = host.libvirt.agent(vm, "guest-shutdown", mode, AGENT_TIMEOUT).await {
+                    tracing::debug!(%vm, %error, "the guest agent was asked to shut down");
+                }
+            } else if let Err(error) = host.libvirt.press_power_button(vm).await {
+                tracing::debug!(%vm, %error, "the power button cannot be pressed");
             }
             // Both ways in turn: the agent may be gone, or the button ignored.
             by_agent = !by_agent;
         }
-        if host.power(vm).await? == PowerState::Off {
+        if state.power == PowerState::Off {
             return Ok(ShutdownOutcome::Off);
         }
-        if Instant::now() > deadline {
+        if Instant::now() > deadline && !state.is_shutting_down {
             return Ok(ShutdownOutcome::Refused);
         }
         tokio::time::sleep(POLL).await;

@@ -101,11 +101,14 @@ impl QemuNbd {
             let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
         }
         match tokio::time::timeout(END_TIMEOUT, self.child.wait()).await {
-            Ok(status) => status.map(drop).map_err(|error| failed(format!("waiting for qemu-nbd: {error}"))),
+            Ok(status) => {
+                status.map(drop).map_err(|error| failed(format!("waiting for qemu-nbd: {error}")))?;
+            }
             Err(_elapsed) => {
-                self.child.kill().await.map_err(|error| failed(format!("ending qemu-nbd: {error}")))
+                self.child.kill().await.map_err(|error| failed(format!("ending qemu-nbd: {error}")))?;
             }
         }
+        crate::files::remove_file(&self.socket)
     }
 }
 

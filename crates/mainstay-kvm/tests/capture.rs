@@ -185,7 +185,7 @@ async fn a_vm_that_is_off_is_captured_and_a_dead_tracker_is_noticed() -> Result<
     rig.host.confirm_tracker(vm.id, &tracker).await?;
 
     // QEMU dies, and with it both trackers.
-    rig.kill_qemu(&vm).await?;
+    rig.kill_qemu(vm.id, &vm.name).await?;
     for is_running in [false, true] {
         if is_running {
             rig.host.start(vm.id).await?;
@@ -211,4 +211,40 @@ async fn a_vm_that_is_off_is_captured_and_a_dead_tracker_is_noticed() -> Result<
     let info = Command::new("qemu-img").arg("info").arg(vm.disk_path(&rig.site, 0)).output()?;
     assert!(!String::from_utf8_lossy(&info.stdout).contains("ms-"));
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_freezes_late_is_thawed() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    rig.boot(&vm, 20).await?;
+    // The agent hangs, and wakes after the freeze has timed out.
+    let script = "(sleep 12; killall -CONT qemu-ga) & sleep 1; killall -STOP qemu-ga";
+    let command = serde_json::json!({"path": "/bin/sh", "arg": ["-c", script]});
+    rig.host.libvirt().agent(vm.id, "guest-exec", command, PATIENCE).await?;
+    let ping =
+        || rig.host.libvirt().agent(vm.id, "guest-ping", serde_json::Value::Null, Duration::from_secs(1));
+    while ping().await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut wanted = request(None);
+    wanted.freeze_timeout = Some(Duration::from_secs(3));
+    let capture = rig.host.begin_capture(vm.id, wanted).await?;
+    assert_eq!(capture.consistency(), Consistency::Crash);
+    assert!(!capture.note().is_empty());
+    capture.close().await?;
+    let marker = rig.site.driver_directory().join(format!("captures/{}.frozen", vm.id));
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while marker.exists() {
+        assert!(std::time::Instant::now() < deadline, "the guest is never seen thawed");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    rig.let_write(&vm, 50).await?;
+    let mut wanted = request(None);
+    wanted.freeze_timeout = Some(Duration::from_secs(10));
+    let capture = rig.host.begin_capture(vm.id, wanted).await?;
+    assert_eq!((capture.consistency(), capture.note()), (Consistency::Application, ""));
+    capture.close().await?;
+    rig.let_write(&vm, 20).await
 }

@@ -29,6 +29,18 @@ impl GuestImages {
         Ok(images)
     }
 
+    /// Copies of the images in another directory, readable for everybody.
+    pub fn install(&self, directory: &Path) -> Result<Self> {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::create_dir_all(directory)?;
+        for (from, name) in [(&self.kernel, "vmlinuz"), (&self.initrd, "initrd.img")] {
+            let to = directory.join(name);
+            fs::copy(from, &to).with_context(|| format!("copy {}", from.display()))?;
+            fs::set_permissions(&to, fs::Permissions::from_mode(0o644))?;
+        }
+        Self::in_directory(directory)
+    }
+
     /// The images in `$MAINSTAY_GUEST_DIR`, or in the repository this was built from.
     pub fn find() -> Result<Self> {
         if let Some(directory) = std::env::var_os("MAINSTAY_GUEST_DIR") {

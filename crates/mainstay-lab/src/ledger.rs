@@ -9,7 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use mainstay_model::VmId;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::site::Site;
 
@@ -136,7 +136,7 @@ pub async fn run_in_guest(site: &Site, vm: VmId, program: &str, arguments: &[&st
                 let bytes = STANDARD.decode(answer[name].as_str().unwrap_or_default())?;
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             };
-            if answer["exitcode"] != Value::from(0) {
+            if answer["exitcode"] != 0 {
                 bail!("{program} ended with {}: {}", answer["exitcode"], text("err-data")?.trim());
             }
             return text("out-data");

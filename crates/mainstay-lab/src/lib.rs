@@ -6,10 +6,21 @@
 //! they hold a whole prefix of what was acknowledged.
 
 mod account;
+pub mod demo;
 mod guest;
+mod item;
+pub mod kills;
+mod lab;
+mod lab_file;
 pub mod ledger;
+mod link;
+mod process;
 mod site;
 
 pub use account::Account;
 pub use guest::{DiskImage, GuestImages, LedgerVm};
+pub use lab::{HOME, Lab, LabAction, LabOptions, LabStatus, LedgerCopy, RECOVERY, SiteStatus};
+pub use lab_file::{LabFile, LabSite, LabVm};
+pub use link::relay;
+pub use process::Process;
 pub use site::Site;

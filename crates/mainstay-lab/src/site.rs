@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use mainstay_kvm::libvirt::Libvirt;
+use mainstay_model::VmId;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
@@ -133,7 +134,7 @@ impl Site {
         }
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            match self.libvirt.capabilities().await {
+            match self.libvirt.ping().await {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() > deadline => {
                     let log = fs::read_to_string(self.directory.join("libvirtd.log")).unwrap_or_default();
@@ -150,12 +151,12 @@ impl Site {
 
     /// Ends the daemon. Its virtual machines go on.
     pub async fn stop(&self) -> Result<()> {
-        self.signal(Signal::SIGTERM).await
+        self.end(Signal::SIGTERM).await
     }
 
     /// Ends the daemon as a crash would. Its virtual machines go on.
     pub async fn kill(&self) -> Result<()> {
-        self.signal(Signal::SIGKILL).await
+        self.end(Signal::SIGKILL).await
     }
 
     /// Ends all virtual machines, then the daemon: the site as after a power cut.
@@ -189,7 +190,46 @@ impl Site {
         }
     }
 
-    async fn signal(&self, signal: Signal) -> Result<()> {
+    /// Whether the daemon lives.
+    pub fn is_alive(&self) -> bool {
+        self.daemon().is_some()
+    }
+
+    /// Sends the daemon a signal and does not wait; nothing if it does not live.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        if let Some(pid) = self.daemon() {
+            kill(pid, signal).context("signalling libvirtd")?;
+        }
+        Ok(())
+    }
+
+    /// Kills a virtual machine's process, without asking libvirt, and waits until it is gone.
+    pub async fn kill_vm(&self, vm: VmId) -> Result<()> {
+        let name = self.libvirt.name(vm).await?;
+        let file = self.directory.join("run/libvirt/qemu/run").join(format!("{name}.pid"));
+        let text = fs::read_to_string(&file).with_context(|| format!("the VM '{name}' does not run"))?;
+        let pid = Pid::from_raw(text.trim().parse()?);
+        kill(pid, Signal::SIGKILL).context("killing the VM's process")?;
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while self.libvirt.state(vm).await?.power != mainstay_provider::PowerState::Off {
+            if Instant::now() > deadline {
+                bail!("the VM '{name}' does not end");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
+    }
+
+    /// Removes the short link in `/tmp`, when the lab goes.
+    pub fn forget(&self) -> Result<()> {
+        let link = self.short.parent().unwrap_or(&self.short);
+        match fs::remove_file(link) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn end(&self, signal: Signal) -> Result<()> {
         let Some(pid) = self.daemon() else { return Ok(()) };
         kill(pid, signal).context("signalling libvirtd")?;
         let deadline = Instant::now() + STOP_TIMEOUT;

@@ -132,12 +132,18 @@ impl ReplicationError {
             },
             _ => RefusalKind::Invalid,
         };
-        let message = match self {
-            // Its own words: the peer has no source to look at.
-            Self::Store(error) => error.to_string(),
-            error => error.to_string(),
-        };
-        (kind, message)
+        (kind, self.with_causes())
+    }
+
+    /// The error with everything that led to it, in one line: the peer sees only this text.
+    pub fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        text
     }
 
     pub(crate) fn from_refusal(kind: RefusalKind, message: String) -> Self {

@@ -150,7 +150,11 @@ impl Driver {
         // Queries that are dropped fail as cancelled; whoever still waits to open learns the reason.
         let ready = self.ready.take();
         if ready.is_none() {
-            tracing::warn!(%error, "mount ended");
+            match error {
+                // Whoever had it let go of it.
+                ReplicationError::Cancelled => tracing::debug!("mount ended"),
+                ref error => tracing::warn!(%error, "mount ended"),
+            }
         }
         if let Some(Err(_)) = ready.map(|ready| ready.send(Err(error))) {
             tracing::debug!("nobody waits for the mount any more");

@@ -86,11 +86,11 @@ async fn serve_peer(stream: TcpStream, acceptor: TlsAcceptor, control: Arc<Contr
     };
     match stream.get_ref().1.alpn_protocol() {
         Some(protocol) if protocol == CONTROL_PROTOCOL => {
-            serve_control(stream, provider, name, control).await
+            serve_control(stream, provider, name, control).await;
         }
         Some(protocol) if protocol == DATA_PROTOCOL => serve_data(stream, provider, control).await,
         _ => {
-            tracing::warn!(%provider, "an agent speaks no protocol that this server knows; update the older one")
+            tracing::warn!(%provider, "an agent speaks no protocol that this server knows; update the older one");
         }
     }
 }

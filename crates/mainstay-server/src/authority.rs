@@ -202,7 +202,7 @@ mod tests {
     #[test]
     fn an_agents_certificate_names_its_provider_whatever_it_asked_for() {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path()).unwrap();
+        Authority::open(dir.path()).unwrap();
         let key = KeyPair::generate().unwrap();
         let mut asked = CertificateParams::default();
         asked.distinguished_name.push(DnType::CommonName, "somebody else");

@@ -351,6 +351,21 @@ impl Store {
         self.shared.edit(replica, add).await
     }
 
+    /// Moves a pin to another point, or makes it there: at no moment does it keep neither.
+    ///
+    /// # Errors
+    /// [`StoreError::NoPoint`].
+    pub async fn move_pin(&self, replica: Uuid, point: Uuid, pin: Uuid) -> Result<(), StoreError> {
+        self.shared.manifest(replica).await?;
+        let set = |manifest: &mut Manifest| {
+            manifest.point(point).ok_or(StoreError::NoPoint(point))?;
+            manifest.pins.retain(|there| there.id != pin);
+            manifest.pins.push(Pin { id: pin, point });
+            Ok(())
+        };
+        self.shared.edit(replica, set).await
+    }
+
     /// Takes a pin away; an unknown one is ignored.
     ///
     /// # Errors

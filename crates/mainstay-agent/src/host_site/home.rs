@@ -89,8 +89,8 @@ impl Inner {
     pub(super) async fn hold_staging(&self, record: &ItemFile) -> Result<(), SiteError> {
         let Some(staging) = &record.staging else { return Ok(()) };
         let mut stagings = self.stagings.lock().await;
-        if !stagings.contains_key(&record.item) {
-            stagings.insert(record.item, self.hypervisor.open_staging(&spec(record, staging)).await?);
+        if let std::collections::hash_map::Entry::Vacant(e) = stagings.entry(record.item) {
+            e.insert(self.hypervisor.open_staging(&spec(record, staging)).await?);
         }
         Ok(())
     }
@@ -165,7 +165,8 @@ impl Inner {
         let is_full = order.full || staging.is_blank;
         let (tables, extras, from, bytes_hashed) = if is_full {
             let tables = self.created_tables(record, &sizes, Fill::Unknown)?;
-            let extras = sizes.iter().map(|size| vec![0..size.div_ceil(BLOCK_BYTES)]).collect();
+            let extras =
+                sizes.iter().map(|size| std::iter::once(0..size.div_ceil(BLOCK_BYTES)).collect()).collect();
             (tables, extras, None, 0)
         } else if let Some(at) = staging.at {
             let (tables, _) = self.tables_at(record, &sizes, Some(at), work).await?;
@@ -217,31 +218,31 @@ impl Inner {
         work: &Work,
     ) -> Result<FetchReport, SiteError> {
         work.report("Fetching what changed at the recovery site", 0, 0, 0);
-        let targets = touched.iter().zip(tables).zip(extras).enumerate();
-        let target =
-            |(index, ((device, table), extra)): (usize, ((&Arc<Touched>, &Arc<HashTable>), _))| FetchTarget {
+        let targets = touched
+            .iter()
+            .zip(tables)
+            .zip(extras)
+            .enumerate()
+            .map(|(index, ((device, table), extra))| FetchTarget {
                 index: u16::try_from(index).unwrap_or(u16::MAX),
                 device: device.clone(),
                 extra,
                 table: Some(table.clone()),
-            };
+            })
+            .collect();
         let job = FetchJob {
             replica: order.item.0,
             to: order.to.0,
             from: from.map(|point| point.0),
             difference: from.is_some(),
             session: Uuid::new_v4(),
-            targets: targets.map(target).collect(),
+            targets,
         };
         fetch(&*self.server, &job, &work.cancel).await.map_err(|error| data_error(&error))
     }
 
     /// What differs between the home disks and the point that their hash tables describe: what the tracker says, or
     /// everything, compared by hash. Answers tables, differing block ranges per disk, the point, bytes hashed.
-    #[expect(
-        clippy::type_complexity,
-        reason = "the four parts of one answer, taken apart at its only caller"
-    )]
     async fn local_differences(
         &self,
         record: &ItemFile,

@@ -318,12 +318,7 @@ fn check_generation(record: &ItemFile, generation: Generation) -> Result<(), Sit
 
 /// An error of the data plane, for the control plane.
 fn data_error(error: &ReplicationError) -> SiteError {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
+    let text = error.with_causes();
     match error {
         ReplicationError::Fenced { .. } => SiteError::new(ErrorKind::Fenced, text),
         ReplicationError::StoreFull => SiteError::new(ErrorKind::NoSpace, text).with_remedy(

@@ -1,6 +1,6 @@
 //! The recovery side: VMs that run out of the store until they own their disks.
 
-use std::sync::Arc;
+use std::{collections::hash_map::Entry, sync::Arc};
 
 use mainstay_block::hash_table::Fill;
 use mainstay_model::{ItemId, VmId};
@@ -56,9 +56,11 @@ impl Inner {
         let mut served = self.served.lock().await;
         // The server may have been away for long: by now the VM may be gone, or own its disks.
         let is_needed = self.records.recovery_vm(record.vm)?.is_some_and(|record| !record.is_hydrated);
-        if is_needed && !served.contains_key(&record.vm) {
+        if let Entry::Vacant(entry) = served.entry(record.vm)
+            && is_needed
+        {
             let server = Server::bind_unix(&self.socket(record.vm), exports)?;
-            served.insert(record.vm, Served { server, stop });
+            entry.insert(Served { server, stop });
         }
         Ok(())
     }

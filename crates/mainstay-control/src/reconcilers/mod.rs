@@ -23,12 +23,14 @@ const TICK: Duration = Duration::from_millis(500);
 /// How often retention and the store's maintenance run.
 const MAINTENANCE_TICK: Duration = Duration::from_secs(30);
 
+/// A pass of a reconciler.
+type Reconcile = fn(Arc<Control>) -> Pass;
 type Pass = BoxFuture<'static, Result<(), ControlError>>;
 
 impl Control {
     /// Runs all reconcilers until `stop`.
     pub async fn run_reconcilers(self: Arc<Self>, stop: CancellationToken) {
-        let reconcilers: [(&'static str, Duration, fn(Arc<Self>) -> Pass); 6] = [
+        let reconcilers: [(&'static str, Duration, Reconcile); 6] = [
             ("replication", TICK, |control| Box::pin(control.reconcile_replication())),
             ("hydration", TICK, |control| Box::pin(control.reconcile_hydration())),
             ("stand-down", TICK, |control| Box::pin(control.reconcile_stand_down())),
@@ -50,7 +52,7 @@ impl Control {
         tick: Duration,
         stop: CancellationToken,
         name: &'static str,
-        reconcile: fn(Arc<Self>) -> Pass,
+        reconcile: Reconcile,
     ) {
         loop {
             let woken = self.changed.notified();

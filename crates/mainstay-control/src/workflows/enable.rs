@@ -130,19 +130,26 @@ impl StepAction for IdentifyTarget {
         let item = step.item().await?;
         let checked: Checked = step.expect_output(CHECK)?;
         let target = step.call(item.recovery_provider, Discover {}, Patience::RESTART).await?;
-        let production = |name: &str| {
-            target
-                .inventory
-                .networks
-                .iter()
-                .any(|network| network.name == name && network.kind == NetworkKind::Production)
+        let networks: Vec<_> = target
+            .inventory
+            .networks
+            .iter()
+            .filter(|network| network.kind == NetworkKind::Production)
+            .map(|network| network.name.clone())
+            .collect();
+        // The network of the same name, else the only one there is.
+        let mapped = |name: &str| match networks.as_slice() {
+            _ if name.is_empty() => None,
+            networks if networks.iter().any(|network| network == name) => Some(name.to_owned()),
+            [only] => Some(only.clone()),
+            _ => None,
         };
         let mut done = Done::default();
         let mut nics = Vec::new();
         for (mac, network) in checked.nics {
             let plan = NicPlan {
                 mac: mac.clone(),
-                network: production(&network).then(|| network.clone()),
+                network: mapped(&network),
                 mac_policy: MacPolicy::Keep,
                 address: None,
             };

@@ -155,6 +155,8 @@ struct Moved {
     bytes_moved: u64,
     /// Bytes that went from the recovery VM into the store.
     bytes_captured: u64,
+    /// The point that home equals.
+    point: Option<PointId>,
 }
 
 impl Moved {
@@ -194,6 +196,7 @@ async fn synchronize_once(
     let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, full };
     let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
     moved.add(&staged);
+    moved.point = Some(replicated.point);
     control.hold_point(item.id, replicated.point, item.vm).await?;
     control.release_point(item.id, head_holder(item)).await?;
     Ok((replicated.point, staged.bytes_changed))

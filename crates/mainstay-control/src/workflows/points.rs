@@ -71,14 +71,7 @@ impl Control {
         point: PointId,
         holder: VmId,
     ) -> Result<(), ControlError> {
-        match self.store.pin(item.0, point.0, holder.0).await {
-            // It holds another point: a step that was interrupted had chosen that one.
-            Err(StoreError::Invalid(_)) => {
-                self.store.unpin(item.0, holder.0).await?;
-                Ok(self.store.pin(item.0, point.0, holder.0).await?)
-            }
-            result => Ok(result?),
-        }
+        Ok(self.store.move_pin(item.0, point.0, holder.0).await?)
     }
 
     /// The VM needs no point any more.

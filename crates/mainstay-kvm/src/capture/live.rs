@@ -18,7 +18,7 @@ use mainstay_provider::{
 };
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::device::{CaptureDevice, GivenUp};
 use super::map::{self, DEPTH_CONTEXT, MapSource, bitmap_context};
@@ -26,7 +26,6 @@ use super::stale::MAP_SUFFIX;
 use super::{CREATION_TRACKER, CaptureRecord, Opened, freeze, now_ms, watchdog};
 use crate::bitmaps::{granularity, set_live, trim_live};
 use crate::error::{While as _, busy, failed};
-use crate::files::write_record;
 use crate::host::{Host, find_disk};
 use crate::libvirt::XmlKind;
 use crate::nodes::{Node, Nodes};
@@ -35,14 +34,15 @@ use crate::xml::DomainDisk;
 
 /// What watches an open capture.
 pub(crate) struct Keeper {
-    stop: CancellationToken,
+    /// A watchdog that outlived its capture would end the next one.
+    stop: DropGuard,
     watchdog: JoinHandle<()>,
 }
 
 impl Keeper {
     /// Ends the watching; the view is ended by the caller.
     pub(crate) async fn stop(self) {
-        self.stop.cancel();
+        drop(self.stop);
         // It may have failed, but then there is nobody left to watch anyway.
         let _ = self.watchdog.await;
     }
@@ -59,7 +59,7 @@ struct Plan<'a> {
 pub(crate) async fn refuse_foreign_job(host: &Host, vm: VmId) -> Result<(), SiteError> {
     match host.libvirt.job(vm).await?.operation {
         None => Ok(()),
-        Some(_) if super::stale::is_ours(host, vm).await? => {
+        Some(_) if super::stale::is_ours(host, vm, &host.files.run()).await? => {
             host.libvirt.abort_job(vm).await?;
             super::wait_until_idle(host, vm).await
         }
@@ -97,7 +97,7 @@ pub(crate) async fn begin(
         if power != PowerState::Running {
             note = "the VM is paused".to_owned();
         } else {
-            match freeze::freeze(host, vm, timeout).await {
+            match freeze::freeze(host, vm, &domain, timeout).await {
                 Ok(()) => consistency = Consistency::Application,
                 Err(error) => note = error.message,
             }
@@ -105,22 +105,20 @@ pub(crate) async fn begin(
     }
     let viewed = view(host, vm, &plans, &domain.disks, &socket, tracker).await;
     let taken_at_ms = now_ms();
-    if record.is_frozen {
-        match freeze::thaw(host, vm, freeze::THAW_TIMEOUT).await {
-            Ok(()) => {
-                let record = CaptureRecord { is_frozen: false, ..record.clone() };
-                write_record(&host.files.capture_record(vm), &record)?;
-            }
-            // The record still says "frozen", so closing the capture goes on with it.
-            Err(error) => tracing::error!(%vm, %error, "the guest may be frozen"),
-        }
-    }
+    freeze::release(host, vm).await;
     viewed?;
 
     let given_up = GivenUp::default();
     let stop = CancellationToken::new();
-    let watch = watchdog::watch(Arc::clone(host), vm, request.limits, given_up.clone(), stop.clone());
-    let keeper = Keeper { stop, watchdog: tokio::spawn(watch) };
+    let watch = watchdog::watch(
+        Arc::clone(host),
+        vm,
+        record.run.clone(),
+        request.limits,
+        given_up.clone(),
+        stop.clone(),
+    );
+    let keeper = Keeper { stop: stop.drop_guard(), watchdog: tokio::spawn(watch) };
     match open_disks(host, vm, &plans, &socket, tracker, &given_up).await {
         Ok(disks) => {
             Ok(Opened { disks, taken_at_ms, consistency, note, keeper: super::Keeper::Live(keeper) })

@@ -36,8 +36,6 @@ pub(crate) const CREATION_TRACKER: &str = "ms-creation";
 pub(crate) struct CaptureRecord {
     /// The directory of its sockets and scratch files.
     run: PathBuf,
-    /// The guest was asked to freeze and has not been seen thawed since.
-    is_frozen: bool,
 }
 
 /// What both ways of capturing come to.
@@ -97,8 +95,7 @@ pub(crate) async fn begin(
         live::refuse_foreign_job(host, vm).await?;
     }
     let run = host.files.run().join(request.capture.0.simple().to_string());
-    let record =
-        CaptureRecord { run, is_frozen: request.freeze_timeout.is_some() && power == PowerState::Running };
+    let record = CaptureRecord { run };
     write_record(&record_path, &record)?;
     host.make_directory(&record.run).await?;
     let opened = if power == PowerState::Off {

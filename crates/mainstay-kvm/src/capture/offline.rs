@@ -7,7 +7,7 @@ use std::time::Duration;
 use mainstay_model::VmId;
 use mainstay_provider::{CaptureRequest, CapturedDisk, Changed, Consistency, SiteError};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::device::{CaptureDevice, GivenUp};
 use super::map::{self, DEPTH_CONTEXT, MapSource, bitmap_context};
@@ -22,7 +22,8 @@ use crate::recovery::is_overlay;
 
 /// The servers of an open capture, and the clock that ends them.
 pub(crate) struct Keeper {
-    stop: CancellationToken,
+    /// Servers that outlived their capture would keep the VM from starting.
+    stop: DropGuard,
     servers: JoinHandle<Result<(), SiteError>>,
 }
 
@@ -40,12 +41,12 @@ impl Keeper {
             }
             result
         });
-        Self { stop, servers }
+        Self { stop: stop.drop_guard(), servers }
     }
 
     /// Ends the servers.
     pub(crate) async fn stop(self) -> Result<(), SiteError> {
-        self.stop.cancel();
+        drop(self.stop);
         self.servers.await.map_err(|error| failed(format!("ending a capture: {error}")))?
     }
 }

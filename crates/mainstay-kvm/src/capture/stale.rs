@@ -1,5 +1,7 @@
 //! Ending what is left of a capture: after closing it, after a failure, and after the agent died.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mainstay_model::VmId;
@@ -8,7 +10,7 @@ use serde_json::json;
 
 use super::{CaptureRecord, freeze};
 use crate::error::{While as _, busy};
-use crate::files::{read_record, remove_directory, remove_file, write_record};
+use crate::files::{read_record, remove_directory, remove_file};
 use crate::host::Host;
 use crate::nodes::Nodes;
 use crate::qemu_nbd::end_strays;
@@ -22,15 +24,10 @@ pub(crate) const MAP_SUFFIX: &str = "-map";
 /// Ends the capture of which there is a record. Trackers stay.
 pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let path = host.files.capture_record(vm);
-    let Some(mut record) = read_record::<CaptureRecord>(&path)? else { return Ok(()) };
+    let Some(record) = read_record::<CaptureRecord>(&path)? else { return Ok(()) };
     match host.libvirt.state(vm).await.map_err(SiteError::from) {
         Ok(state) if state.power != mainstay_provider::PowerState::Off => {
-            if record.is_frozen {
-                freeze::thaw(host, vm, freeze::THAW_TIMEOUT).await.doing("thawing the guest")?;
-                record.is_frozen = false;
-                write_record(&path, &record)?;
-            }
-            if is_ours(host, vm).await? {
+            if is_ours(host, vm, &record.run).await? {
                 host.libvirt.abort_job(vm).await.doing("ending a capture")?;
                 wait_until_idle(host, vm).await?;
                 if host.libvirt.state(vm).await?.is_paused_by_io_error {
@@ -49,27 +46,29 @@ pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
 }
 
 /// Ends the captures that an agent before us left open; answers the VMs concerned.
-pub(crate) async fn abandon_all(host: &Host) -> Result<Vec<VmId>, SiteError> {
-    let mut vms = Vec::new();
+pub(crate) async fn abandon_all(host: &Arc<Host>) -> Result<Vec<VmId>, SiteError> {
+    let mut vms = freeze::release_all(host).await?;
     for vm in host.files.captured_vms()? {
         if host.has_capture(vm) {
             continue;
         }
         let _lock = host.lock(vm).await;
         abandon(host, vm).await.doing(&format!("cleaning up after a capture of VM {vm}"))?;
-        vms.push(vm);
+        if !vms.contains(&vm) {
+            vms.push(vm);
+        }
     }
     Ok(vms)
 }
 
-/// Whether a backup job runs and is ours: only then does it serve on a socket in our directory.
-pub(crate) async fn is_ours(host: &Host, vm: VmId) -> Result<bool, SiteError> {
+/// Whether a backup job runs and is ours: only then does it serve on a socket in a directory of ours.
+pub(crate) async fn is_ours(host: &Host, vm: VmId, run: &Path) -> Result<bool, SiteError> {
     if host.libvirt.job(vm).await?.operation.is_none() {
         return Ok(false);
     }
     // Fails when the job is no backup.
     let xml = host.libvirt.backup_xml(vm).await.unwrap_or_default();
-    Ok(xml.contains(&format!("{}/", host.files.run().display())))
+    Ok(xml.contains(&format!("{}/", run.display())))
 }
 
 /// Waits until no job runs on the VM.

@@ -1,6 +1,7 @@
 //! Watching an open capture, so that it never harms the guest: it ends when its scratch files grow beyond their
 //! budget, when it gets old, and when the guest was paused because of it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use mainstay_provider::CaptureLimits;
 use tokio_util::sync::CancellationToken;
 
 use super::device::GivenUp;
+use super::stale::is_ours;
 use super::wait_until_idle;
 use crate::host::Host;
 
@@ -18,6 +20,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 pub(crate) async fn watch(
     host: Arc<Host>,
     vm: VmId,
+    run: PathBuf,
     limits: CaptureLimits,
     given_up: GivenUp,
     stop: CancellationToken,
@@ -49,10 +52,16 @@ pub(crate) async fn watch(
     };
     tracing::warn!(%vm, reason, "a capture is given up");
     given_up.because(reason);
-    // The job may have ended by itself; what matters is that there is none.
-    let _ = host.libvirt.abort_job(vm).await;
-    if let Err(error) = wait_until_idle(&host, vm).await {
-        tracing::warn!(%vm, %error, "the capture's job does not end");
+    match is_ours(&host, vm, &run).await {
+        Ok(true) => {
+            // The job may end by itself at the same time; what matters is that there is none.
+            let _ = host.libvirt.abort_job(vm).await;
+            if let Err(error) = wait_until_idle(&host, vm).await {
+                tracing::warn!(%vm, %error, "the capture's job does not end");
+            }
+        }
+        Ok(false) => {}
+        Err(error) => tracing::warn!(%vm, %error, "the capture's job cannot be ended yet"),
     }
     let is_paused = host.libvirt.state(vm).await.is_ok_and(|state| state.is_paused_by_io_error);
     if is_paused && let Err(error) = host.libvirt.resume(vm).await {

@@ -5,7 +5,7 @@ use std::path::Path;
 use mainstay_provider::{Acceleration, Capability, Finding, FindingSeverity, HostFacts, SiteError};
 use nix::sys::statvfs::statvfs;
 
-use crate::error::{While as _, failed};
+use crate::error::failed;
 use crate::host::Host;
 use crate::probe::hardware_acceleration;
 
@@ -25,7 +25,7 @@ pub(crate) async fn facts(host: &Host) -> Result<HostFacts, SiteError> {
             Acceleration::Software
         }
     };
-    let confinement = app_armor_limit(&host.libvirt.capabilities().await?, &libvirt);
+    let confinement = app_armor_limit(host.capabilities().await?, &libvirt);
     let capability = |name: &str, limit: Option<&str>| Capability {
         name: name.to_owned(),
         is_available: limit.is_none(),
@@ -64,8 +64,7 @@ fn app_armor_limit(capabilities: &str, libvirt: &str) -> Option<&'static str> {
 
 /// The machine types that QEMU knows on this host.
 pub(crate) async fn machines(host: &Host) -> Result<Vec<String>, SiteError> {
-    let capabilities = host.libvirt.capabilities().await.doing("asking libvirt for machine types")?;
-    let document = roxmltree::Document::parse(&capabilities);
+    let document = roxmltree::Document::parse(host.capabilities().await?);
     let document = document.map_err(|error| failed(format!("reading libvirt's capabilities: {error}")))?;
     let machines = document.descendants().filter(|node| node.has_tag_name("machine"));
     Ok(machines.filter_map(|node| node.text()).map(|text| text.trim().to_owned()).collect())

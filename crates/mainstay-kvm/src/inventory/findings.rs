@@ -80,7 +80,7 @@ pub(super) async fn of_machine(
             message,
             "Add the channel and install qemu-guest-agent in the guest.",
         );
-    } else if power == PowerState::Running && !crate::guest::is_agent_up(host, domain.id).await {
+    } else if power == PowerState::Running && domain.is_agent_connected == Some(false) {
         let message = "the guest agent does not answer: recovery points are crash-consistent".to_owned();
         add("GuestAgentSilent", Warning, message, "Start qemu-guest-agent in the guest.");
     }

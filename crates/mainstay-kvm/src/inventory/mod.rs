@@ -3,6 +3,7 @@
 mod facts;
 mod findings;
 
+use futures::StreamExt as _;
 use mainstay_model::VmId;
 use mainstay_provider::{
     Disk, DiskFormat, ErrorKind, Firmware, Inventory, Network, NetworkKind, Nic, PowerState, SiteError,
@@ -16,11 +17,17 @@ use crate::libvirt::XmlKind;
 use crate::xml::{Domain, DomainDisk};
 pub(crate) use facts::{facts, machines};
 
+/// VMs that are looked at together. libvirt answers in a millisecond, but one VM's disks may be slow.
+const VMS_AT_ONCE: usize = 8;
+
 /// Everything on the host.
 pub(crate) async fn inventory(host: &Host) -> Result<Inventory, SiteError> {
+    let ids = host.libvirt.domains().await?;
+    let mut machines =
+        futures::stream::iter(ids).map(|id| machine(host, id, false)).buffer_unordered(VMS_AT_ONCE);
     let mut vms = Vec::new();
-    for id in host.libvirt.domains().await? {
-        match machine(host, id, false).await {
+    while let Some(machine) = machines.next().await {
+        match machine {
             Ok(vm) => vms.push(vm),
             // Removed since it was listed.
             Err(error) if error.kind == ErrorKind::NotFound => {}

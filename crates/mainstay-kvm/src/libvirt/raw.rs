@@ -95,6 +95,13 @@ impl RawConnection {
         unsafe { (self.api.virConnectIsAlive)(self.pointer) == 1 }
     }
 
+    /// Asks the daemon for its version, the cheapest question that crosses the connection.
+    pub(crate) fn is_answering(&self) -> bool {
+        let mut version = 0;
+        // SAFETY: writes one integer.
+        self.is_alive() && unsafe { (self.api.virConnectGetLibVersion)(self.pointer, &raw mut version) } == 0
+    }
+
     /// Versions of libvirt and of the hypervisor, as `1000000 * major + 1000 * minor + release`.
     pub(crate) fn versions(&self) -> Result<(u64, u64)> {
         let (mut library, mut hypervisor) = (0, 0);

@@ -3,10 +3,10 @@
 use mainstay_model::VmId;
 use mainstay_provider::{PowerState, SiteError};
 
-use super::{allow_start, read_record, record_path};
+use super::{allow_start, read_record, record_path, socket_path};
 use crate::command::{argument, run};
 use crate::error::{While as _, failed, refused};
-use crate::files::{Identity, remove_directory, write_record};
+use crate::files::{Identity, remove_directory, remove_file, write_record};
 use crate::host::Host;
 use crate::qemu_nbd::end_strays;
 
@@ -63,5 +63,9 @@ pub(crate) async fn discard(host: &Host, vm: VmId) -> Result<(), SiteError> {
 
 fn clear(host: &Host, vm: VmId) -> Result<(), SiteError> {
     allow_start(host, vm);
+    let disks = read_record(host, vm)?.map_or(0, |record| record.disks.len());
+    for index in 0..disks {
+        remove_file(&socket_path(host, vm, index))?;
+    }
     remove_directory(&host.files.staging(vm))
 }

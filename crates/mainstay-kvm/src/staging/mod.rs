@@ -52,6 +52,11 @@ fn record_path(host: &Host, vm: VmId) -> PathBuf {
     host.files.staging(vm).join("record.json")
 }
 
+/// Not in the staging area's own directory, whose name is too long for a socket.
+fn socket_path(host: &Host, vm: VmId, index: usize) -> PathBuf {
+    host.files.run().join(format!("{}-{index}", vm.0.simple()))
+}
+
 fn read_record(host: &Host, vm: VmId) -> Result<Option<StagingRecord>, SiteError> {
     crate::files::read_record(&record_path(host, vm))
 }
@@ -97,7 +102,7 @@ pub(crate) async fn open(host: &Arc<Host>, spec: &StagingSpec) -> Result<Box<dyn
         let options = "cluster_size=128k,extended_l2=on";
         make_overlay(&staged.overlay, options, &staged.format, home, wanted.size_bytes, None).await?;
         let serving = Serving { format: "qcow2".to_owned(), is_writable: true, ..Serving::default() };
-        let socket = host.files.run().join(format!("{}-{index}", spec.vm.0.simple()));
+        let socket = socket_path(host, spec.vm, index);
         let server = QemuNbd::start(&staged.overlay, &socket, &serving).await?;
         let client = server
             .connect(&[])

@@ -20,6 +20,8 @@ pub(crate) struct Domain {
     pub(crate) nvram: Option<PathBuf>,
     pub(crate) has_tpm: bool,
     pub(crate) has_agent: bool,
+    /// Whether an agent has opened its channel in the guest; only while it runs.
+    pub(crate) is_agent_connected: Option<bool>,
     pub(crate) has_passthrough: bool,
     pub(crate) disks: Vec<DomainDisk>,
     pub(crate) nics: Vec<DomainNic>,
@@ -101,6 +103,7 @@ impl Domain {
             child(channel, "target").and_then(|target| target.attribute("name"))
                 == Some("org.qemu.guest_agent.0")
         };
+        let agent = named("channel").find(|channel| is_agent(*channel));
         Ok(Self {
             id,
             name: text(domain, "name").ok_or_else(|| wrong("name"))?,
@@ -109,7 +112,11 @@ impl Domain {
             is_uefi,
             nvram,
             has_tpm: named("tpm").next().is_some(),
-            has_agent: named("channel").any(is_agent),
+            has_agent: agent.is_some(),
+            is_agent_connected: agent.and_then(|channel| {
+                let state = attribute(child(channel, "target"), "state")?;
+                Some(state == "connected")
+            }),
             has_passthrough: named("hostdev").next().is_some(),
             disks: named("disk").filter_map(read_disk).collect(),
             nics: named("interface").map(read_nic).collect(),

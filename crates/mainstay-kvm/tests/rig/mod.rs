@@ -33,6 +33,7 @@ impl Rig {
             uri: site.uri().to_owned(),
             directory: site.driver_directory_short(),
             networks: Vec::new(),
+            hydration_bytes_per_second: None,
         };
         Ok(Self { host: KvmHost::open(options)?, site })
     }
@@ -43,6 +44,18 @@ impl Rig {
             uri: self.site.uri().to_owned(),
             directory: self.site.driver_directory_short(),
             networks: Vec::new(),
+            hydration_bytes_per_second: None,
+        };
+        Ok(KvmHost::open(options)?)
+    }
+
+    /// A driver that copies recovery VMs' disks out of the store slowly.
+    pub(crate) fn slow_driver(&self, bytes_per_second: u64) -> Result<KvmHost> {
+        let options = KvmOptions {
+            uri: self.site.uri().to_owned(),
+            directory: self.site.driver_directory_short(),
+            networks: Vec::new(),
+            hydration_bytes_per_second: Some(bytes_per_second),
         };
         Ok(KvmHost::open(options)?)
     }
@@ -71,12 +84,12 @@ impl Rig {
     }
 
     /// Ends the machine's process as a crash of the host would.
-    pub(crate) async fn kill_qemu(&self, vm: &LedgerVm) -> Result<()> {
-        let path = self.site.driver_directory().join(format!("../run/libvirt/qemu/run/{}.pid", vm.name));
+    pub(crate) async fn kill_qemu(&self, vm: VmId, name: &str) -> Result<()> {
+        let path = self.site.driver_directory().join(format!("../run/libvirt/qemu/run/{name}.pid"));
         let pid: i32 = std::fs::read_to_string(path)?.trim().parse()?;
         let status = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status()?;
         ensure!(status.success(), "QEMU could not be killed");
-        self.wait_for_power(vm.id, PowerState::Off).await
+        self.wait_for_power(vm, PowerState::Off).await
     }
 
     pub(crate) async fn wait_for_power(&self, vm: VmId, power: PowerState) -> Result<()> {
@@ -106,6 +119,8 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         self.site.cut_power();
+        // A link that stays is no reason to fail a test that has passed.
+        let _ = self.site.forget();
     }
 }
 

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -104,6 +105,13 @@ impl Server {
             let accept = || async { listener.accept().await.map(|(stream, _)| split_unix(stream)) };
             accept_all(accept, exports, stop, tasks).await;
         });
+        Ok(server)
+    }
+
+    /// The same, with permissions on the socket (`0o666` lets QEMU's account in, if the directory does too).
+    pub fn bind_unix_with_mode(path: &Path, exports: Exports, mode: u32) -> io::Result<Self> {
+        let server = Self::bind_unix(path, exports)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
         Ok(server)
     }
 

@@ -160,10 +160,9 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         })?;
     let lower: Vec<String> = segments.iter().map(|segment| segment.to_lowercase()).collect();
     let lower: Vec<&str> = lower.iter().map(String::as_str).collect();
-    match lower.as_slice() {
-        // Living and ready are the same: the listener opens when everything is up.
-        ["healthz" | "readyz"] => return Ok("ok\n".into_response()),
-        _ => {}
+    // Living and ready are the same: the listener opens when everything is up.
+    if let ["healthz" | "readyz"] = lower.as_slice() {
+        return Ok("ok\n".into_response());
     }
     let body = to_bytes(body, BODY_BYTES_MAX).await.map_err(|_| {
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLarge", "the request body is too large", "")

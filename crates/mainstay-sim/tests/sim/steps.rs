@@ -82,14 +82,12 @@ async fn drive_until_stopped(world: &World, job: JobId, once: &Once) {
 async fn settle_and_check(world: &World) {
     world.settle().await;
     world.check().await;
-    match world.phase(VM).await {
-        Some(Phase::FailbackCommitPending) => {
-            if world.item(VM).await.unwrap().state.running.is_none() {
-                world.check_failback(VM).await;
-            }
-        }
-        Some(Phase::PlannedFailoverCommitPending) => world.check_planned_failover(VM).await,
-        _ => {}
+    let phase = world.phase(VM).await;
+    if phase == Some(Phase::FailbackCommitPending) && world.item(VM).await.unwrap().state.running.is_none() {
+        world.check_failback(VM).await;
+    }
+    if phase == Some(Phase::PlannedFailoverCommitPending) {
+        world.check_planned_failover(VM).await;
     }
 }
 

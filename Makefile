@@ -1,0 +1,25 @@
+# Two commands for a new user: `make demo` and `make test`. Both install what is missing first (Debian packages;
+# Rust must be there) and work as root or with sudo, with or without hardware virtualisation.
+
+.PHONY: demo test soak setup guest help
+
+help:
+	@echo "make demo    the tutorial's whole journey on real VMs, proved"
+	@echo "make test    all tests (30 minutes at most on 2 cores)"
+	@echo "make soak    the long tests"
+
+setup:
+	@scripts/setup.sh
+
+guest: setup
+	@cargo xtask guest
+
+demo: guest
+	@cargo build --quiet --release --package mainstay-cli
+	@target/release/mainstay demo $(DEMO_ARGS)
+
+test: guest
+	@cargo xtask ci
+
+soak: guest
+	@cargo xtask soak

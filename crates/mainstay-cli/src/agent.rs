@@ -1,0 +1,191 @@
+//! `mainstay agent`.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use mainstay_agent::{AgentConfig, HostSite, Identity, RegistrationKey, ServerLink, records::Records};
+use mainstay_kvm::{KvmHost, KvmOptions};
+use mainstay_provider::{Acceleration, Hypervisor, Network, NetworkKind, Site};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    exit::Exit,
+    output,
+    server::{LogArguments, terminated},
+};
+
+/// The agent's settings: a file, with environment and flags over it.
+#[derive(Args)]
+pub(crate) struct AgentArguments {
+    /// Configuration file (TOML; unknown keys are refused).
+    #[arg(long, env = "MAINSTAY_AGENT_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where everything is kept.
+    #[arg(long, env = "MAINSTAY_AGENT_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// libvirt's URI.
+    #[arg(long, env = "MAINSTAY_AGENT_LIBVIRT_URI", value_name = "URI")]
+    libvirt_uri: Option<String>,
+}
+
+impl AgentArguments {
+    fn config(&self) -> anyhow::Result<AgentConfig> {
+        let mut config = match &self.config {
+            Some(path) => {
+                let text =
+                    std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+                AgentConfig::parse(&text).with_context(|| format!("configuration {}", path.display()))?
+            }
+            None => AgentConfig::default(),
+        };
+        if let Some(data_dir) = &self.data_dir {
+            config.data_dir.clone_from(data_dir);
+        }
+        if let Some(uri) = &self.libvirt_uri {
+            config.libvirt_uri.clone_from(uri);
+        }
+        Ok(config)
+    }
+}
+
+fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
+    std::fs::create_dir_all(&config.run_dir)
+        .with_context(|| format!("create {}", config.run_dir.display()))?;
+    let networks = config
+        .networks
+        .iter()
+        .map(|name| Network { name: name.clone(), kind: NetworkKind::Production })
+        .collect();
+    let options = KvmOptions {
+        uri: config.libvirt_uri.clone(),
+        directory: config.run_dir.clone(),
+        networks,
+        hydration_bytes_per_second: Some(config.hydration_bytes_per_second).filter(|limit| *limit > 0),
+    };
+    KvmHost::open(options).map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))
+}
+
+/// The agent; without a subcommand it runs.
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct AgentInvocation {
+    #[command(subcommand)]
+    command: Option<AgentCommand>,
+    #[command(flatten)]
+    agent: AgentArguments,
+    #[command(flatten)]
+    logging: LogArguments,
+}
+
+#[derive(Subcommand)]
+enum AgentCommand {
+    /// Exchanges a registration key for a certificate.
+    Register {
+        #[command(flatten)]
+        agent: AgentArguments,
+        /// The key, as `mainstay host key` printed it.
+        #[arg(long, env = "MAINSTAY_REGISTRATION_KEY", hide_env_values = true)]
+        key: String,
+        /// The name under which the host is shown; the host's own name by default.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Runs the agent until SIGTERM; the same as without a subcommand. VMs run on without it.
+    Run {
+        #[command(flatten)]
+        agent: AgentArguments,
+        #[command(flatten)]
+        logging: LogArguments,
+    },
+    /// Says what this host is and what it lacks.
+    Doctor {
+        #[command(flatten)]
+        agent: AgentArguments,
+        /// Prints the facts as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub(crate) async fn run(invocation: AgentInvocation) -> anyhow::Result<Exit> {
+    let AgentInvocation { command, agent, logging } = invocation;
+    match command.unwrap_or(AgentCommand::Run { agent, logging }) {
+        AgentCommand::Register { agent, key, name } => {
+            let config = agent.config()?;
+            let key = RegistrationKey::parse(&key)?;
+            let name = match name {
+                Some(name) => name,
+                None => host_name()?,
+            };
+            let identity =
+                mainstay_agent::register(&config.data_dir, &key, &name, env!("CARGO_PKG_VERSION")).await?;
+            output::note(&format!(
+                "host '{name}' is registered in fabric '{}' as {}; start it with `mainstay agent run`",
+                identity.fabric, identity.provider
+            ));
+            Ok(Exit::Done)
+        }
+        AgentCommand::Run { agent, logging } => {
+            logging.start()?;
+            run_agent(&agent.config()?).await
+        }
+        AgentCommand::Doctor { agent, json } => doctor(&agent.config()?, json).await,
+    }
+}
+
+async fn run_agent(config: &AgentConfig) -> anyhow::Result<Exit> {
+    let identity = Identity::load(&config.data_dir)?;
+    let address = if config.server.is_empty() { &identity.endpoint } else { &config.server };
+    let link = ServerLink::new(&identity, address)?;
+    let hypervisor: Arc<dyn Hypervisor> = Arc::new(hypervisor(config)?);
+    let records = Records::open(&config.data_dir)
+        .with_context(|| format!("data directory {}", config.data_dir.display()))?;
+    let site = HostSite::new(hypervisor, Arc::new(link.clone()), records, config.run_dir.clone());
+    site.recover().await.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?;
+    let stop = CancellationToken::new();
+    let serving: Arc<dyn Site> = Arc::new(site.clone());
+    let connection = tokio::spawn(mainstay_agent::run(link, serving, stop.clone()));
+    tracing::info!(provider = identity.provider, fabric = identity.fabric, "the agent runs");
+    terminated().await?;
+    stop.cancel();
+    connection.await?;
+    site.stop().await;
+    tracing::info!("the agent has stopped");
+    Ok(Exit::Done)
+}
+
+fn host_name() -> anyhow::Result<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").context("read the host's name")?;
+    Ok(name.trim().to_owned())
+}
+
+async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
+    let host = match hypervisor(config) {
+        Ok(host) => host.host().await.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?,
+        Err(error) => return Err(error),
+    };
+    if json {
+        output::json(&host)?;
+    } else {
+        let acceleration = match host.acceleration {
+            Acceleration::Hardware => "hardware",
+            Acceleration::Software => "software (slow, but everything works)",
+        };
+        output::line(&format!("host:          {}", host.name));
+        output::line(&format!("hypervisor:    {}", host.hypervisor));
+        output::line(&format!("managed by:    {}", host.manager));
+        output::line(&format!("acceleration:  {acceleration}"));
+        output::line(&format!("free space:    {}", output::bytes(host.free_bytes)));
+        for capability in &host.capabilities {
+            let word = if capability.is_available { "yes" } else { "no " };
+            output::line(&format!("{word}  {}  {}", capability.name, capability.reason));
+        }
+        for finding in &host.findings {
+            output::line(&format!("{:?}: {} {}", finding.severity, finding.message, finding.remedy));
+        }
+    }
+    let is_fit =
+        host.findings.iter().all(|finding| finding.severity != mainstay_provider::FindingSeverity::Error);
+    Ok(if is_fit { Exit::Done } else { Exit::Failed })
+}

@@ -1,0 +1,658 @@
+//! Replicated items: every verb.
+
+use clap::{Args, Subcommand, ValueEnum};
+use mainstay_api::{
+    arm::{
+        AZURE, ApplyRecoveryPointInput, CommentsInput, ContainerMappingInput, ContainerMappingProperties,
+        EnableDetails, EnableProtectionInput, FailoverDetails, FailoverInput, HYPERV_REPLICA_AZURE,
+        HYPERV_REPLICA_AZURE_FAILBACK, ItemIpConfig, ItemNic, List, RecoveryPointProperties, Request,
+        Resource, UpdateItemInput,
+    },
+    v1::{Console, ItemStatus},
+};
+use reqwest::Method;
+use serde_json::json;
+
+use crate::{
+    exit::{Exit, NotFoundError, UsageError},
+    jobs::{self, WaitArguments},
+    output,
+    resources::{find_fabric, find_host},
+    session::{Item, Session},
+};
+
+#[derive(Args)]
+pub(crate) struct ItemArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct OperationArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ItemCommand {
+    /// Lists the replicated items.
+    List {
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows an item: state, health, RPO, recovery points, compute and network, disks.
+    Show(ItemArguments),
+    /// Changes what the recovery VM shall be.
+    Set(SetArguments),
+}
+
+/// What the recovery VM shall be; an empty value takes a setting back.
+#[derive(Args)]
+pub(crate) struct SetArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    /// The name at the recovery site.
+    #[arg(long)]
+    target_name: Option<String>,
+    /// Processors and memory at the recovery site.
+    #[arg(long, value_name = "VCPUS[xMEMORY_MIB]")]
+    size: Option<String>,
+    /// The network after a failover.
+    #[arg(long)]
+    network: Option<String>,
+    /// The network of test copies; without it they are isolated.
+    #[arg(long)]
+    test_network: Option<String>,
+    /// The adapter that the following options are about: its MAC address (the first one by default).
+    #[arg(long, value_name = "MAC")]
+    nic: Option<String>,
+    /// The adapter's network after a failover.
+    #[arg(long)]
+    nic_network: Option<String>,
+    /// The adapter's address after a failover.
+    #[arg(long, value_name = "ADDRESS/PREFIX")]
+    ip: Option<String>,
+    /// Whether the adapter keeps its MAC address.
+    #[arg(long, value_enum)]
+    mac_policy: Option<MacPolicy>,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum MacPolicy {
+    /// The same as at home.
+    Keep,
+    /// A new one.
+    Generate,
+}
+
+pub(crate) async fn item(session: &Session, command: ItemCommand) -> anyhow::Result<Exit> {
+    match command {
+        ItemCommand::List { json } => {
+            let items: Vec<Item> = session.list("/replicationProtectedItems").await?;
+            if json {
+                output::json(&items)?;
+                return Ok(Exit::Done);
+            }
+            let rows = items
+                .into_iter()
+                .map(|item| {
+                    let it = item.properties;
+                    let rpo = it.provider_specific_details.rpo_in_seconds;
+                    vec![
+                        item.name,
+                        it.friendly_name,
+                        it.protection_state_description,
+                        it.active_location,
+                        it.replication_health,
+                        rpo.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds} s")),
+                        it.current_scenario.scenario_name,
+                    ]
+                })
+                .collect();
+            output::table(&["ITEM", "VM", "STATE", "ACTIVE", "HEALTH", "RPO", "UNDER WAY"], rows);
+            Ok(Exit::Done)
+        }
+        ItemCommand::Show(ItemArguments { vm, json }) => {
+            let item = session.item(&vm).await?;
+            if json {
+                output::json(&item)?;
+            } else {
+                show(session, &item).await?;
+            }
+            Ok(Exit::Done)
+        }
+        ItemCommand::Set(arguments) => set(session, arguments).await,
+    }
+}
+
+async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
+    let it = &item.properties;
+    let details = &it.provider_specific_details;
+    let or_dash = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
+    output::line(&format!("item:              {}", item.name));
+    output::line(&format!("VM:                {} ({})", it.friendly_name, details.vm_id));
+    output::line(&format!(
+        "from, to:          {} → {}",
+        it.primary_fabric_friendly_name, it.recovery_fabric_friendly_name
+    ));
+    output::line(&format!(
+        "state:             {} ({})",
+        it.protection_state_description, it.protection_state
+    ));
+    output::line(&format!("active at:         {}", it.active_location));
+    output::line(&format!("health:            {} (failover: {})", it.replication_health, it.failover_health));
+    for error in &it.health_errors {
+        output::line(&format!("                   {}: {}", error.error_level, error.error_message));
+        output::line(&format!("                   → {}", error.recommended_action));
+    }
+    let rpo = details.rpo_in_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds} s"));
+    output::line(&format!("RPO:               {rpo}"));
+    output::line(&format!("policy:            {}", it.policy_friendly_name));
+    let points: List<Resource<RecoveryPointProperties>> =
+        session.client.get(&format!("{}/recoveryPoints", item.id)).await?;
+    for kind in ["CrashConsistent", "AppConsistent"] {
+        let latest = points.value.iter().find(|point| point.properties.recovery_point_type == kind);
+        let text = latest.map_or_else(
+            || "-".to_owned(),
+            |point| format!("{}  {}", point.properties.recovery_point_time, point.name),
+        );
+        output::line(&format!("latest {kind:<11.11} {text}"));
+    }
+    output::line(&format!("recovery points:   {}", points.value.len()));
+    output::line(&format!("allowed now:       {}", it.allowed_operations.join(", ")));
+    output::line("");
+    output::line("Compute and network");
+    output::line(&format!("  target name:     {}", details.recovery_azure_vm_name));
+    output::line(&format!(
+        "  target size:     {}",
+        details.recovery_azure_vm_size.clone().unwrap_or_else(|| "as at home".to_owned())
+    ));
+    for nic in &details.vm_nics {
+        let network = nic.recovery_vm_network_id.as_deref().map_or("not connected", last_segment);
+        let address = nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone());
+        output::line(&format!(
+            "  adapter {}: network {network}, address {}, MAC {}",
+            nic.nic_id,
+            address.unwrap_or_else(|| "as the network gives".to_owned()),
+            or_dash(&nic.mac_policy),
+        ));
+    }
+    output::line("");
+    output::line("Disks");
+    for disk in &details.azure_vm_disk_details {
+        output::line(&format!(
+            "  {}: {}, {} MiB, replicated",
+            disk.vhd_name, disk.vhd_type, disk.max_size_mb
+        ));
+    }
+    let protectable: Resource<mainstay_api::arm::ProtectableItemProperties> =
+        match session.client.get(&it.protectable_item_id).await {
+            Ok(found) => found,
+            Err(error) if error.status() == Some(404) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+    for disk in protectable.properties.custom_details.disk_details {
+        if !details.azure_vm_disk_details.iter().any(|included| included.vhd_id == disk.vhd_id) {
+            output::line(&format!(
+                "  {}: {}, {} MiB, excluded",
+                disk.vhd_name, disk.vhd_type, disk.max_size_mb
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn last_segment(id: &str) -> &str {
+    id.rsplit('/').next().unwrap_or(id)
+}
+
+async fn set(session: &Session, arguments: SetArguments) -> anyhow::Result<Exit> {
+    let item = session.item(&arguments.vm).await?;
+    let mut update = UpdateItemInput {
+        recovery_azure_vm_name: arguments.target_name,
+        recovery_azure_vm_size: arguments.size,
+        selected_recovery_azure_network_id: arguments.network,
+        selected_tfo_azure_network_id: arguments.test_network,
+        vm_nics: None,
+    };
+    if arguments.nic_network.is_some() || arguments.ip.is_some() || arguments.mac_policy.is_some() {
+        let first = item.properties.provider_specific_details.vm_nics.first().map(|nic| nic.nic_id.clone());
+        let nic_id =
+            arguments.nic.or(first).ok_or_else(|| UsageError("the VM has no network adapter".to_owned()))?;
+        let config =
+            ItemIpConfig { recovery_static_ip_address: arguments.ip.clone(), ..ItemIpConfig::default() };
+        update.vm_nics = Some(vec![ItemNic {
+            nic_id,
+            recovery_vm_network_id: arguments.nic_network,
+            ip_configs: if arguments.ip.is_some() { vec![config] } else { Vec::new() },
+            mac_policy: arguments.mac_policy.map(|policy| match policy {
+                MacPolicy::Keep => "Keep".to_owned(),
+                MacPolicy::Generate => "Generate".to_owned(),
+            }),
+            ..ItemNic::default()
+        }]);
+    }
+    jobs::begin(
+        session,
+        Method::PATCH,
+        &item.id,
+        Some(&Request { properties: update }),
+        &arguments.wait,
+        &item.id,
+    )
+    .await
+}
+
+#[derive(Args)]
+pub(crate) struct ProtectArguments {
+    /// The VM: its name, or its protectable item's ARM id.
+    vm: String,
+    /// The replication policy.
+    #[arg(long)]
+    policy: String,
+    /// Name of the replicated item; the VM's name by default.
+    #[arg(long)]
+    name: Option<String>,
+    /// The recovery fabric; the only other one by default.
+    #[arg(long)]
+    recovery_fabric: Option<String>,
+    /// A disk that is not replicated (`vdb`); can be given several times.
+    #[arg(long, value_name = "DISK")]
+    exclude_disk: Vec<String>,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+pub(crate) async fn protect(session: &Session, arguments: ProtectArguments) -> anyhow::Result<Exit> {
+    let found = session.protectable_items().await?;
+    let mut matching: Vec<_> = found
+        .into_iter()
+        .filter(|vm| {
+            vm.id.eq_ignore_ascii_case(&arguments.vm)
+                || vm.name.eq_ignore_ascii_case(&arguments.vm)
+                || vm.properties.friendly_name.eq_ignore_ascii_case(&arguments.vm)
+        })
+        .collect();
+    let vm = match matching.len() {
+        0 => {
+            return Err(
+                NotFoundError(format!("there is no VM '{}'; see `mainstay vm list`", arguments.vm)).into()
+            );
+        }
+        1 => matching.remove(0),
+        _ => {
+            let ids: Vec<_> = matching.iter().map(|vm| vm.id.as_str()).collect();
+            return Err(UsageError(format!(
+                "'{}' is ambiguous; use one of the ids: {}",
+                arguments.vm,
+                ids.join(", ")
+            ))
+            .into());
+        }
+    };
+    let container = vm.id.split("/replicationProtectableItems/").next().unwrap_or_default().to_owned();
+    let policy_id = format!("{}/replicationPolicies/{}", session.vault, arguments.policy);
+    let _: serde_json::Value = session.client.get(&policy_id).await?;
+    ensure_mapping(session, &container, &policy_id, &arguments).await?;
+    let disks: Vec<_> =
+        vm.properties.custom_details.disk_details.iter().map(|disk| disk.vhd_id.clone()).collect();
+    if let Some(unknown) = arguments.exclude_disk.iter().find(|key| !disks.contains(key)) {
+        return Err(
+            UsageError(format!("the VM has no disk '{unknown}'; it has: {}", disks.join(", "))).into()
+        );
+    }
+    let included: Vec<_> = disks.into_iter().filter(|key| !arguments.exclude_disk.contains(key)).collect();
+    let body = Request {
+        properties: EnableProtectionInput {
+            policy_id,
+            protectable_item_id: vm.id.clone(),
+            provider_specific_details: EnableDetails {
+                instance_type: HYPERV_REPLICA_AZURE.to_owned(),
+                disks_to_include: (!arguments.exclude_disk.is_empty()).then_some(included),
+                ..EnableDetails::default()
+            },
+        },
+    };
+    let name = arguments.name.unwrap_or_else(|| resource_name(&vm.properties.friendly_name, &vm.name));
+    let path = format!("{container}/replicationProtectedItems/{name}");
+    jobs::begin(session, Method::PUT, &path, Some(&body), &arguments.wait, &path).await
+}
+
+/// The VM's name if it can name a resource, else its id.
+fn resource_name(vm_name: &str, id: &str) -> String {
+    let is_good = vm_name.len() <= 63
+        && vm_name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && vm_name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+    if is_good { vm_name } else { id }.to_owned()
+}
+
+async fn ensure_mapping(
+    session: &Session,
+    container: &str,
+    policy_id: &str,
+    arguments: &ProtectArguments,
+) -> anyhow::Result<()> {
+    let path = format!("{container}/replicationProtectionContainerMappings");
+    let target = match &arguments.recovery_fabric {
+        Some(name) => Some(session.container(&find_fabric(session, name).await?).await?),
+        None => None,
+    };
+    let mappings: List<Resource<ContainerMappingProperties>> = session.client.get(&path).await?;
+    let is_there = mappings.value.iter().any(|mapping| {
+        let it = &mapping.properties;
+        it.policy_id.eq_ignore_ascii_case(policy_id)
+            && target
+                .as_ref()
+                .is_none_or(|target| it.target_protection_container_id.eq_ignore_ascii_case(target))
+    });
+    if is_there {
+        return Ok(());
+    }
+    let body = Request {
+        properties: ContainerMappingInput {
+            policy_id: policy_id.to_owned(),
+            target_protection_container_id: target.unwrap_or_else(|| AZURE.to_owned()),
+        },
+    };
+    let name = format!("{path}/{}-mapping", arguments.policy);
+    session.client.begin(Method::PUT, &name, Some(&body)).await?;
+    Ok(())
+}
+
+pub(crate) async fn recovery_points(session: &Session, arguments: ItemArguments) -> anyhow::Result<Exit> {
+    let item = session.item(&arguments.vm).await?;
+    let points: List<Resource<RecoveryPointProperties>> =
+        session.client.get(&format!("{}/recoveryPoints", item.id)).await?;
+    if arguments.json {
+        output::json(&points.value)?;
+        return Ok(Exit::Done);
+    }
+    let rows = points
+        .value
+        .into_iter()
+        .map(|point| {
+            vec![point.properties.recovery_point_time, point.properties.recovery_point_type, point.name]
+        })
+        .collect();
+    output::table(&["TIME", "TYPE", "ID"], rows);
+    Ok(Exit::Done)
+}
+
+/// Which recovery point.
+fn point_id(choice: &str) -> String {
+    match choice {
+        "latest" => "Latest".to_owned(),
+        "latest-processed" => "LatestProcessed".to_owned(),
+        "latest-app-consistent" => "LatestApplicationConsistent".to_owned(),
+        id => id.to_owned(),
+    }
+}
+
+fn details(point: &str) -> FailoverDetails {
+    FailoverDetails {
+        instance_type: HYPERV_REPLICA_AZURE.to_owned(),
+        recovery_point_id: Some(point_id(point)),
+        ..FailoverDetails::default()
+    }
+}
+
+async fn post<B: serde::Serialize + Sync>(
+    session: &Session,
+    vm: &str,
+    verb: &str,
+    body: Option<&Request<B>>,
+    wait: &WaitArguments,
+) -> anyhow::Result<Exit> {
+    let item = session.item(vm).await?;
+    jobs::begin(session, Method::POST, &format!("{}/{verb}", item.id), body, wait, &item.id).await
+}
+
+#[derive(Args)]
+pub(crate) struct TestFailoverArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    /// The recovery point.
+    #[arg(
+        long,
+        default_value = "latest-processed",
+        value_name = "latest|latest-processed|latest-app-consistent|ID"
+    )]
+    recovery_point: String,
+    /// A network to attach the copy to; without it the copy is isolated.
+    #[arg(long)]
+    network: Option<String>,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+pub(crate) async fn test_failover(
+    session: &Session,
+    arguments: TestFailoverArguments,
+) -> anyhow::Result<Exit> {
+    let network_type =
+        if arguments.network.is_some() { "VmNetworkAsInput" } else { "NoNetworkAttachAsInput" };
+    let properties = FailoverInput {
+        failover_direction: Some("PrimaryToRecovery".to_owned()),
+        network_type: Some(network_type.to_owned()),
+        network_id: arguments.network,
+        provider_specific_details: details(&arguments.recovery_point),
+        ..FailoverInput::default()
+    };
+    post(session, &arguments.vm, "testFailover", Some(&Request { properties }), &arguments.wait).await
+}
+
+#[derive(Args)]
+pub(crate) struct CleanupArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    /// What the rehearsal showed; kept with the job.
+    #[arg(long, default_value = "")]
+    notes: String,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+pub(crate) async fn cleanup(session: &Session, arguments: CleanupArguments) -> anyhow::Result<Exit> {
+    let properties = CommentsInput { comments: Some(arguments.notes) };
+    post(session, &arguments.vm, "testFailoverCleanup", Some(&Request { properties }), &arguments.wait).await
+}
+
+#[derive(Args)]
+pub(crate) struct FailoverArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    /// The recovery point.
+    #[arg(long, default_value = "latest", value_name = "latest|latest-processed|latest-app-consistent|ID")]
+    recovery_point: String,
+    /// Shut the source down first and ship its last changes; the failover goes on if that fails (default).
+    #[arg(long, overrides_with = "no_shutdown_source")]
+    shutdown_source: bool,
+    /// Do not touch the source.
+    #[arg(long)]
+    no_shutdown_source: bool,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+pub(crate) async fn failover(session: &Session, arguments: FailoverArguments) -> anyhow::Result<Exit> {
+    let operations = if arguments.no_shutdown_source { "NotRequired" } else { "Required" };
+    let properties = FailoverInput {
+        failover_direction: Some("PrimaryToRecovery".to_owned()),
+        source_site_operations: Some(operations.to_owned()),
+        provider_specific_details: details(&arguments.recovery_point),
+        ..FailoverInput::default()
+    };
+    post(session, &arguments.vm, "unplannedFailover", Some(&Request { properties }), &arguments.wait).await
+}
+
+#[derive(Args)]
+pub(crate) struct ChangePointArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    /// The recovery point to run instead.
+    #[arg(long, value_name = "latest|latest-processed|latest-app-consistent|ID")]
+    recovery_point: String,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+pub(crate) async fn change_point(session: &Session, arguments: ChangePointArguments) -> anyhow::Result<Exit> {
+    let properties = ApplyRecoveryPointInput {
+        recovery_point_id: point_id(&arguments.recovery_point),
+        provider_specific_details: FailoverDetails {
+            instance_type: HYPERV_REPLICA_AZURE.to_owned(),
+            ..FailoverDetails::default()
+        },
+    };
+    post(session, &arguments.vm, "applyRecoveryPoint", Some(&Request { properties }), &arguments.wait).await
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Direction {
+    /// To the recovery site.
+    #[value(name = "PrimaryToRecovery")]
+    PrimaryToRecovery,
+    /// Home.
+    #[value(name = "RecoveryToPrimary")]
+    RecoveryToPrimary,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SyncOption {
+    /// Ship the changes while the VM runs, then wait for `complete-failover` (least downtime).
+    BeforeFailover,
+    /// Stop the VM at once and download everything.
+    DuringFailover,
+}
+
+#[derive(Args)]
+pub(crate) struct PlannedFailoverArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    /// Where to.
+    #[arg(long, value_enum)]
+    direction: Direction,
+    /// When to synchronise, on the way home.
+    #[arg(long, value_enum, default_value = "before-failover")]
+    sync: SyncOption,
+    /// Make the home VM if it does not exist.
+    #[arg(long)]
+    create_vm: bool,
+    /// Another host of the protected site to return to.
+    #[arg(long)]
+    host: Option<String>,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+pub(crate) async fn planned_failover(
+    session: &Session,
+    arguments: PlannedFailoverArguments,
+) -> anyhow::Result<Exit> {
+    let properties = match arguments.direction {
+        Direction::PrimaryToRecovery => {
+            if arguments.create_vm || arguments.host.is_some() {
+                return Err(UsageError(
+                    "--create-vm and --host are for the way home (RecoveryToPrimary)".to_owned(),
+                )
+                .into());
+            }
+            FailoverInput {
+                failover_direction: Some("PrimaryToRecovery".to_owned()),
+                provider_specific_details: details("latest"),
+                ..FailoverInput::default()
+            }
+        }
+        Direction::RecoveryToPrimary => {
+            let host = match &arguments.host {
+                Some(name) => Some(find_host(session, name).await?.id),
+                None => None,
+            };
+            let sync = match arguments.sync {
+                SyncOption::BeforeFailover => "ForDownTime",
+                SyncOption::DuringFailover => "ForSynchronization",
+            };
+            let creation = if arguments.create_vm { "CreateVmIfNotFound" } else { "NoAction" };
+            FailoverInput {
+                failover_direction: Some("RecoveryToPrimary".to_owned()),
+                provider_specific_details: FailoverDetails {
+                    instance_type: HYPERV_REPLICA_AZURE_FAILBACK.to_owned(),
+                    data_sync_option: Some(sync.to_owned()),
+                    recovery_vm_creation_option: Some(creation.to_owned()),
+                    provider_id_for_alternate_recovery: host,
+                    ..FailoverDetails::default()
+                },
+                ..FailoverInput::default()
+            }
+        }
+    };
+    post(session, &arguments.vm, "plannedFailover", Some(&Request { properties }), &arguments.wait).await
+}
+
+pub(crate) async fn complete(session: &Session, arguments: OperationArguments) -> anyhow::Result<Exit> {
+    let item = session.item(&arguments.vm).await?;
+    let scenario = &item.properties.current_scenario;
+    if scenario.scenario_name != "Failback" {
+        return Err(NotFoundError(format!("no failback of '{}' is under way", item.name)).into());
+    }
+    jobs::resume(session, last_segment(&scenario.job_id), &arguments.wait).await
+}
+
+pub(crate) async fn operation(
+    session: &Session,
+    arguments: OperationArguments,
+    verb: &str,
+) -> anyhow::Result<Exit> {
+    post::<()>(session, &arguments.vm, verb, None, &arguments.wait).await
+}
+
+pub(crate) async fn reverse(session: &Session, arguments: OperationArguments) -> anyhow::Result<Exit> {
+    let properties = FailoverInput {
+        failover_direction: Some("PrimaryToRecovery".to_owned()),
+        provider_specific_details: FailoverDetails {
+            instance_type: HYPERV_REPLICA_AZURE.to_owned(),
+            ..FailoverDetails::default()
+        },
+        ..FailoverInput::default()
+    };
+    post(session, &arguments.vm, "reProtect", Some(&Request { properties }), &arguments.wait).await
+}
+
+#[derive(Args)]
+pub(crate) struct DisableArguments {
+    /// The replicated item: its name, its VM's name, or its ARM id.
+    vm: String,
+    /// Do not wait for sites that are away; what is left there must be removed by hand.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+pub(crate) async fn disable(session: &Session, arguments: DisableArguments) -> anyhow::Result<Exit> {
+    let item = session.item(&arguments.vm).await?;
+    if arguments.force {
+        return jobs::begin(session, Method::DELETE, &item.id, None::<&()>, &arguments.wait, &item.id).await;
+    }
+    let body = json!({ "properties": { "disableProtectionReason": "NotSpecified" } });
+    jobs::begin(session, Method::POST, &format!("{}/remove", item.id), Some(&body), &arguments.wait, &item.id)
+        .await
+}
+
+pub(crate) async fn console(session: &Session, arguments: ItemArguments) -> anyhow::Result<Exit> {
+    let item = session.item(&arguments.vm).await?;
+    let console: Console = session.client.get(&format!("/api/v1/items/{}/console", item.name)).await?;
+    if arguments.json {
+        let status: ItemStatus = session.client.get(&format!("/api/v1/items/{}", item.name)).await?;
+        output::json(&json!({ "command": console.command, "status": status }))?;
+    } else {
+        output::line(&console.command);
+    }
+    Ok(Exit::Done)
+}

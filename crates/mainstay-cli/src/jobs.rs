@@ -1,0 +1,287 @@
+//! Jobs: beginning them, watching them, and what people can do to them.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use mainstay_api::arm::{CommentsInput, JobProperties, Request, Resource};
+use reqwest::Method;
+use serde_json::Value;
+
+use crate::{exit::Exit, output, session::Session};
+
+type Job = Resource<JobProperties>;
+
+/// Whether to wait for the job.
+#[derive(Args)]
+pub(crate) struct WaitArguments {
+    /// Wait until the job ends, or waits for a person (default).
+    #[arg(long, overrides_with = "no_wait")]
+    wait: bool,
+    /// Answer as soon as the job is accepted.
+    #[arg(long)]
+    no_wait: bool,
+    /// Print the item (or, without waiting, the job) as ARM resource.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum JobCommand {
+    /// Lists the newest jobs.
+    List {
+        /// How many.
+        #[arg(long, default_value_t = 30)]
+        limit: usize,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows a job and its tasks.
+    Show {
+        /// The job's id.
+        job: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Follows a job until it ends or waits for a person.
+    Watch {
+        /// The job's id.
+        job: String,
+    },
+    /// Cancels a job: what it did is undone.
+    Cancel {
+        /// The job's id.
+        job: String,
+        #[command(flatten)]
+        wait: WaitArguments,
+    },
+    /// Continues a job that waits for a person.
+    Resume {
+        /// The job's id.
+        job: String,
+        #[command(flatten)]
+        wait: WaitArguments,
+    },
+    /// Tries a stuck job again.
+    Restart {
+        /// The job's id.
+        job: String,
+        #[command(flatten)]
+        wait: WaitArguments,
+    },
+}
+
+pub(crate) async fn run(session: &Session, command: JobCommand) -> anyhow::Result<Exit> {
+    match command {
+        JobCommand::List { limit, json } => {
+            let mut jobs: Vec<Job> = session.list("/replicationJobs").await?;
+            jobs.truncate(limit);
+            if json {
+                output::json(&jobs)?;
+                return Ok(Exit::Done);
+            }
+            let rows = jobs
+                .into_iter()
+                .map(|job| {
+                    let it = job.properties;
+                    vec![
+                        it.start_time.unwrap_or_default(),
+                        it.friendly_name,
+                        it.target_object_name,
+                        it.state,
+                        it.state_description,
+                        job.name,
+                    ]
+                })
+                .collect();
+            output::table(&["BEGAN", "JOB", "VM", "STATE", "", "ID"], rows);
+            Ok(Exit::Done)
+        }
+        JobCommand::Show { job, json } => {
+            let job = read(session, &job).await?;
+            if json {
+                output::json(&job)?;
+            } else {
+                show(&job);
+            }
+            Ok(Exit::Done)
+        }
+        JobCommand::Watch { job } => {
+            let job = follow(session, &job).await?;
+            Ok(ending(&job))
+        }
+        JobCommand::Cancel { job, wait } => act(session, &job, "cancel", &wait).await,
+        JobCommand::Resume { job, wait } => resume(session, &job, &wait).await,
+        JobCommand::Restart { job, wait } => act(session, &job, "restart", &wait).await,
+    }
+}
+
+async fn read(session: &Session, name: &str) -> anyhow::Result<Job> {
+    Ok(session.client.get(&format!("{}/replicationJobs/{name}", session.vault)).await?)
+}
+
+fn show(job: &Job) {
+    let it = &job.properties;
+    output::line(&format!("job:      {}", job.name));
+    output::line(&format!("what:     {} of '{}'", it.friendly_name, it.target_object_name));
+    output::line(&format!("state:    {} ({})", it.state, it.state_description));
+    output::line(&format!("began:    {}", it.start_time.as_deref().unwrap_or("-")));
+    output::line(&format!("ended:    {}", it.end_time.as_deref().unwrap_or("-")));
+    if !it.allowed_actions.is_empty() {
+        output::line(&format!("possible: {}", it.allowed_actions.join(", ")));
+    }
+    let rows = it
+        .tasks
+        .iter()
+        .map(|task| {
+            let errors: Vec<_> =
+                task.errors.iter().map(|error| error.service_error_details.message.as_str()).collect();
+            vec![
+                task.friendly_name.clone(),
+                task.state.clone(),
+                task.state_description.clone(),
+                errors.join("; "),
+            ]
+        })
+        .collect();
+    output::table(&["TASK", "STATE", "", "NOTES"], rows);
+}
+
+async fn act(session: &Session, name: &str, verb: &str, wait: &WaitArguments) -> anyhow::Result<Exit> {
+    let path = format!("{}/replicationJobs/{name}/{verb}", session.vault);
+    session.client.begin(Method::POST, &path, None::<&()>).await?;
+    finish(session, name, wait, None).await
+}
+
+/// Continues a job that waits for a person.
+pub(crate) async fn resume(session: &Session, name: &str, wait: &WaitArguments) -> anyhow::Result<Exit> {
+    let path = format!("{}/replicationJobs/{name}/resume", session.vault);
+    let body = Request { properties: CommentsInput::default() };
+    session.client.begin(Method::POST, &path, Some(&body)).await?;
+    finish(session, name, wait, None).await
+}
+
+/// Begins a long-running operation on an item and, if asked, waits for its job.
+pub(crate) async fn begin<B: serde::Serialize>(
+    session: &Session,
+    method: Method,
+    path: &str,
+    body: Option<&B>,
+    wait: &WaitArguments,
+    resource: &str,
+) -> anyhow::Result<Exit> {
+    match session.client.begin(method, path, body).await? {
+        Some(job) => finish(session, &job, wait, Some(resource)).await,
+        None => Ok(Exit::Done),
+    }
+}
+
+async fn finish(
+    session: &Session,
+    name: &str,
+    wait: &WaitArguments,
+    resource: Option<&str>,
+) -> anyhow::Result<Exit> {
+    let waits = wait.wait || !wait.no_wait;
+    if !waits {
+        let job = read(session, name).await?;
+        if wait.json {
+            output::json(&job)?;
+        } else {
+            output::note(&format!("job {name} is under way; follow it with `mainstay job watch {name}`"));
+        }
+        return Ok(Exit::Done);
+    }
+    let job = follow(session, name).await?;
+    if wait.json {
+        match resource {
+            Some(resource) => match session.client.get::<Value>(resource).await {
+                Ok(value) => output::json(&value)?,
+                // The operation removed it.
+                Err(error) if error.status() == Some(404) => output::json(&job)?,
+                Err(error) => return Err(error.into()),
+            },
+            None => output::json(&job)?,
+        }
+    }
+    Ok(ending(&job))
+}
+
+/// How often a job is looked at while it is followed.
+const POLL: Duration = Duration::from_millis(200);
+
+/// Shows a job's progress on standard error until it ends or waits for a person.
+async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    bar.set_style(ProgressStyle::with_template("{spinner} {msg}")?);
+    let mut told: Vec<String> = Vec::new();
+    loop {
+        let job = read(session, name).await?;
+        for task in &job.properties.tasks {
+            let line = match task.state.as_str() {
+                "Succeeded" => format!("✓ {}", task.friendly_name),
+                "Failed" => format!("✗ {}", task.friendly_name),
+                "Other" => format!("- {} ({})", task.friendly_name, task.state_description),
+                _ => continue,
+            };
+            if !told.contains(&line) {
+                bar.suspend(|| output::note(&line));
+                for error in &task.errors {
+                    let details = &error.service_error_details;
+                    bar.suspend(|| output::note(&format!("    {}: {}", error.error_level, details.message)));
+                    if !details.recommended_action.is_empty() {
+                        bar.suspend(|| output::hint(&details.recommended_action));
+                    }
+                }
+                told.push(line);
+            }
+        }
+        let it = &job.properties;
+        match it.state.as_str() {
+            "InProgress" | "NotStarted" | "Cancelling" => {
+                let current = it.tasks.iter().find(|task| task.state == "InProgress");
+                bar.set_message(current.map_or_else(|| it.state.clone(), progress_text));
+                bar.tick();
+                tokio::time::sleep(POLL).await;
+            }
+            _ => {
+                bar.finish_and_clear();
+                output::note(&format!(
+                    "{} of '{}': {} ({})",
+                    it.friendly_name, it.target_object_name, it.state, it.state_description
+                ));
+                return Ok(job);
+            }
+        }
+    }
+}
+
+fn progress_text(task: &mainstay_api::arm::JobTask) -> String {
+    let progress = task.custom_details.as_ref().and_then(|details| details.get("progress"));
+    let number =
+        |key: &str| progress.and_then(|progress| progress.get(key)).and_then(Value::as_u64).unwrap_or(0);
+    let phase =
+        progress.and_then(|progress| progress.get("phase")).and_then(Value::as_str).unwrap_or_default();
+    let mut text = task.friendly_name.clone();
+    if !phase.is_empty() {
+        text = format!("{text}: {phase}");
+    }
+    let (done, total) = (number("bytesDone"), number("bytesTotal"));
+    if total > 0 {
+        text = format!(
+            "{text} ({} of {}, {} %)",
+            output::bytes(done),
+            output::bytes(total),
+            done.saturating_mul(100) / total
+        );
+    }
+    text
+}
+
+fn ending(job: &Job) -> Exit {
+    match job.properties.state.as_str() {
+        "Succeeded" => Exit::Done,
+        "Suspended" => Exit::Waiting,
+        _ => Exit::Failed,
+    }
+}

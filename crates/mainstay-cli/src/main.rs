@@ -1,0 +1,169 @@
+//! The `mainstay` binary. The operator's verbs are a client of the published API and nothing more; `server`, `agent`,
+//! `lab` and `demo` start the other parts.
+
+mod agent;
+mod demo;
+mod exit;
+mod items;
+mod jobs;
+mod lab;
+mod output;
+mod resources;
+mod server;
+mod session;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use exit::Exit;
+use session::ConnectArguments;
+
+/// Self-hosted site recovery for virtual machines: replicate, rehearse, fail over, fail back.
+#[derive(Parser)]
+#[command(
+    name = "mainstay",
+    version,
+    max_term_width = 110,
+    after_help = "\
+Exit codes: 0 done, 1 job failed, 2 usage, 3 refused by the item's state, 4 not found, 5 access, 6 waiting for input."
+)]
+struct Arguments {
+    #[command(flatten)]
+    connect: ConnectArguments,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the server, or prepares one.
+    Server(server::ServerInvocation),
+    /// Runs the agent of a host, registers it, or says what the host lacks.
+    Agent(agent::AgentInvocation),
+    /// Two sites, a server and guests on this machine, to try things on.
+    #[command(subcommand)]
+    Lab(lab::LabCommand),
+    /// Carries the whole journey out on real VMs on this machine and proves every step.
+    Demo(demo::DemoArguments),
+    /// Sites.
+    #[command(subcommand)]
+    Fabric(resources::FabricCommand),
+    /// Registered hosts and the keys that register them.
+    #[command(subcommand)]
+    Host(resources::HostCommand),
+    /// Discovered VMs.
+    #[command(subcommand)]
+    Vm(resources::VmCommand),
+    /// Replication policies.
+    #[command(subcommand)]
+    Policy(resources::PolicyCommand),
+    /// Access tokens.
+    #[command(subcommand)]
+    Token(resources::TokenCommand),
+    /// Replicated items.
+    #[command(subcommand)]
+    Item(items::ItemCommand),
+    /// Starts to replicate a VM.
+    Protect(items::ProtectArguments),
+    /// Lists an item's recovery points.
+    RecoveryPoints(items::ItemArguments),
+    /// Boots a copy in an isolated network; source and replication are not touched.
+    TestFailover(items::TestFailoverArguments),
+    /// Removes the copy of a test failover.
+    CleanupTestFailover(items::CleanupArguments),
+    /// Runs the VM at the recovery site from a recovery point (disaster: something may be lost).
+    Failover(items::FailoverArguments),
+    /// Runs another recovery point instead, before the commit; what was written since the failover is discarded.
+    ChangeRecoveryPoint(items::ChangePointArguments),
+    /// Makes a failover or failback final.
+    Commit(items::OperationArguments),
+    /// Moves the VM without loss: to the recovery site, or back home.
+    PlannedFailover(items::PlannedFailoverArguments),
+    /// Completes a failback that waits after its synchronisation.
+    CompleteFailover(items::OperationArguments),
+    /// Replicates to the recovery site again after a failback, with the changes only.
+    ReverseReplicate(items::OperationArguments),
+    /// Compares everything by hashes and ships what differs.
+    Resync(items::OperationArguments),
+    /// Stops replicating; the active VM stays as it is.
+    Disable(items::DisableArguments),
+    /// Says how to reach a VM's console.
+    Console(items::ItemArguments),
+    /// Jobs.
+    #[command(subcommand)]
+    Job(jobs::JobCommand),
+    /// Events.
+    #[command(subcommand)]
+    Event(resources::EventCommand),
+    /// Writes a completion script for a shell.
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> std::process::ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            output::error(&format!("cannot start: {error}"));
+            return std::process::ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(arguments)) {
+        Ok(code) => code.into(),
+        Err(error) => exit::report(&error).into(),
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
+    let connect = &arguments.connect;
+    match arguments.command {
+        Command::Server(command) => server::run(command).await,
+        Command::Agent(command) => agent::run(command).await,
+        Command::Lab(command) => lab::run(command).await,
+        Command::Demo(arguments) => demo::run(arguments).await,
+        Command::Fabric(command) => resources::fabric(&connect.open().await?, command).await,
+        Command::Host(command) => resources::host(&connect.open().await?, command).await,
+        Command::Vm(command) => resources::vm(&connect.open().await?, command).await,
+        Command::Policy(command) => resources::policy(&connect.open().await?, command).await,
+        Command::Token(command) => resources::token(&connect.open().await?, command).await,
+        Command::Event(command) => resources::event(&connect.open().await?, command).await,
+        Command::Item(command) => items::item(&connect.open().await?, command).await,
+        Command::Protect(arguments) => items::protect(&connect.open().await?, arguments).await,
+        Command::RecoveryPoints(arguments) => items::recovery_points(&connect.open().await?, arguments).await,
+        Command::TestFailover(arguments) => items::test_failover(&connect.open().await?, arguments).await,
+        Command::CleanupTestFailover(arguments) => items::cleanup(&connect.open().await?, arguments).await,
+        Command::Failover(arguments) => items::failover(&connect.open().await?, arguments).await,
+        Command::ChangeRecoveryPoint(arguments) => {
+            items::change_point(&connect.open().await?, arguments).await
+        }
+        Command::Commit(arguments) => {
+            items::operation(&connect.open().await?, arguments, "failoverCommit").await
+        }
+        Command::PlannedFailover(arguments) => {
+            items::planned_failover(&connect.open().await?, arguments).await
+        }
+        Command::CompleteFailover(arguments) => items::complete(&connect.open().await?, arguments).await,
+        Command::ReverseReplicate(arguments) => items::reverse(&connect.open().await?, arguments).await,
+        Command::Resync(arguments) => {
+            items::operation(&connect.open().await?, arguments, "repairReplication").await
+        }
+        Command::Disable(arguments) => items::disable(&connect.open().await?, arguments).await,
+        Command::Console(arguments) => items::console(&connect.open().await?, arguments).await,
+        Command::Job(command) => jobs::run(&connect.open().await?, command).await,
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "mainstay", &mut std::io::stdout());
+            Ok(Exit::Done)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,156 @@
+//! `mainstay server`.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use mainstay_server::ServerConfig;
+
+use crate::{exit::Exit, output};
+
+/// The server's settings: a file, with environment and flags over it.
+#[derive(Args)]
+pub(crate) struct ServerArguments {
+    /// Configuration file (TOML; unknown keys are refused).
+    #[arg(long, env = "MAINSTAY_SERVER_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where everything is kept.
+    #[arg(long, env = "MAINSTAY_SERVER_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Where the API listens.
+    #[arg(long, env = "MAINSTAY_SERVER_LISTEN", value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Where agents are let in.
+    #[arg(long, env = "MAINSTAY_SERVER_AGENT_LISTEN", value_name = "ADDRESS:PORT")]
+    agent_listen: Option<SocketAddr>,
+}
+
+impl ServerArguments {
+    fn config(&self) -> anyhow::Result<ServerConfig> {
+        let mut config = match &self.config {
+            Some(path) => {
+                let text =
+                    std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+                ServerConfig::parse(&text).with_context(|| format!("configuration {}", path.display()))?
+            }
+            None => ServerConfig::default(),
+        };
+        if let Some(data_dir) = &self.data_dir {
+            config.data_dir.clone_from(data_dir);
+        }
+        config.listen = self.listen.unwrap_or(config.listen);
+        config.agent_listen = self.agent_listen.unwrap_or(config.agent_listen);
+        Ok(config)
+    }
+}
+
+/// The server; without a subcommand it runs.
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct ServerInvocation {
+    #[command(subcommand)]
+    command: Option<ServerCommand>,
+    #[command(flatten)]
+    server: ServerArguments,
+    #[command(flatten)]
+    logging: LogArguments,
+}
+
+#[derive(Subcommand)]
+enum ServerCommand {
+    /// Makes the vault, the certificate authority and the first token.
+    Init {
+        #[command(flatten)]
+        server: ServerArguments,
+        /// Name of the vault.
+        #[arg(long, default_value = "mainstay")]
+        vault: String,
+        /// Name of its resource group.
+        #[arg(long, default_value = "mainstay")]
+        resource_group: String,
+        /// Prints what was made as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Runs the server until SIGTERM; the same as without a subcommand.
+    Run {
+        #[command(flatten)]
+        server: ServerArguments,
+        #[command(flatten)]
+        logging: LogArguments,
+    },
+}
+
+/// How to log.
+#[derive(Args)]
+pub(crate) struct LogArguments {
+    /// What to log: a level, or `module=level,…`.
+    #[arg(long, env = "MAINSTAY_LOG", default_value = "info")]
+    log: String,
+    /// The form of log lines, on standard error.
+    #[arg(long, env = "MAINSTAY_LOG_FORMAT", default_value = "text", value_parser = ["text", "json"])]
+    log_format: String,
+}
+
+impl LogArguments {
+    /// Begins to log.
+    pub(crate) fn start(&self) -> anyhow::Result<()> {
+        let filter = tracing_subscriber::EnvFilter::try_new(&self.log)
+            .with_context(|| format!("--log {}", self.log))?;
+        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        match self.log_format.as_str() {
+            "json" => builder.json().init(),
+            _ => builder.with_ansi(false).init(),
+        }
+        Ok(())
+    }
+}
+
+/// Returns on SIGTERM or SIGINT.
+pub(crate) async fn terminated() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
+    let ServerInvocation { command, server, logging } = invocation;
+    match command.unwrap_or(ServerCommand::Run { server, logging }) {
+        ServerCommand::Init { server, vault, resource_group, json } => {
+            let config = server.config()?;
+            let made = mainstay_server::initialize(&config, &resource_group, &vault).await?;
+            let ca_file = config.data_dir.join("pki/ca.pem");
+            let token = made.token.map(|token| token.0);
+            if json {
+                output::json(&serde_json::json!({
+                    "subscription": made.vault.subscription,
+                    "resource_group": made.vault.resource_group,
+                    "vault": made.vault.name,
+                    "ca_file": ca_file,
+                    "token": token,
+                }))?;
+                return Ok(Exit::Done);
+            }
+            output::line(&format!("vault:  {}", made.vault.id()));
+            output::line(&format!("CA:     {}", ca_file.display()));
+            match token {
+                Some(token) => output::line(&format!("token:  {token}")),
+                None => output::note("the server was initialised before; its tokens are as they were"),
+            }
+            output::note("The token is shown only now. Start the server with `mainstay server run`.");
+            Ok(Exit::Done)
+        }
+        ServerCommand::Run { server, logging } => {
+            logging.start()?;
+            let running = mainstay_server::run(&server.config()?).await?;
+            terminated().await?;
+            running.stop().await;
+            Ok(Exit::Done)
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Random kills of server and agents in every workflow, on real VMs. Long: `make soak` runs it.
+
+use std::path::PathBuf;
+
+use mainstay_lab::{DiskImage, GuestImages, Lab, LabOptions, kills};
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes about ten minutes in software emulation; part of `make soak`"]
+async fn kills_change_nothing_but_time() {
+    let seed = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let rounds = std::env::var("MAINSTAY_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
+    let dir = std::env::temp_dir().join(format!("mainstay-kills-{}", std::process::id()));
+    let options = LabOptions {
+        vms: 1,
+        disk_mib: 64,
+        format: DiskImage::Qcow2,
+        guest_options: "ledger.rate=20 ledger.churn_kib=128".to_owned(),
+        program: PathBuf::from(env!("CARGO_BIN_EXE_mainstay")),
+        images: GuestImages::find().unwrap(),
+    };
+    let mut lab = Lab::up(&dir, &options).await.unwrap();
+    let outcome = kills::run(&mut lab, seed, rounds, &|text| println!("{text}")).await;
+    if outcome.is_ok() {
+        Lab::down(&dir).await.unwrap();
+    }
+    let report = outcome.unwrap_or_else(|error| panic!("{error:#}; the lab is left in {}", dir.display()));
+    println!("{} kills with seed {seed}", report.kills.len());
+}

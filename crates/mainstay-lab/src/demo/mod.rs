@@ -1,0 +1,53 @@
+//! The demonstration: the whole journey on real VMs, every step proved by data that the guest itself wrote.
+
+mod acknowledgements;
+mod images;
+mod journey;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ledger::Ledger;
+
+pub use journey::run;
+
+/// What a demonstration showed. Scripts outside the project rely on the words.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DemoReport {
+    /// Whether every phase was proved.
+    pub ok: bool,
+    /// The phases in order.
+    pub phases: Vec<PhaseReport>,
+}
+
+/// What a phase showed; unknown is null.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct PhaseReport {
+    /// Its name.
+    pub name: String,
+    /// How long it took.
+    pub seconds: f64,
+    /// Bytes of distinct 4 KiB blocks that differ between the images before and after, found by comparing them.
+    pub bytes_changed: Option<u64>,
+    /// Bytes that went over the data connections between the sites (towards the site that receives the state).
+    pub bytes_moved: Option<u64>,
+    /// Age of the recovery point that was used, at the moment of the request.
+    pub rpo_seconds: Option<f64>,
+    /// From the accepted request to the guest's answer.
+    pub rto_seconds: Option<f64>,
+    /// Whether everything that the phase promises was seen.
+    pub proved: bool,
+    /// What the guest's ledger says afterwards.
+    pub ledger: Option<Ledger>,
+    /// What was seen, or what was missing.
+    pub notes: String,
+}
+
+/// Tells a person what goes on.
+pub trait Narrator: Send + Sync {
+    /// A phase begins.
+    fn begin(&self, name: &str);
+    /// What goes on within the phase.
+    fn say(&self, text: &str);
+    /// A phase ended.
+    fn end(&self, report: &PhaseReport);
+}

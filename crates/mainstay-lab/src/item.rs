@@ -1,0 +1,229 @@
+//! An item of the lab, in the hands of a client of the published API like any other.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use mainstay_api::{
+    Client, ClientError,
+    arm::{ItemProperties, JobProperties, JobTask, List, RecoveryPointProperties, Resource},
+    v1::ItemStatus,
+};
+use reqwest::Method;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::{Lab, RECOVERY};
+
+const POLL: Duration = Duration::from_millis(50);
+/// Nothing in the journey takes longer, also in software emulation on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// One item of the lab.
+pub(crate) struct Item {
+    client: Client,
+    vault: String,
+    name: String,
+    path: String,
+}
+
+/// A recovery point.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Point {
+    pub(crate) id: Uuid,
+    pub(crate) time_ms: i64,
+}
+
+/// A job that ended or waits.
+pub(crate) struct Job(pub(crate) Resource<JobProperties>);
+
+impl Job {
+    /// The tasks' output by name.
+    pub(crate) fn output(&self, task: &str) -> Value {
+        let task: Option<&JobTask> = self.0.properties.tasks.iter().find(|found| found.name == task);
+        let details = task.and_then(|task| task.custom_details.as_ref());
+        details.and_then(|details| details.get("output")).cloned().unwrap_or(Value::Null)
+    }
+}
+
+impl Item {
+    /// Makes a policy and protects a VM with it.
+    pub(crate) async fn protect(lab: &Lab, vm: &str, copy_frequency_seconds: u32) -> Result<Self> {
+        let (client, vault) = (lab.client()?, lab.vault_path());
+        let policy = format!("{vault}/replicationPolicies/demo");
+        let settings = json!({ "properties": { "providerSpecificInput": {
+            "instanceType": "HyperVReplicaAzure", "replicationInterval": copy_frequency_seconds,
+            "recoveryPointHistoryDuration": 24, "applicationConsistentSnapshotFrequencyInHours": 1 } } });
+        client.begin(Method::PUT, &policy, Some(&settings)).await?;
+        let found = lab.file().vms.iter().find(|found| found.name == vm).context("a VM of the lab")?;
+        let container =
+            found.protectable_item_id.split("/replicationProtectableItems/").next().context("an ARM id")?;
+        let mapping = json!({ "properties": { "policyId": policy, "targetProtectionContainerId": "Microsoft Azure",
+            "providerSpecificInput": { "instanceType": "HyperVReplicaAzure" } } });
+        let path = format!("{container}/replicationProtectionContainerMappings/demo");
+        client.begin(Method::PUT, &path, Some(&mapping)).await?;
+        let item = Self {
+            client,
+            vault,
+            name: vm.to_owned(),
+            path: format!("{container}/replicationProtectedItems/{vm}"),
+        };
+        let body = json!({ "properties": { "policyId": policy, "protectableItemId": found.protectable_item_id,
+            "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure" } } });
+        item.run(Method::PUT, "", &body).await?;
+        Ok(item)
+    }
+
+    /// The item's state.
+    pub(crate) async fn show(&self) -> Result<ItemProperties> {
+        Ok(self.client.get::<Resource<ItemProperties>>(&self.path).await?.properties)
+    }
+
+    /// What ARM has no field for.
+    pub(crate) async fn status(&self) -> Result<ItemStatus> {
+        Ok(self.client.get(&format!("/api/v1/items/{}", self.name)).await?)
+    }
+
+    /// Its recovery points, oldest first.
+    pub(crate) async fn points(&self) -> Result<Vec<Point>> {
+        let points: List<Resource<RecoveryPointProperties>> =
+            self.client.get(&format!("{}/recoveryPoints", self.path)).await?;
+        let mut found = Vec::new();
+        for point in points.value.iter().rev() {
+            let time: jiff::Timestamp = point.properties.recovery_point_time.parse()?;
+            found.push(Point { id: point.name.parse()?, time_ms: time.as_millisecond() });
+        }
+        Ok(found)
+    }
+
+    /// Waits until the item is as `wanted`.
+    pub(crate) async fn wait(
+        &self,
+        what: &str,
+        wanted: impl Fn(&ItemProperties) -> bool,
+    ) -> Result<ItemProperties> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let item = match self.show().await {
+                Err(error) if is_outage(&error) && Instant::now() < deadline => {
+                    tokio::time::sleep(POLL).await;
+                    continue;
+                }
+                item => item?,
+            };
+            if wanted(&item) {
+                return Ok(item);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "{what} did not happen; the item is {} with {:?}",
+                    item.protection_state,
+                    item.health_errors
+                );
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Waits until a number of recovery points is there that were taken after a moment.
+    pub(crate) async fn wait_points(&self, after_ms: i64, count: usize) -> Result<Vec<Point>> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let mut points = self.points().await?;
+            points.retain(|point| point.time_ms > after_ms);
+            if points.len() >= count {
+                return Ok(points);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "{count} new recovery points did not come; health: {:?}",
+                    self.show().await?.health_errors
+                );
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Begins an operation on the item and waits until its job ends well or waits for a person.
+    pub(crate) async fn run(&self, method: Method, verb: &str, body: &Value) -> Result<Job> {
+        let job = self.begin(method, verb, body).await?;
+        self.finish(&job).await
+    }
+
+    /// Begins an operation and answers the job's name, as soon as the request is accepted.
+    pub(crate) async fn begin(&self, method: Method, verb: &str, body: &Value) -> Result<String> {
+        let path = if verb.is_empty() { self.path.clone() } else { format!("{}/{verb}", self.path) };
+        self.client.begin(method, &path, Some(body)).await?.context("the operation is a job")
+    }
+
+    /// Continues a job that waits.
+    pub(crate) async fn resume(&self, job: &Job) -> Result<Job> {
+        self.begin_resume(job).await?;
+        self.finish(&job.0.name).await
+    }
+
+    /// Continues a job that waits, and does not wait for its end.
+    pub(crate) async fn begin_resume(&self, job: &Job) -> Result<String> {
+        let path = format!("{}/replicationJobs/{}/resume", self.vault, job.0.name);
+        self.client.begin(Method::POST, &path, Some(&json!({ "properties": {} }))).await?;
+        Ok(job.0.name.clone())
+    }
+
+    /// Waits for a job, also through outages of the server.
+    pub(crate) async fn finish(&self, name: &str) -> Result<Job> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let job = self.client.get(&format!("{}/replicationJobs/{name}", self.vault)).await;
+            let job: Resource<JobProperties> = match job {
+                Err(ClientError::Unreachable { .. }) if Instant::now() < deadline => {
+                    tokio::time::sleep(POLL).await;
+                    continue;
+                }
+                job => job?,
+            };
+            match job.properties.state.as_str() {
+                "Succeeded" | "Suspended" => return Ok(Job(job)),
+                "InProgress" | "NotStarted" | "Cancelling" if Instant::now() < deadline => {
+                    tokio::time::sleep(POLL).await;
+                }
+                state => {
+                    let errors: Vec<_> = job
+                        .properties
+                        .errors
+                        .iter()
+                        .map(|error| error.service_error_details.message.as_str())
+                        .collect();
+                    bail!("the job '{}' is {state}: {}", job.properties.friendly_name, errors.join("; "));
+                }
+            }
+        }
+    }
+
+    /// What is left of recovery VMs at the recovery site: domains and files.
+    pub(crate) async fn remains(&self, lab: &Lab) -> Result<Vec<String>> {
+        let site = lab.site(RECOVERY)?;
+        let mut found = Vec::new();
+        for vm in site.libvirt().domains().await? {
+            found.push(format!("domain {}", site.libvirt().name(vm).await?));
+        }
+        for entry in std::fs::read_dir(site.driver_directory().join("recovery"))? {
+            found.push(entry?.path().display().to_string());
+        }
+        Ok(found)
+    }
+
+    /// Whether the server refuses an operation because of the item's state.
+    pub(crate) async fn refuses(&self, verb: &str, body: &Value) -> Result<bool> {
+        match self.begin(Method::POST, verb, body).await {
+            Ok(_) => Ok(false),
+            Err(error) => match error.downcast_ref::<ClientError>().and_then(ClientError::status) {
+                Some(404 | 409) => Ok(true),
+                _ => Err(error),
+            },
+        }
+    }
+}
+
+/// Whether the server was away; everything else is an answer.
+fn is_outage(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ClientError::Unreachable { .. }))
+}

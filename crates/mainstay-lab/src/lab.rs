@@ -1,0 +1,573 @@
+//! A whole lab: two sites, a server, an agent at each site, guests at home; real processes, as one would install them.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use mainstay_api::{
+    Client,
+    arm::{List, ProtectableItemProperties, ProviderProperties, Resource},
+    v1::Vault,
+};
+use mainstay_model::VmId;
+use mainstay_provider::PowerState;
+use nix::sys::signal::Signal;
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+use crate::{
+    DiskImage, GuestImages, LabFile, LabSite, LabVm, LedgerVm, Process, Site,
+    ledger::{self, Ledger},
+};
+
+/// The site where guests are made and protected.
+pub const HOME: &str = "home";
+/// The site where they are recovered.
+pub const RECOVERY: &str = "recovery";
+
+/// How long a component may take to be ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(100);
+
+/// What a lab is made with.
+#[derive(Clone, Debug)]
+pub struct LabOptions {
+    /// How many guests.
+    pub vms: usize,
+    /// Size of each of a guest's two disks.
+    pub disk_mib: u64,
+    /// The format of the disks.
+    pub format: DiskImage,
+    /// More words for the guests' kernel command line.
+    pub guest_options: String,
+    /// The `mainstay` binary.
+    pub program: PathBuf,
+    /// Kernel and initramfs of the guests.
+    pub images: GuestImages,
+}
+
+/// A lab in its directory.
+pub struct Lab {
+    dir: PathBuf,
+    file: LabFile,
+    home: Site,
+    recovery: Site,
+}
+
+/// Whether the parts of a lab live.
+#[derive(Clone, Debug, Serialize)]
+pub struct LabStatus {
+    /// The server.
+    pub server: bool,
+    /// Per site: agent, hypervisor, network to the server, VMs with their state.
+    pub sites: Vec<SiteStatus>,
+}
+
+/// Whether the parts of a site live.
+#[derive(Clone, Debug, Serialize)]
+pub struct SiteStatus {
+    /// The site.
+    pub name: String,
+    /// Its agent.
+    pub agent: bool,
+    /// Its libvirt daemon.
+    pub hypervisor: bool,
+    /// Its network to the server.
+    pub link: bool,
+    /// Its VMs: name and state.
+    pub vms: Vec<(String, String)>,
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
+/// The multicast group that stands for a site's production network: one port per site, from the free ones.
+fn network(port: u16) -> String {
+    format!("230.77.83.1:{port}")
+}
+
+impl Lab {
+    /// Makes a lab and starts all of it.
+    pub async fn up(dir: &Path, options: &LabOptions) -> Result<Self> {
+        if dir.join("lab.json").exists() {
+            bail!(
+                "there is a lab in {} already; see `mainstay lab status`, or take it down first",
+                dir.display()
+            );
+        }
+        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        let dir = dir.canonicalize()?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
+        let (home, recovery) = (Site::open(&dir, HOME).await?, Site::open(&dir, RECOVERY).await?);
+        let images = install(&dir, options)?;
+        let ports = [free_port()?, free_port()?];
+        let server_config = format!(
+            "data_dir = {:?}\nlisten = \"127.0.0.1:{}\"\nagent_listen = \"127.0.0.1:{}\"\nnames = [\"127.0.0.1\", \"localhost\"]\n",
+            dir.join("server"),
+            ports[0],
+            ports[1]
+        );
+        write(&dir.join("server.toml"), &server_config)?;
+        let output = Command::new(program(&dir))
+            .args(["server", "init", "--json", "--vault", "lab", "--resource-group", "lab", "--config"])
+            .arg(dir.join("server.toml"))
+            .output()
+            .await?;
+        if !output.status.success() {
+            bail!("the server could not be initialised: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        let made: Value = serde_json::from_slice(&output.stdout)?;
+        let text = |key: &str| made.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let file = LabFile {
+            url: format!("https://127.0.0.1:{}", ports[0]),
+            ca_file: PathBuf::from(text("ca_file")),
+            token: text("token"),
+            subscription: text("subscription"),
+            resource_group: text("resource_group"),
+            vault: text("vault"),
+            server_pid: 0,
+            sites: Vec::new(),
+            vms: Vec::new(),
+        };
+        let mut lab = Self { dir, file, home, recovery };
+        lab.start_server().await?;
+        for name in [HOME, RECOVERY] {
+            lab.add_site(name).await?;
+        }
+        for number in 1..=options.vms {
+            lab.add_vm(&format!("vm{number}"), options, &images).await?;
+        }
+        lab.file.write(&lab.dir)?;
+        lab.discover().await?;
+        lab.file.write(&lab.dir)?;
+        Ok(lab)
+    }
+
+    /// Opens a lab that was made before.
+    pub async fn open(dir: &Path) -> Result<Self> {
+        let file = LabFile::read(dir)?;
+        let dir = dir.canonicalize()?;
+        let (home, recovery) = (Site::open(&dir, HOME).await?, Site::open(&dir, RECOVERY).await?);
+        Ok(Self { dir, file, home, recovery })
+    }
+
+    /// What is written down.
+    pub fn file(&self) -> &LabFile {
+        &self.file
+    }
+
+    /// The lab's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A site.
+    pub fn site(&self, name: &str) -> Result<&Site> {
+        match name {
+            HOME => Ok(&self.home),
+            RECOVERY => Ok(&self.recovery),
+            other => bail!("the lab has no site '{other}'; its sites are: {HOME}, {RECOVERY}"),
+        }
+    }
+
+    /// A client of the lab's server.
+    pub fn client(&self) -> Result<Client> {
+        Ok(Client::new(&self.file.connection()?)?)
+    }
+
+    /// Path of the vault's resources.
+    pub fn vault_path(&self) -> String {
+        Vault {
+            subscription: self.file.subscription.clone(),
+            resource_group: self.file.resource_group.clone(),
+            name: self.file.vault.clone(),
+            version: String::new(),
+        }
+        .path()
+    }
+
+    async fn add_site(&mut self, name: &str) -> Result<()> {
+        self.site(name)?.start().await?;
+        let client = self.client()?;
+        let path = format!("{}/replicationFabrics/{name}", self.vault_path());
+        client.begin(reqwest::Method::PUT, &path, Some(&json!({ "properties": {} }))).await?;
+        let key: mainstay_api::v1::RegistrationKey =
+            client.post(&format!("/api/v1/fabrics/{name}/registrationKeys"), &json!({})).await?;
+        let site = self.site(name)?;
+        let link_port = free_port()?;
+        let network = network(free_port()?);
+        let data_dir = self.dir.join(name).join("agent");
+        fs::create_dir_all(&data_dir)?;
+        site.account().give(&data_dir)?;
+        let config = format!(
+            "data_dir = {data_dir:?}\nrun_dir = {:?}\nlibvirt_uri = {:?}\nserver = \"127.0.0.1:{link_port}\"\nnetworks = [\"mcast:{network}\"]\n",
+            site.driver_directory_short(),
+            site.uri(),
+        );
+        write(&self.agent_config(name), &config)?;
+        write(&self.dir.join(name).join("link-port"), &link_port.to_string())?;
+        let output = site
+            .account()
+            .command(&program(&self.dir).to_string_lossy())
+            .args(["agent", "register", "--name", name, "--config"])
+            .arg(self.agent_config(name))
+            .env("MAINSTAY_REGISTRATION_KEY", key.key)
+            .output()
+            .await?;
+        if !output.status.success() {
+            bail!(
+                "the agent of site {name} could not be registered: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        let libvirt_uri = site.uri().to_owned();
+        self.file.sites.push(LabSite {
+            name: name.to_owned(),
+            fabric: name.to_owned(),
+            libvirt_uri,
+            agent_pid: 0,
+            network: format!("mcast:{network}"),
+        });
+        self.heal(name).await?;
+        self.start_agent(name).await?;
+        self.wait_connected(name).await
+    }
+
+    fn agent_config(&self, site: &str) -> PathBuf {
+        self.dir.join(site).join("agent.toml")
+    }
+
+    async fn add_vm(&mut self, name: &str, options: &LabOptions, images: &GuestImages) -> Result<()> {
+        let network = self.file.site(HOME)?.network.clone();
+        let vm = LedgerVm {
+            disks: vec![options.format; 2],
+            disk_mib: options.disk_mib,
+            options: options.guest_options.clone(),
+            network: network.strip_prefix("mcast:").map(str::to_owned),
+            ..LedgerVm::new(name)
+        };
+        vm.create(&self.home, images).await?;
+        self.home.libvirt().start(vm.id, false).await?;
+        self.file.vms.push(LabVm {
+            name: name.to_owned(),
+            site: HOME.to_owned(),
+            protectable_item_id: vm.id.to_string(),
+        });
+        Ok(())
+    }
+
+    /// Has the server read the sites anew, and writes the guests' ARM ids down.
+    async fn discover(&mut self) -> Result<()> {
+        let client = self.client()?;
+        let providers: List<Resource<ProviderProperties>> =
+            client.get(&format!("{}/replicationRecoveryServicesProviders", self.vault_path())).await?;
+        for provider in providers.value {
+            let _: Value = client.post(&format!("{}/refreshProvider", provider.id), &json!({})).await?;
+        }
+        let containers: List<Resource<Value>> = client
+            .get(&format!("{}/replicationFabrics/{HOME}/replicationProtectionContainers", self.vault_path()))
+            .await?;
+        for container in containers.value {
+            let found: List<Resource<ProtectableItemProperties>> =
+                client.get(&format!("{}/replicationProtectableItems", container.id)).await?;
+            for vm in &mut self.file.vms {
+                if let Some(found) =
+                    found.value.iter().find(|found| found.properties.friendly_name == vm.name)
+                {
+                    vm.protectable_item_id.clone_from(&found.id);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn server(&self) -> Process {
+        Process::new(&self.dir, "server")
+    }
+
+    fn agent(&self, site: &str) -> Process {
+        Process::new(&self.dir, &format!("agent-{site}"))
+    }
+
+    fn link(&self, site: &str) -> Process {
+        Process::new(&self.dir, &format!("link-{site}"))
+    }
+
+    async fn start_server(&mut self) -> Result<()> {
+        let mut command = Command::new(program(&self.dir));
+        command.args(["server", "run", "--config"]).arg(self.dir.join("server.toml"));
+        self.file.server_pid = self.server().start(command)?;
+        let client = self.client()?;
+        let deadline = Instant::now() + READY_TIMEOUT;
+        loop {
+            match client.get::<Vault>("/api/v1/vault").await {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > deadline || self.server().pid().is_none() => {
+                    bail!("the server is not ready: {error}\n{}", self.server().log_tail());
+                }
+                Err(_) => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+
+    async fn start_agent(&mut self, name: &str) -> Result<()> {
+        let site = self.site(name)?;
+        let mut command = site.account().command(&program(&self.dir).to_string_lossy());
+        command.args(["agent", "run", "--config"]).arg(self.agent_config(name));
+        let pid = self.agent(name).start(command)?;
+        if let Some(site) = self.file.sites.iter_mut().find(|site| site.name == name) {
+            site.agent_pid = pid;
+        }
+        Ok(())
+    }
+
+    /// Waits until a site's agent is connected to the server.
+    pub async fn wait_connected(&self, name: &str) -> Result<()> {
+        let client = self.client()?;
+        let path =
+            format!("{}/replicationFabrics/{name}/replicationRecoveryServicesProviders", self.vault_path());
+        let deadline = Instant::now() + READY_TIMEOUT;
+        loop {
+            let providers: List<Resource<ProviderProperties>> = client.get(&path).await?;
+            if providers.value.iter().any(|provider| provider.properties.connection_status == "Connected") {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("the agent of site {name} does not connect:\n{}", self.agent(name).log_tail());
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Cuts the network between a site and the server.
+    pub async fn cut(&self, site: &str) -> Result<()> {
+        self.site(site)?;
+        self.link(site).end(Signal::SIGKILL).await
+    }
+
+    /// Brings the network between a site and the server back.
+    pub async fn heal(&self, site: &str) -> Result<()> {
+        self.site(site)?;
+        let port = fs::read_to_string(self.dir.join(site).join("link-port"))?;
+        let config: toml::Table = fs::read_to_string(self.dir.join("server.toml"))?.parse()?;
+        let to = config
+            .get("agent_listen")
+            .and_then(toml::Value::as_str)
+            .context("server.toml has no agent_listen")?;
+        let mut command = Command::new(program(&self.dir));
+        command.args(["lab", "link", "--listen", &format!("127.0.0.1:{}", port.trim()), "--to", to]);
+        self.link(site).start(command)?;
+        let address: SocketAddr = format!("127.0.0.1:{}", port.trim()).parse()?;
+        let deadline = Instant::now() + READY_TIMEOUT;
+        while tokio::net::TcpStream::connect(address).await.is_err() {
+            if Instant::now() > deadline {
+                bail!("the network of site {site} does not come up:\n{}", self.link(site).log_tail());
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
+    }
+
+    /// Breaks a component on purpose, or mends it.
+    pub async fn act(&mut self, action: LabAction, component: &str) -> Result<()> {
+        match component.split_once(':') {
+            None if component == "server" => self.act_on_process(action, None).await?,
+            Some(("agent", site)) => {
+                self.site(site)?;
+                self.act_on_process(action, Some(site)).await?;
+            }
+            Some(("hypervisor", site)) => {
+                let site = self.site(site)?;
+                match action {
+                    LabAction::Kill => site.kill().await?,
+                    LabAction::Stop => site.stop().await?,
+                    LabAction::Start => site.start().await?,
+                    LabAction::Pause => site.signal(Signal::SIGSTOP)?,
+                    LabAction::Resume => site.signal(Signal::SIGCONT)?,
+                }
+            }
+            Some(("vm", name)) => self.act_on_vm(action, name).await?,
+            _ => bail!(
+                "'{component}' is not a component; there are: server, agent:SITE, hypervisor:SITE, vm:NAME[@SITE]"
+            ),
+        }
+        self.note_pids();
+        self.file.write(&self.dir)
+    }
+
+    async fn act_on_process(&mut self, action: LabAction, site: Option<&str>) -> Result<()> {
+        let process = site.map_or_else(|| self.server(), |site| self.agent(site));
+        match action {
+            LabAction::Kill => process.end(Signal::SIGKILL).await,
+            LabAction::Stop => process.end(Signal::SIGTERM).await,
+            LabAction::Pause => process.signal(Signal::SIGSTOP),
+            LabAction::Resume => process.signal(Signal::SIGCONT),
+            LabAction::Start => match site {
+                None => self.start_server().await,
+                Some(site) => self.start_agent(site).await,
+            },
+        }
+    }
+
+    async fn act_on_vm(&self, action: LabAction, name: &str) -> Result<()> {
+        let (site, vm) = match name.split_once('@') {
+            Some((name, site)) => {
+                let site = self.site(site)?;
+                (
+                    site,
+                    site.libvirt()
+                        .find_by_name(name)
+                        .await?
+                        .with_context(|| format!("site {} has no VM '{name}'", site.name()))?,
+                )
+            }
+            None => self.active_vm(name).await?,
+        };
+        let libvirt = site.libvirt();
+        match action {
+            LabAction::Kill => site.kill_vm(vm).await?,
+            LabAction::Stop => libvirt.press_power_button(vm).await?,
+            LabAction::Start => libvirt.start(vm, false).await?,
+            LabAction::Pause => libvirt.suspend(vm).await?,
+            LabAction::Resume => libvirt.resume(vm).await?,
+        }
+        Ok(())
+    }
+
+    /// Where a VM runs, else where it is: at home rather than at the recovery site.
+    pub async fn active_vm(&self, name: &str) -> Result<(&Site, VmId)> {
+        let mut present = None;
+        for site in [&self.recovery, &self.home] {
+            if let Some(vm) = site.libvirt().find_by_name(name).await? {
+                if site.libvirt().state(vm).await?.power != PowerState::Off {
+                    return Ok((site, vm));
+                }
+                present = Some((site, vm));
+            }
+        }
+        present.with_context(|| format!("the lab has no VM '{name}'"))
+    }
+
+    /// Asks a guest's ledger, as soon as the guest answers.
+    pub async fn ledger(&self, name: &str, copy: LedgerCopy, timeout: Duration) -> Result<Ledger> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let asked = async {
+                let (site, vm) = match copy {
+                    LedgerCopy::Active => self.active_vm(name).await?,
+                    LedgerCopy::Test => {
+                        let vm = self.recovery.libvirt().find_by_name(&format!("{name}-test")).await?;
+                        (&self.recovery, vm.with_context(|| format!("there is no test copy of '{name}'"))?)
+                    }
+                };
+                ledger::query(site, vm).await
+            };
+            match asked.await {
+                Ok(found) => return Ok(found),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(error.context(format!("the ledger of '{name}' does not answer")));
+                }
+                Err(_) => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+
+    fn note_pids(&mut self) {
+        self.file.server_pid = self.server().pid().unwrap_or(0);
+        let pids: Vec<_> =
+            self.file.sites.iter().map(|site| self.agent(&site.name).pid().unwrap_or(0)).collect();
+        for (site, pid) in self.file.sites.iter_mut().zip(pids) {
+            site.agent_pid = pid;
+        }
+    }
+
+    /// Whether the parts live.
+    pub async fn status(&self) -> Result<LabStatus> {
+        let mut sites = Vec::new();
+        for site in [&self.home, &self.recovery] {
+            let hypervisor = site.is_alive();
+            let mut vms = Vec::new();
+            if hypervisor {
+                for vm in site.libvirt().domains().await? {
+                    let state = site.libvirt().state(vm).await?.power;
+                    vms.push((site.libvirt().name(vm).await?, format!("{state:?}")));
+                }
+            }
+            sites.push(SiteStatus {
+                name: site.name().to_owned(),
+                agent: self.agent(site.name()).pid().is_some(),
+                hypervisor,
+                link: self.link(site.name()).pid().is_some(),
+                vms,
+            });
+        }
+        Ok(LabStatus { server: self.server().pid().is_some(), sites })
+    }
+
+    /// Ends everything and removes the lab's directory. Works on a lab in any state.
+    pub async fn down(dir: &Path) -> Result<()> {
+        let dir = dir.canonicalize().with_context(|| format!("there is no {}", dir.display()))?;
+        if !dir.join("server.toml").exists() && !dir.join("lab.json").exists() && !dir.join(HOME).exists() {
+            bail!("{} is not a lab's directory; nothing was removed", dir.display());
+        }
+        for name in ["server", "agent-home", "agent-recovery", "link-home", "link-recovery"] {
+            let process = Process::new(&dir, name);
+            let signal = if name.starts_with("link") { Signal::SIGKILL } else { Signal::SIGTERM };
+            process.end(signal).await?;
+        }
+        for name in [HOME, RECOVERY] {
+            let site = Site::open(&dir, name).await?;
+            site.power_off().await?;
+            site.forget()?;
+        }
+        fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))
+    }
+}
+
+/// What can be done to a component.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LabAction {
+    /// As a crash would end it.
+    Kill,
+    /// In an orderly way.
+    Stop,
+    /// Start it (again).
+    Start,
+    /// Freeze it.
+    Pause,
+    /// Thaw it.
+    Resume,
+}
+
+/// Which copy of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LedgerCopy {
+    /// The one in production.
+    Active,
+    /// The one of a test failover.
+    Test,
+}
+
+fn program(dir: &Path) -> PathBuf {
+    dir.join("bin/mainstay")
+}
+
+/// Puts the binary and the guest's images where the lab's account can read them.
+fn install(dir: &Path, options: &LabOptions) -> Result<GuestImages> {
+    fs::create_dir_all(dir.join("bin"))?;
+    fs::copy(&options.program, program(dir))
+        .with_context(|| format!("copy {}", options.program.display()))?;
+    fs::set_permissions(program(dir), fs::Permissions::from_mode(0o755))?;
+    options.images.install(&dir.join("guest"))
+}
