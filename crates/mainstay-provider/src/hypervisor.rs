@@ -67,7 +67,8 @@ pub trait Hypervisor: Send + Sync {
     async fn set_autostart(&self, vm: VmId, is_on: bool) -> Result<(), SiteError>;
 
     /// Takes a capture. Errors: `Busy` if somebody else's backup or snapshot runs, `NoSpace` if there is
-    /// no room for scratch. Works with the VM running, paused or off.
+    /// no room for scratch. Works with the VM running, paused or off. After an error no capture is open: there is
+    /// nobody who could close it.
     async fn begin_capture(&self, vm: VmId, request: CaptureRequest) -> Result<Box<dyn Capture>, SiteError>;
 
     /// `tracker` is the one to tell changes from: removes all other trackers of ours on the VM.

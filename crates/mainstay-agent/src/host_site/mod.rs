@@ -101,6 +101,8 @@ impl HostSite {
         }
         for record in inner.records.recovery_vms()? {
             if record.is_hydrated {
+                // Killed before it had stopped serving them.
+                inner.stop_serving(record.vm).await?;
                 continue;
             }
             let (site, vm) = (self.clone(), record.vm);

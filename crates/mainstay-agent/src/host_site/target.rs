@@ -1,6 +1,6 @@
 //! The recovery side: VMs that run out of the store until they own their disks.
 
-use std::sync::Arc;
+use std::{collections::hash_map::Entry, sync::Arc};
 
 use mainstay_block::hash_table::Fill;
 use mainstay_model::{ItemId, VmId};
@@ -54,18 +54,29 @@ impl Inner {
             exports.insert(key.clone(), Arc::new(disk), true);
         }
         let mut served = self.served.lock().await;
-        if let std::collections::hash_map::Entry::Vacant(e) = served.entry(record.vm) {
+        // The server may have been away for long: by now the VM may be gone, or own its disks.
+        let is_needed = self.records.recovery_vm(record.vm)?.is_some_and(|record| !record.is_hydrated);
+        if let Entry::Vacant(entry) = served.entry(record.vm)
+            && is_needed
+        {
             let server = Server::bind_unix(&self.socket(record.vm), exports)?;
-            e.insert(Served { server, stop });
+            entry.insert(Served { server, stop });
         }
         Ok(())
     }
 
-    async fn stop_serving(&self, vm: VmId) {
-        if let Some(served) = self.served.lock().await.remove(&vm) {
+    /// Serves a VM's disks no more, now or later: its record must say before that nobody needs them.
+    pub(super) async fn stop_serving(&self, vm: VmId) -> Result<(), SiteError> {
+        let mut all = self.served.lock().await;
+        if let Some(served) = all.remove(&vm) {
             // Cancelled first: a server that is away must not hold up the end of its readers.
             served.stop.cancel();
             served.server.shutdown().await;
+        }
+        // A run of the agent that was killed leaves its sockets behind.
+        match std::fs::remove_file(self.socket(vm)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
         }
     }
 
@@ -144,7 +155,7 @@ impl Inner {
         {
             record.is_hydrated = true;
             self.records.put_recovery_vm(&record)?;
-            self.stop_serving(vm).await;
+            self.stop_serving(vm).await?;
         }
         Ok(hydration)
     }
@@ -154,8 +165,8 @@ impl Inner {
             Err(error) if error.kind == ErrorKind::NotFound => {}
             result => result?,
         }
-        self.stop_serving(vm).await;
         self.records.remove_recovery_vm(vm)?;
+        self.stop_serving(vm).await?;
         if self.records.item(item)?.is_some_and(|record| record.vm == vm) {
             self.records.remove_item(item)?;
         }

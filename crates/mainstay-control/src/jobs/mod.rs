@@ -4,4 +4,5 @@ mod engine;
 mod step;
 
 pub use engine::{Engine, Fault, Faults, JobRequest, job_log, tasks};
+pub(crate) use step::Retry;
 pub use step::{Done, ItemChange, Patience, Step, StepAction, StepContext, Task, Undone};

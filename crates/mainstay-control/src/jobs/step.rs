@@ -155,6 +155,8 @@ pub struct Patience(pub Duration);
 impl Patience {
     /// Not at all.
     pub const NONE: Self = Self(Duration::ZERO);
+    /// Until a living agent has dialled again after a restart of the server: it pauses for 5 s at most.
+    pub const RECONNECT: Self = Self(Duration::from_secs(15));
     /// Through a restart of an agent or of its hypervisor's daemon.
     pub const RESTART: Self = Self(Duration::from_secs(120));
     /// Through an outage that a person must end; the job then fails and is undone.
@@ -189,6 +191,11 @@ impl StepContext<'_> {
     /// The item as it is now.
     pub async fn item(&self) -> Result<ItemRecord, JobError> {
         Ok(self.control.item(self.job.item).await?)
+    }
+
+    /// Whether the step was begun before: the server may have been restarted, and agents be on their way back.
+    pub(crate) fn is_resumed(&self) -> bool {
+        self.job.steps.get(self.index).is_some_and(|step| step.attempts > 1)
     }
 
     /// What was asked for.
@@ -230,25 +237,42 @@ pub(crate) async fn call_patiently<O: Operation + Clone + Send + 'static>(
     patience: Patience,
     progress: &dyn ProgressSink,
 ) -> Result<O::Answer, SiteError> {
-    let deadline = tokio::time::Instant::now() + patience.0;
-    let mut delay = RETRY_DELAY_MIN;
+    let mut retry = Retry::new(patience);
     loop {
         let result = match control.sites.get(provider) {
             Ok(site) => call(&*site, operation.clone(), progress).await,
             Err(error) => Err(error),
         };
         match result {
-            Err(error)
-                if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Busy)
-                    && tokio::time::Instant::now() + delay < deadline =>
-            {
-                tracing::debug!(%provider, %error, "a site is away or busy; trying again");
-                let jitter = rand::rng().random_range(0.5..1.0);
-                tokio::time::sleep(delay.mul_f64(jitter)).await;
-                delay = (delay * 2).min(RETRY_DELAY_MAX);
-            }
+            Err(error) if retry.pause(&error).await => {}
             result => return result,
         }
+    }
+}
+
+/// Trying again while a site is away or busy.
+pub(crate) struct Retry {
+    deadline: tokio::time::Instant,
+    delay: Duration,
+}
+
+impl Retry {
+    pub(crate) fn new(patience: Patience) -> Self {
+        Self { deadline: tokio::time::Instant::now() + patience.0, delay: RETRY_DELAY_MIN }
+    }
+
+    /// Waits a while and answers whether to try again after this error.
+    pub(crate) async fn pause(&mut self, error: &SiteError) -> bool {
+        if !matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Busy)
+            || tokio::time::Instant::now() + self.delay >= self.deadline
+        {
+            return false;
+        }
+        tracing::debug!(%error, "a site is away or busy; trying again");
+        let jitter = rand::rng().random_range(0.5..1.0);
+        tokio::time::sleep(self.delay.mul_f64(jitter)).await;
+        self.delay = (self.delay * 2).min(RETRY_DELAY_MAX);
+        true
     }
 }
 

@@ -3,7 +3,7 @@
 
 use async_trait::async_trait;
 use mainstay_model::PointId;
-use mainstay_provider::{PowerOffVm, RemoveRecoveryVm};
+use mainstay_provider::{Discover, PowerOffVm, RemoveRecoveryVm};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -57,13 +57,14 @@ impl StepAction for CheckPrerequisites {
         let item = step.item().await?;
         let params: FailoverParams = step.params()?;
         let point = step.control.choose_point(&item, params.point).await?;
-        if !step.control.sites.is_connected(item.recovery_provider) {
-            return Err(JobError::new(
+        let read = Discover {};
+        step.call(item.recovery_provider, read, Patience::RECONNECT).await.map_err(|error| {
+            JobError::new(
                 "SiteUnavailable",
-                format!("the recovery site of '{}' is not connected", item.vm_name),
+                format!("the recovery site of '{}' does not answer: {error}", item.vm_name),
                 "Nothing was changed. Try again when its agent is back.",
-            ));
-        }
+            )
+        })?;
         // Opened before anything is removed: a point that cannot be booted must not cost the one that runs.
         step.control.point_contents(item.id, PointId(point.id)).await?;
         Done::with(&Chosen { point: PointId(point.id), taken_at_ms: point_time_ms(&point) })

@@ -108,21 +108,31 @@ impl StepAction for CheckPrerequisites {
         let params: FailoverParams = step.params()?;
         // Says early that the chosen point does not exist; the choice itself is made after the last delta.
         step.control.choose_point(&item, params.point).await?;
-        if self.is_planned && !step.control.sites.is_connected(item.primary_provider) {
-            return Err(JobError::new(
-                "SiteUnavailable",
-                format!("the protected site of '{}' is not connected", item.vm_name),
-                "A planned failover needs both sites. If the site is lost, use the (unplanned) failover.",
-            ));
+        if self.is_planned {
+            let read = ReadPower { vm: item.vm };
+            step.call(item.primary_provider, read, Patience::RECONNECT).await.map_err(|error| {
+                JobError::new(
+                    "SiteUnavailable",
+                    format!("the protected site of '{}' does not answer: {error}", item.vm_name),
+                    "A planned failover needs both sites. If the site is lost, use the (unplanned) failover.",
+                )
+            })?;
         }
         check_target(step, &item).await?;
-        let read = step.call(item.primary_provider, ReadPower { vm: item.vm }, Patience::NONE);
-        let was_running = match tokio::time::timeout(POWER_ANSWER_MAX, read).await {
+        let patience = patience_with_source(step);
+        let read = step.call(item.primary_provider, ReadPower { vm: item.vm }, patience);
+        let was_running = match tokio::time::timeout(POWER_ANSWER_MAX + patience.0, read).await {
             Ok(Ok(power)) => Some(power != PowerState::Off),
             Ok(Err(_)) | Err(_) => None,
         };
         Done::with(&Checked { was_running })
     }
+}
+
+/// An unplanned failover does not wait for a site that may be burning; only when the server itself has been away, the
+/// site's agent is given the time to come back.
+fn patience_with_source(step: &StepContext<'_>) -> Patience {
+    if step.is_resumed() { Patience::RECONNECT } else { Patience::NONE }
 }
 
 /// What a living agent needs to tell whether a VM runs is a few milliseconds; a failover does not wait for a dead one.
@@ -201,8 +211,7 @@ impl StepAction for ShutDownSource {
         if !params.shutdown_source {
             return Ok(Done::skipped());
         }
-        // An unplanned failover does not wait for a site that may be burning.
-        let patience = if self.is_planned { Patience::RESTART } else { Patience::NONE };
+        let patience = if self.is_planned { Patience::RESTART } else { patience_with_source(step) };
         let result = async {
             let power = step.call(item.primary_provider, ReadPower { vm: item.vm }, patience).await?;
             if power == PowerState::Off {
@@ -211,7 +220,7 @@ impl StepAction for ShutDownSource {
             let shutdown = ShutDownVm { item: item.id, vm: item.vm, timeout_ms: params.shutdown_timeout_ms };
             let patient = step.call(item.primary_provider, shutdown, patience);
             // The agent watches the guest's time-out; this one is for an agent that does not answer.
-            let limit = Duration::from_millis(params.shutdown_timeout_ms) + AGENT_ANSWER_MAX;
+            let limit = Duration::from_millis(params.shutdown_timeout_ms) + AGENT_ANSWER_MAX + patience.0;
             let outcome = tokio::time::timeout(limit, patient).await.unwrap_or_else(|_| {
                 Err(mainstay_provider::SiteError::new(
                     ErrorKind::TimedOut,
@@ -281,7 +290,7 @@ impl StepAction for SynchronizeLatest {
         }
         // The cycle that may be under way would hold the item's lock at the agent.
         step.control.cycles.stop(item.id).await;
-        let patience = if self.is_planned { Patience::OUTAGE } else { Patience::NONE };
+        let patience = if self.is_planned { Patience::OUTAGE } else { patience_with_source(step) };
         match replicate(step, &item, patience, false).await {
             Ok(replicated) => {
                 let synchronized = Synchronized {

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::{
     db::ItemRecord,
-    jobs::{Patience, Step, StepContext},
+    jobs::{Patience, Retry, Step, StepContext},
 };
 
 pub(crate) use disable::DisableParams;
@@ -74,17 +74,25 @@ async fn replicate(
         mainstay_model::Location::Primary => item.primary_provider,
         mainstay_model::Location::Recovery => item.recovery_provider,
     };
-    let parent = step.control.head(item.id).await.map_err(|error| store_unavailable(&error))?;
-    let operation = Replicate {
-        item: item.id,
-        generation: item.state.generation,
-        session: SessionId(Uuid::now_v7()),
-        parent,
-        application_consistent: false,
-        compare_all,
-        bytes_per_second_max: None,
-    };
-    step.call(provider, operation, patience).await
+    let mut retry = Retry::new(patience);
+    loop {
+        // A transfer whose answer was lost may have become a point: each try is a session of its own, on top of the
+        // head of its moment.
+        let parent = step.control.head(item.id).await.map_err(|error| store_unavailable(&error))?;
+        let operation = Replicate {
+            item: item.id,
+            generation: item.state.generation,
+            session: SessionId(Uuid::now_v7()),
+            parent,
+            application_consistent: false,
+            compare_all,
+            bytes_per_second_max: None,
+        };
+        match step.call(provider, operation, Patience::NONE).await {
+            Err(error) if retry.pause(&error).await => {}
+            result => return result,
+        }
+    }
 }
 
 fn store_unavailable(error: &crate::ControlError) -> SiteError {

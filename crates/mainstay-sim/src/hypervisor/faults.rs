@@ -17,11 +17,20 @@ pub enum HostFault {
     FailAfter(ErrorKind),
     /// It hangs until a permit is added, and then goes on.
     Hang(Arc<Semaphore>),
+    /// It is carried out, and never answered.
+    HangAfter,
 }
 
-#[derive(Default)]
 pub(super) struct FaultPlan {
     planned: Mutex<HashMap<&'static str, VecDeque<HostFault>>>,
+    /// A permit for each call that has begun to hang.
+    hung: Semaphore,
+}
+
+impl Default for FaultPlan {
+    fn default() -> Self {
+        Self { planned: Mutex::default(), hung: Semaphore::new(0) }
+    }
 }
 
 impl FaultPlan {
@@ -32,6 +41,13 @@ impl FaultPlan {
 
     pub(super) fn clear(&self) {
         self.planned.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Waits until a call hangs.
+    pub(super) async fn wait_for_hang(&self) {
+        if let Ok(permit) = self.hung.acquire().await {
+            permit.forget();
+        }
     }
 
     fn take(&self, method: &'static str) -> Option<HostFault> {
@@ -52,7 +68,14 @@ impl FaultPlan {
                 call.await?;
                 Err(failed(kind))
             }
+            Some(HostFault::HangAfter) => {
+                let answer = call.await;
+                self.hung.add_permits(1);
+                std::future::pending::<()>().await;
+                answer
+            }
             Some(HostFault::Hang(release)) => {
+                self.hung.add_permits(1);
                 // A closed semaphore releases as well.
                 let _permit = release.acquire().await;
                 call.await

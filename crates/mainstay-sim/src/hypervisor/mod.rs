@@ -153,6 +153,11 @@ impl SimHypervisor {
         self.inner.faults.clear();
     }
 
+    /// Waits until a call hangs that was injected to.
+    pub async fn wait_for_hang(&self) {
+        self.inner.faults.wait_for_hang().await;
+    }
+
     /// From now on trackers die whenever a VM stops.
     pub fn make_trackers_volatile(&self) {
         self.lock().trackers_are_volatile = true;

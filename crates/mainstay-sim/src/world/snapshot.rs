@@ -70,7 +70,11 @@ impl World {
             };
             let mut read = Vec::new();
             for point in points {
-                let reader = control.store.open_point(item.0, point.id).await.expect("a point opens");
+                let reader = match control.store.open_point(item.0, point.id).await {
+                    // Retention has taken it out in between.
+                    Err(mainstay_store::StoreError::NoPoint(_)) => continue,
+                    reader => reader.expect("a point opens"),
+                };
                 let mut disks = Vec::new();
                 for disk in &point.disks {
                     let device = reader.disk(disk.index).expect("a point has its disks");

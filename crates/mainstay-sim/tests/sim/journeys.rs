@@ -1,12 +1,16 @@
 //! The tutorial's journey, and what happens on the way.
 
-use mainstay_model::{Operation, Phase};
+use std::sync::Arc;
+
+use mainstay_model::{Ending, Operation, Phase};
 use mainstay_provider::PowerState;
-use mainstay_sim::{World, WorldOptions};
+use mainstay_sim::{HostFault, World, WorldOptions};
+use tokio::sync::Semaphore;
 
-use crate::support::log;
-
-const VM: &str = "web";
+use crate::{
+    support::log,
+    workflows::{VM, Workflow, finish_journey},
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn the_tutorials_journey_loses_nothing() {
@@ -55,4 +59,90 @@ async fn the_tutorials_journey_loses_nothing() {
     world.run(VM, Operation::DisableProtection).await;
     world.check().await;
     assert_eq!(world.phase(VM).await, None);
+}
+
+/// Kills an agent while a call of its hypervisor is under way, and again after one was carried out and before anybody
+/// heard of it. The job goes on with the agent's next run.
+async fn kill_agent_within(workflow: Workflow, is_home: bool, methods: &[&'static str]) {
+    log();
+    for method in methods {
+        for fault in [HostFault::Hang(Arc::new(Semaphore::new(0))), HostFault::HangAfter] {
+            let mut world = World::new(WorldOptions::default()).await;
+            workflow.prepare(&world).await;
+            let host = if is_home { &world.home } else { &world.recovery };
+            let hypervisor = host.hypervisor.clone();
+            hypervisor.inject(method, fault, 1);
+            let job = workflow.begin(&world).await;
+            let complete = async {
+                hypervisor.wait_for_hang().await;
+            };
+            // The call may come after a person was asked to go on.
+            tokio::select! {
+                () = complete => {}
+                ending = world.complete(job.id) => panic!("{method} was not called: {ending:?}"),
+            }
+            world.restart_agent(is_home).await;
+            let ending = world.complete(job.id).await;
+            assert_eq!(ending, Ending::Succeeded, "{method}: {}", world.tell(job.id).await);
+            world.settle().await;
+            world.check().await;
+            if workflow.operation() == Operation::Failback {
+                world.check_failback(VM).await;
+            }
+            finish_journey(&world, VM, 0).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn home_agents_may_die_within_a_failback() {
+    let methods = ["open_staging", "begin_capture", "commit_staging", "remove_trackers", "start_tracked"];
+    kill_agent_within(Workflow::FailbackSynchronizedBefore, true, &methods).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn recovery_agents_may_die_within_a_failback() {
+    let methods = ["begin_capture", "confirm_tracker", "shut_down"];
+    kill_agent_within(Workflow::FailbackSynchronizedBefore, false, &methods).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn agents_may_die_within_a_planned_failover() {
+    kill_agent_within(Workflow::PlannedFailover, true, &["begin_capture", "confirm_tracker", "shut_down"])
+        .await;
+    kill_agent_within(Workflow::PlannedFailover, false, &["create_recovery_vm", "start"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn agents_may_die_within_a_commit() {
+    kill_agent_within(Workflow::CommitFailback, false, &["power_off", "remove_recovery_vm"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_home_disk_that_somebody_changed_stops_the_failback() {
+    log();
+    let world = World::new(WorldOptions::default()).await;
+    Workflow::FailbackSynchronizedBefore.prepare(&world).await;
+    let job = world.fail_back(VM, true).await.unwrap();
+    assert_eq!(world.end(job.id).await, mainstay_sim::JobEnd::Suspended);
+    let vm = world.item(VM).await.unwrap().vm;
+    world.home.hypervisor.tamper(vm, "vda", 40, 77).unwrap();
+    assert_eq!(world.complete(job.id).await, Ending::Failed);
+    assert!(world.tell(job.id).await.contains("were changed while"), "{}", world.tell(job.id).await);
+    world.settle().await;
+    world.check().await;
+    // What was changed is found by comparing, and overwritten.
+    finish_journey(&world, VM, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_home_vm_that_is_gone_is_made_anew() {
+    log();
+    let world = World::new(WorldOptions::default()).await;
+    Workflow::FailbackSynchronizedBefore.prepare(&world).await;
+    let vm = world.item(VM).await.unwrap().vm;
+    world.home.hypervisor.destroy_vm(vm);
+    world.run(VM, Operation::Failback).await;
+    world.check_failback(VM).await;
+    finish_journey(&world, VM, 1).await;
 }

@@ -10,7 +10,7 @@ use mainstay_control::{
     db::{JobRecord, JobState},
     jobs::{Fault, Faults, job_log},
 };
-use mainstay_model::{Ending, JobId, Operation, Phase};
+use mainstay_model::{Ending, JobId, Operation, Phase, VmId};
 use mainstay_provider::PowerState;
 use mainstay_sim::{Snapshot, World, WorldOptions};
 
@@ -145,12 +145,18 @@ async fn beyond_return(workflow: Workflow, step: usize, fault: Fault, expected: 
     finish_journey(&world, VM, 0).await;
 }
 
+async fn home_disks(world: &World, vm: Option<VmId>) -> Option<Vec<Vec<u8>>> {
+    world.home.hypervisor.disks(vm?).await.ok()
+}
+
 /// (b) and (d): the job is undone and the item is what it was.
 async fn undone(world: &World, workflow: Workflow, step: usize, fault: Fault) {
     let what = format!("{workflow:?}: {fault:?} at step {step}");
     let before = world.phase(VM).await;
     let (host, vm) = world.active(VM).await;
     let power_before = host.hypervisor.view(vm).unwrap().power;
+    let home_vm = world.item(VM).await.map(|item| item.vm);
+    let home_before = home_disks(world, home_vm).await;
     install(world, workflow, step, fault);
     let job = workflow.begin(world).await;
     let ending = world.complete(job.id).await;
@@ -164,6 +170,10 @@ async fn undone(world: &World, workflow: Workflow, step: usize, fault: Fault) {
     let (host, vm) = world.active(VM).await;
     let power = host.hypervisor.view(vm).unwrap().power;
     assert_eq!(power, power_before, "{what}: the active VM");
+    let merge = job.steps.iter().position(|step| step.name == "VmFailback");
+    if merge.is_some_and(|merge| step < merge) {
+        assert!(home_disks(world, home_vm).await == home_before, "{what}: the home disks were changed");
+    }
     if power == PowerState::Running {
         world.write(VM, &[("vda", 30, step as u8 + 1)]).await;
     }
