@@ -25,6 +25,18 @@ fn installed(program: &str) -> bool {
     found.status.success()
 }
 
+/// Whether somebody listens on a socket. Its file is there a moment earlier, and connecting to find out would take the
+/// only place that some servers have.
+fn is_listening(socket: &Path) -> bool {
+    // The fourth field has the flags (proc(5)): 00010000 is a listening socket.
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let path = text(socket);
+    sockets.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields.get(3) == Some(&"00010000") && fields.get(7) == Some(&path.as_str())
+    })
+}
+
 /// A foreign server that ends with the test.
 struct Foreign(Child);
 
@@ -32,7 +44,7 @@ impl Foreign {
     async fn start(program: &str, arguments: &[&str], socket: &Path) -> Self {
         let child = Command::new(program).args(arguments).stdout(Stdio::null()).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
-        while !socket.exists() {
+        while !is_listening(socket) {
             assert!(Instant::now() < deadline, "{program} does not listen");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
