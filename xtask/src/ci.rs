@@ -1,12 +1,13 @@
 //! `cargo xtask ci`: what a change must pass. `make test` and the continuous integration call it and nothing else.
 
 use std::{
-    path::Path,
-    process::Command,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 
 use crate::tidy;
 
@@ -44,11 +45,70 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
     timed(times, "lints", || {
         cargo(repository, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
     })?;
-    timed(times, "build", || cargo(repository, &["test", "--quiet", "--workspace", "--no-run"]))?;
-    for package in tidy::packages(repository)? {
-        timed(times, &format!("tests of {package}"), || cargo(repository, &["test", "--package", &package]))?;
+    let mut tests = Vec::new();
+    timed(times, "build", || {
+        tests = test_binaries(repository)?;
+        Ok(())
+    })?;
+    for test in tests {
+        timed(times, &test.name, || {
+            let status = Command::new(&test.executable)
+                .current_dir(&test.directory)
+                .env("CARGO_MANIFEST_DIR", &test.directory)
+                .status()?;
+            if !status.success() {
+                bail!("{} failed", test.executable.display());
+            }
+            Ok(())
+        })?;
     }
     Ok(())
+}
+
+/// A built test binary.
+struct TestBinary {
+    name: String,
+    executable: PathBuf,
+    directory: PathBuf,
+}
+
+/// Builds all tests at once and answers their binaries, in the order of the layers. Built package by package, libraries
+/// would be compiled again for each set of features.
+fn test_binaries(repository: &Path) -> Result<Vec<TestBinary>> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let output = Command::new(cargo)
+        .args(["test", "--quiet", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"])
+        .current_dir(repository)
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
+        bail!("the tests do not build");
+    }
+    let mut found = Vec::new();
+    for line in String::from_utf8(output.stdout)?.lines() {
+        let message: Value = serde_json::from_str(line)?;
+        let (Some(executable), Some(manifest), Some(true)) = (
+            message["executable"].as_str(),
+            message["manifest_path"].as_str(),
+            message["profile"]["test"].as_bool(),
+        ) else {
+            continue;
+        };
+        let directory = Path::new(manifest).parent().context("a manifest lies in a directory")?.to_owned();
+        let package = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = message["target"]["name"].as_str().unwrap_or_default();
+        found.push(TestBinary {
+            name: format!("{package}: {target}"),
+            executable: executable.into(),
+            directory,
+        });
+    }
+    let order = tidy::packages(repository)?;
+    found.sort_by_key(|test| {
+        let package = test.name.split(':').next().unwrap_or_default();
+        (order.iter().position(|name| name == package), test.name.clone())
+    });
+    Ok(found)
 }
 
 fn timed(times: &mut Vec<Timed>, name: &str, suite: impl FnOnce() -> Result<()>) -> Result<()> {
