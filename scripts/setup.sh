@@ -26,6 +26,8 @@ packages=(
   # The ledger guest: kernel, shell, module tools, the guest agent, and what packs them.
   # The guest agent and the kernel are unpacked, never installed (see `cargo xtask guest`).
   busybox-static cpio kmod e2fsprogs dnsmasq-base iproute2 swtpm ovmf
+  # Tools that come as Python packages.
+  python3 python3-venv
 )
 if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup hyperfine); fi
 
@@ -51,7 +53,25 @@ for package in "${packages[@]}"; do
   status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
   [ "$status" = installed ] || missing+=("$package")
 done
-if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
+
+# Tools of the repository, pinned, in an environment of their own.
+requirements="$(dirname "$0")/requirements.txt"
+tools=.cache/tools
+install_tools() {
+  if cmp -s "$requirements" "$tools/requirements.txt"; then return; fi
+  echo "setup: installing ${tools}" >&2
+  rm -rf "$tools"
+  python3 -m venv "$tools"
+  "$tools/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
+  # Last, so that an interrupted installation is done again.
+  cp "$requirements" "$tools/requirements.txt"
+}
+
+if [ ${#missing[@]} -eq 0 ]; then
+  if $check_only; then exit 0; fi
+  install_tools
+  exit 0
+fi
 if $check_only; then
   echo "setup: missing packages: ${missing[*]}" >&2
   exit 1
@@ -89,3 +109,4 @@ echo "setup: installing ${missing[*]}" >&2
 "${as_root[@]}" apt-get update -qq
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
   "${target_release[@]}" "${missing[@]}" >/dev/null
+install_tools

@@ -42,6 +42,7 @@ pub(crate) fn soak(repository: &Path) -> Result<()> {
 fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
     timed(times, "formatting", || cargo(repository, &["fmt", "--all", "--check"]))?;
     timed(times, "tidy", || tidy::run(repository))?;
+    timed(times, "dependencies", || deny(repository, &["bans", "licenses", "sources"]))?;
     timed(times, "lints", || {
         cargo(repository, &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
     })?;
@@ -61,6 +62,27 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
             }
             Ok(())
         })?;
+    }
+    Ok(())
+}
+
+/// Looks for known vulnerabilities in the dependencies. Not part of `ci`: the database of advisories is fetched from the
+/// network, and yesterday's change must not turn red because of today's advisory.
+pub(crate) fn audit(repository: &Path) -> Result<()> {
+    deny(repository, &["advisories"])
+}
+
+/// Checks the dependencies against `deny.toml`.
+fn deny(repository: &Path, checks: &[&str]) -> Result<()> {
+    let program = repository.join(".cache/tools/bin/cargo-deny");
+    let status = Command::new(&program)
+        .args(["--log-level", "warn", "check", "--hide-inclusion-graph"])
+        .args(checks)
+        .current_dir(repository)
+        .status()
+        .with_context(|| format!("start {}; `make setup` installs it", program.display()))?;
+    if !status.success() {
+        bail!("cargo deny check {} failed", checks.join(" "));
     }
     Ok(())
 }

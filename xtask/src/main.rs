@@ -14,6 +14,7 @@ fn main() -> anyhow::Result<()> {
     let repository =
         Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies outside the repository")?;
     match Xtask::parse() {
+        Xtask::Audit => ci::audit(repository),
         Xtask::Ci => ci::run(repository),
         Xtask::Guest { refresh } => guest::run(refresh),
         Xtask::Soak => ci::soak(repository),
@@ -24,7 +25,9 @@ fn main() -> anyhow::Result<()> {
 /// Tasks of the repository itself.
 #[derive(clap::Parser)]
 enum Xtask {
-    /// Everything that a change must pass: formatting, tidy, lints, tests; prints the time per suite.
+    /// Known vulnerabilities in the dependencies, from the RustSec database (needs the network).
+    Audit,
+    /// Everything that a change must pass: formatting, tidy, dependencies, lints, tests; prints the time per suite.
     Ci,
     /// The long tests: random kills on real VMs, many seeds of the simulation.
     Soak,
