@@ -1,12 +1,18 @@
 # Two commands for a new user: `make demo` and `make test`. Both install what is missing first (Debian packages;
 # Rust must be there) and work as root or with sudo, with or without hardware virtualisation.
 
-.PHONY: demo test soak setup guest help
+.PHONY: demo test soak setup check guest help
 
 help:
 	@echo "make demo    the tutorial's whole journey on real VMs, proved"
 	@echo "make test    all tests (30 minutes at most on 2 cores)"
 	@echo "make soak    the long tests"
+	@echo "make check   what this machine lacks for the above; installs nothing"
+	@echo
+	@echo "Needs Debian 12 or 13 and Rust 1.94 or newer; everything else is installed (as root or with sudo)."
+
+check:
+	@scripts/setup.sh --check && echo "nothing is missing"
 
 setup:
 	@scripts/setup.sh

@@ -20,6 +20,11 @@ pub struct AgentConfig {
     /// Bytes per second at which a recovery VM's disk is copied out of the store while the VM runs; 0 = as fast as it
     /// goes.
     pub hydration_bytes_per_second: u64,
+    /// Seconds for which a capture looks at new ranges before the transfer goes on with a capture of its own: an open
+    /// capture blocks the administrator's snapshots and fills scratch space.
+    pub capture_seconds_max: u64,
+    /// A file that names the host's present boot.
+    pub boot_id_file: PathBuf,
     /// Address of the server's agent endpoint, `HOST:PORT`; empty = what registration answered.
     pub server: String,
 }
@@ -32,6 +37,8 @@ impl Default for AgentConfig {
             libvirt_uri: "qemu:///system".to_owned(),
             networks: Vec::new(),
             hydration_bytes_per_second: 0,
+            capture_seconds_max: 60,
+            boot_id_file: PathBuf::from("/proc/sys/kernel/random/boot_id"),
             server: String::new(),
         }
     }

@@ -12,5 +12,5 @@ pub mod records;
 
 pub use config::AgentConfig;
 pub use connection::{ServerLink, run};
-pub use host_site::HostSite;
+pub use host_site::{HostOptions, HostSite};
 pub use identity::{Identity, RegistrationKey, register};

@@ -23,10 +23,13 @@ pub struct ItemFile {
     pub generation: Generation,
     /// What the VM's disks are told from.
     pub base: Option<Base>,
-    /// The tracker of the capture that is being, or was being, shipped.
-    pub pending_tracker: Option<TrackerId>,
+    /// The capture that is being, or was being, shipped.
+    pub pending: Option<Pending>,
     /// Whether the host started the VM by itself before protection took that over; `None` = not taken over.
     pub autostart_before: Option<bool>,
+    /// The host has booted since the VM ran, and would have started it: see [`mainstay_provider::Discovery::waiting`].
+    #[serde(default)]
+    pub is_waiting: bool,
     /// The staging area over the VM's disks.
     pub staging: Option<StagingFile>,
 }
@@ -38,6 +41,32 @@ pub struct Base {
     pub point: PointId,
     /// The tracker; `None` = the disks equal the point as long as the VM has not been started.
     pub tracker: Option<TrackerId>,
+    /// Byte ranges (start, end) per disk in which the disks may differ from the point whatever the tracker says: the point
+    /// is a partial state that did not get that far. Empty otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<Vec<(u64, u64)>>,
+}
+
+impl Base {
+    /// A whole recovery point.
+    pub fn new(point: PointId, tracker: Option<TrackerId>) -> Self {
+        Self { point, tracker, left: Vec::new() }
+    }
+
+    /// Whether the tracker alone tells what differs from the point.
+    pub fn is_whole(&self) -> bool {
+        self.left.iter().all(Vec::is_empty)
+    }
+}
+
+/// A capture that may become a base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pending {
+    /// Its tracker.
+    pub tracker: TrackerId,
+    /// As in [`Base::left`], written before the server is asked for a partial state.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<Vec<(u64, u64)>>,
 }
 
 /// A staging area.
@@ -113,6 +142,20 @@ impl Records {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
+    }
+
+    fn boot_path(&self) -> PathBuf {
+        self.dir.join("boot.json")
+    }
+
+    /// The boot of the host in which the agent last ran.
+    pub fn boot(&self) -> io::Result<Option<String>> {
+        read(&self.boot_path())
+    }
+
+    /// Notes the boot of the host in which the agent runs.
+    pub fn put_boot(&self, boot: &str) -> io::Result<()> {
+        replace(&self.boot_path(), &boot)
     }
 
     /// All items on record.
@@ -206,8 +249,9 @@ mod tests {
             disks: vec!["vda".to_owned()],
             generation: Generation(3),
             base: None,
-            pending_tracker: None,
+            pending: None,
             autostart_before: Some(true),
+            is_waiting: false,
             staging: None,
         };
         records.put_item(&record).unwrap();

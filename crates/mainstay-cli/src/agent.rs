@@ -1,10 +1,12 @@
 //! `mainstay agent`.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use mainstay_agent::{AgentConfig, HostSite, Identity, RegistrationKey, ServerLink, records::Records};
+use mainstay_agent::{
+    AgentConfig, HostOptions, HostSite, Identity, RegistrationKey, ServerLink, records::Records,
+};
 use mainstay_kvm::{KvmHost, KvmOptions};
 use mainstay_provider::{Acceleration, Hypervisor, Network, NetworkKind, Site};
 use tokio_util::sync::CancellationToken;
@@ -141,7 +143,14 @@ async fn run_agent(config: &AgentConfig) -> anyhow::Result<Exit> {
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(hypervisor(config)?);
     let records = Records::open(&config.data_dir)
         .with_context(|| format!("data directory {}", config.data_dir.display()))?;
-    let site = HostSite::new(hypervisor, Arc::new(link.clone()), records, config.run_dir.clone());
+    let boot = std::fs::read_to_string(&config.boot_id_file)
+        .with_context(|| format!("read {}", config.boot_id_file.display()))?;
+    let options = HostOptions {
+        boot: boot.trim().to_owned(),
+        run_dir: config.run_dir.clone(),
+        capture_time_max: Duration::from_secs(config.capture_seconds_max),
+    };
+    let site = HostSite::new(hypervisor, Arc::new(link.clone()), records, options);
     site.recover().await.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?;
     let stop = CancellationToken::new();
     let serving: Arc<dyn Site> = Arc::new(site.clone());

@@ -1,8 +1,8 @@
 //! The agents that are connected now.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, PoisonError, RwLock},
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
 use mainstay_model::ProviderId;
@@ -12,12 +12,20 @@ use mainstay_provider::{ErrorKind, Site, SiteError};
 #[derive(Default)]
 pub struct SiteDirectory {
     connected: RwLock<HashMap<ProviderId, Arc<dyn Site>>>,
+    /// Agents whose connection nobody has looked at yet.
+    arrived: Mutex<HashSet<ProviderId>>,
 }
 
 impl SiteDirectory {
     /// An agent has connected.
     pub fn insert(&self, provider: ProviderId, site: Arc<dyn Site>) {
         self.connected.write().unwrap_or_else(PoisonError::into_inner).insert(provider, site);
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner).insert(provider);
+    }
+
+    /// Whether the agent has connected anew since this was last asked.
+    pub fn take_arrival(&self, provider: ProviderId) -> bool {
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner).remove(&provider)
     }
 
     /// The connection is gone; a newer one of the same agent stays.

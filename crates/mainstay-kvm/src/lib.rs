@@ -34,7 +34,7 @@ use mainstay_model::VmId;
 use mainstay_provider::{
     Capture, CaptureRequest, GuestAddress, HostFacts, Hydration, Hypervisor, Inventory, PowerState,
     RecoveryVmSpec, ShutdownOutcome, SiteError, Staging, StagingSpec, TrackerId, VirtualMachine,
-    VmDefinition,
+    VmDefinition, WhenOff,
 };
 
 use error::While as _;
@@ -127,8 +127,8 @@ impl Hypervisor for KvmHost {
         recovery::create(&self.host, spec).await
     }
 
-    async fn hydrate(&self, vm: VmId) -> Result<Hydration, SiteError> {
-        recovery::hydrate(&self.host, vm).await
+    async fn hydrate(&self, vm: VmId, when_off: WhenOff) -> Result<Hydration, SiteError> {
+        recovery::hydrate(&self.host, vm, when_off).await
     }
 
     async fn remove_recovery_vm(&self, vm: VmId) -> Result<(), SiteError> {
@@ -147,7 +147,11 @@ impl Hypervisor for KvmHost {
         staging::commit(&self.host, vm).await
     }
 
-    async fn discard_staging(&self, vm: VmId) -> Result<(), SiteError> {
+    async fn remove_home_vm(&self, vm: VmId) -> Result<(), SiteError> {
+        staging::remove_home(&self.host, vm).await
+    }
+
+    async fn discard_staging(&self, vm: VmId) -> Result<bool, SiteError> {
         staging::discard(&self.host, vm).await
     }
 

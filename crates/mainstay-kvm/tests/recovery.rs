@@ -11,7 +11,7 @@ use mainstay_model::{ItemId, VmId};
 use mainstay_nbd::{Exports, Server};
 use mainstay_provider::{
     ErrorKind, Hypervisor as _, MacPolicy, NicPlan, PowerState, RecoveryDisk, RecoveryVmSpec,
-    ShutdownOutcome, VmDefinition,
+    ShutdownOutcome, VmDefinition, WhenOff,
 };
 use rig::{PATIENCE, Rig, apply, assert_same, memory, read_capture, request};
 
@@ -125,7 +125,7 @@ async fn a_recovery_vm_boots_hydrates_and_knows_what_changed() -> Result<()> {
     // Out of the store, and the store goes.
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let hydration = away.host.hydrate(spec.vm).await?;
+        let hydration = away.host.hydrate(spec.vm, WhenOff::Wait).await?;
         if hydration.is_complete {
             assert_eq!(hydration.bytes_done, hydration.bytes_total);
             break;
@@ -196,7 +196,7 @@ async fn a_guest_waits_for_a_store_that_comes_back() -> Result<()> {
         let server = serve(&socket, &point).await?;
         // What the agent does whenever it serves again.
         home.host.start(spec.vm).await?;
-        home.host.hydrate(spec.vm).await?;
+        home.host.hydrate(spec.vm, WhenOff::Wait).await?;
         Ok::<_, anyhow::Error>(server)
     };
     let (verdict, server) = tokio::join!(waiting, back);
@@ -210,11 +210,11 @@ async fn a_guest_waits_for_a_store_that_comes_back() -> Result<()> {
     assert_eq!(home.host.power(spec.vm).await?, PowerState::Running);
 
     // Hydration that is cut off by a crash goes on after it.
-    home.host.hydrate(spec.vm).await?;
+    home.host.hydrate(spec.vm, WhenOff::Wait).await?;
     home.kill_qemu(spec.vm, "web-test").await?;
     home.host.start(spec.vm).await?;
     let deadline = Instant::now() + PATIENCE;
-    while !home.host.hydrate(spec.vm).await?.is_complete {
+    while !home.host.hydrate(spec.vm, WhenOff::Wait).await?.is_complete {
         ensure!(Instant::now() < deadline, "hydration does not end");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -240,11 +240,11 @@ async fn captures_go_on_while_a_vm_hydrates() -> Result<()> {
     host.create_recovery_vm(&spec).await?;
     let mut tracker = host.creation_tracker();
     host.start_tracked(spec.vm, &["vda".to_owned(), "vdb".to_owned()], &tracker).await?;
-    assert!(!host.hydrate(spec.vm).await?.is_complete);
+    assert!(!host.hydrate(spec.vm, WhenOff::Wait).await?.is_complete);
     let deadline = Instant::now() + PATIENCE;
     let mut captures_while_hydrating = 0;
     loop {
-        let is_complete = host.hydrate(spec.vm).await?.is_complete;
+        let is_complete = host.hydrate(spec.vm, WhenOff::Wait).await?.is_complete;
         let capture = host.begin_capture(spec.vm, request(Some(&tracker))).await?;
         apply(capture.as_ref(), &mut point.copies).await?;
         assert_same(&point.copies, &read_capture(capture.as_ref()).await?);

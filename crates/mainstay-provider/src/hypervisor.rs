@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Capture, CaptureRequest, GuestAddress, HostFacts, Hydration, Inventory, PowerState, RecoveryVmSpec,
-    SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition,
+    SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition, WhenOff,
 };
 
 /// How a graceful shutdown ended.
@@ -88,8 +88,8 @@ pub trait Hypervisor: Send + Sync {
     async fn create_recovery_vm(&self, spec: &RecoveryVmSpec) -> Result<(), SiteError>;
 
     /// Starts copying the VM's disks out of the store (or goes on) and says how far it is. Called again and
-    /// again until complete; needs the VM running.
-    async fn hydrate(&self, vm: VmId) -> Result<Hydration, SiteError>;
+    /// again until complete.
+    async fn hydrate(&self, vm: VmId, when_off: WhenOff) -> Result<Hydration, SiteError>;
 
     /// Removes a recovery VM: domain, disks, overlays. Refuses a VM that `create_recovery_vm` did not
     /// make.
@@ -108,8 +108,9 @@ pub trait Hypervisor: Send + Sync {
     /// crash, and without effect if there is none.
     async fn commit_staging(&self, vm: VmId) -> Result<(), SiteError>;
 
-    /// Removes the staging area; the home disks are as they were.
-    async fn discard_staging(&self, vm: VmId) -> Result<(), SiteError>;
+    /// Removes the staging area; the home disks are as they were. A merge that had begun is ended instead, because half of
+    /// one is the state of no moment: answers whether that was so.
+    async fn discard_staging(&self, vm: VmId) -> Result<bool, SiteError>;
 
     /// Defines a home VM that no longer exists, with empty disks, from a recovery point's definition;
     /// [`Hypervisor::open_staging`] then fills them.
@@ -119,6 +120,10 @@ pub trait Hypervisor: Send + Sync {
         definition: &VmDefinition,
         spec: &StagingSpec,
     ) -> Result<(), SiteError>;
+
+    /// Removes a VM that [`Hypervisor::create_home_vm`] made and into which nothing was merged yet, with its disks. Any other
+    /// VM is left as it is.
+    async fn remove_home_vm(&self, vm: VmId) -> Result<(), SiteError>;
 
     // The guest.
 

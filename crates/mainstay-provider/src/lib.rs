@@ -23,13 +23,13 @@ pub use host::{Acceleration, Capability, HostFacts, Inventory, Network, NetworkK
 pub use hypervisor::{Hypervisor, ShutdownOutcome};
 pub use recovery::{
     Hydration, MacPolicy, NicPlan, RecoveryDisk, RecoveryVmSpec, Staging, StagingDisk, StagingSpec,
-    VmDefinition,
+    VmDefinition, WhenOff,
 };
 pub use site::{
-    ApplyAddresses, CommitHome, CreateRecoveryVm, DiscardHome, Discover, Discovery, Examination, Examine,
-    HomePrepared, Hydrate, NoProgress, Operation, PowerOffVm, PrepareHome, Progress, ProgressSink, Protect,
-    ReadConsole, ReadPower, RemoveRecoveryVm, Replicate, Replicated, ShutDownVm, Site, SiteOperation,
-    StageHome, Staged, StandDown, StartVm, StoodDown, Unprotect, Verified, VerifyHome, call,
+    AnswerWaiting, ApplyAddresses, CommitHome, CreateRecoveryVm, DiscardHome, Discover, Discovery,
+    Examination, Examine, HomePrepared, Hydrate, NoProgress, Operation, PowerOffVm, PrepareHome, Progress,
+    ProgressSink, Protect, ReadConsole, ReadPower, RemoveRecoveryVm, Replicate, Replicated, ShutDownVm, Site,
+    SiteOperation, StageHome, Staged, StandDown, StartVm, StoodDown, Unprotect, Verified, VerifyHome, call,
 };
 pub use vm::{
     Disk, DiskFormat, Finding, FindingSeverity, Firmware, GuestAddress, Nic, PowerState, VirtualMachine,

@@ -92,6 +92,18 @@ pub enum MacPolicy {
     Generate,
 }
 
+/// What becomes of a hydration while the VM is off: copying needs it in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WhenOff {
+    /// It waits until somebody starts the VM.
+    #[default]
+    Wait,
+    /// The VM is held in memory without running, for as long as it takes, and is off again afterwards.
+    Hold,
+    /// A hold ends, if there is one, and nothing is copied.
+    Release,
+}
+
 /// How far a recovery VM's disks have been copied out of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hydration {

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{
     Consistency, ErrorKind, GuestAddress, HostFacts, Hydration, Inventory, NicPlan, PowerState,
-    ShutdownOutcome, SiteError, VirtualMachine, VmDefinition,
+    ShutdownOutcome, SiteError, VirtualMachine, VmDefinition, WhenOff,
 };
 
 /// How far an operation is; sent at most a few times a second.
@@ -134,6 +134,9 @@ operations! {
     Unprotect {
         /// The replicated item.
         item: ItemId,
+        /// Whether the item's VM on this host is the active copy. Only then does the host start it by itself again if it did
+        /// so before: an old copy that comes up with its host would run beside the active one.
+        is_active: bool,
     } -> ();
 
     /// Takes a capture and ships what changed since `parent` as a new recovery point.
@@ -179,6 +182,17 @@ operations! {
         vm: VmId,
     } -> ();
 
+    /// The answer to [`Discovery::waiting`]: the host may start the item's VM, or must leave it off because another copy is
+    /// the active one.
+    AnswerWaiting {
+        /// The replicated item.
+        item: ItemId,
+        /// The item's generation.
+        generation: Generation,
+        /// Whether to start the VM.
+        may_start: bool,
+    } -> ();
+
     /// Asks the guest to stop and waits.
     ShutDownVm {
         /// The replicated item.
@@ -219,15 +233,19 @@ operations! {
         memory_bytes: Option<u64>,
         /// What becomes of each adapter.
         nics: Vec<NicPlan>,
+        /// Whether the VM is to be started when the host boots, as it was at home.
+        autostart: bool,
     } -> ();
 
-    /// Copies a running recovery VM's disks out of the store, or goes on; answers how far it is. When it is
-    /// complete, the host has let go of the recovery point.
+    /// Copies a recovery VM's disks out of the store, or goes on; answers how far it is. When it is complete, the host has
+    /// let go of the recovery point.
     Hydrate {
         /// The replicated item.
         item: ItemId,
         /// The VM.
         vm: VmId,
+        /// What to do while the VM is off.
+        when_off: WhenOff,
     } -> Hydration;
 
     /// Removes a recovery VM with its disks, or what there is of one.
@@ -292,7 +310,7 @@ operations! {
         to: PointId,
     } -> ();
 
-    /// Throws the staging area away; the home disks are as they were before it.
+    /// Throws the staging area away; the home disks are as they were before it. A VM that was made for it goes too.
     DiscardHome {
         /// The replicated item.
         item: ItemId,
@@ -314,6 +332,10 @@ pub struct Discovery {
     pub host: HostFacts,
     /// Its VMs and networks.
     pub inventory: Inventory,
+    /// Items whose VM would have been started when the host booted, if it were not protected. Whether it is still the active
+    /// copy only the server knows: the host waits for [`AnswerWaiting`].
+    #[serde(default)]
+    pub waiting: Vec<ItemId>,
 }
 
 /// Answer of [`Examine`].

@@ -32,6 +32,8 @@ pub use error::{RefusalKind, ReplicationError};
 pub use fetch::{FetchJob, FetchReport, FetchTarget, fetch};
 pub use mount::{Mount, MountOptions, RemoteDisk};
 pub use outcome::{rebuild_table, session_outcome, settle};
-pub use send::{DiskProgress, SendDisk, SendJob, SendOptions, SendOutcome, SendProgress, replicate};
-pub use serve::{Access, ServeReport, SessionKind, serve_connection};
+pub use send::{
+    BeforePartial, DiskProgress, SendDisk, SendJob, SendOptions, SendOutcome, SendProgress, replicate,
+};
+pub use serve::{Access, Authorize, ServeReport, SessionKind, serve_connection};
 pub use wire::Traffic;

@@ -1,10 +1,12 @@
 //! The sending end of a replicate session: a numbered stream of frames over connections that break.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
+use mainstay_store::Consistency;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -29,6 +31,8 @@ pub(crate) struct Link<'a> {
     last: u64,
     durable: u64,
     ended: bool,
+    /// What was not looked at.
+    pub(crate) left: Vec<Vec<Range<u64>>>,
     /// The highest number that was ever written to a connection.
     written: u64,
     pub(crate) resent: u64,
@@ -54,6 +58,7 @@ impl<'a> Link<'a> {
             last: 0,
             durable: 0,
             ended: false,
+            left: Vec::new(),
             written: 0,
             resent: 0,
             commit_sent: false,
@@ -135,6 +140,12 @@ impl<'a> Link<'a> {
                 self.prepare_tables().await?;
                 let mut commit = self.commit.clone();
                 commit.frames = self.last;
+                if self.left.iter().any(|left| !left.is_empty()) {
+                    commit.consistency = Consistency::Partial;
+                    if let Some(remember) = &self.job.before_partial {
+                        remember(&self.left).map_err(|error| ReplicationError::internal(&error))?;
+                    }
+                }
                 self.commit_sent = true;
                 transmitter.send(&Message::control(Kind::Commit, 0, &commit)?).await?;
                 committing = true;
@@ -164,7 +175,10 @@ impl<'a> Link<'a> {
                         self.buffer.push_back((self.last, frame.clone()));
                         backlog.push_back((self.last, frame));
                     }
-                    Some(Output::End) => self.ended = true,
+                    Some(Output::End { left }) => {
+                        self.left = left;
+                        self.ended = true;
+                    }
                     None => return Err(ReplicationError::Internal("the scan ended early".to_owned())),
                 },
             }

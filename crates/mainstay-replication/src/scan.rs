@@ -9,6 +9,7 @@ use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder};
 use mainstay_block::hash_table::Verdict;
 use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of};
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Duration, Instant};
 
 use crate::throttle::Throttle;
 use crate::{ReplicationError, SendDisk, SendJob, SendOptions, SendProgress};
@@ -26,7 +27,10 @@ const FRAMES_COMPRESSING: usize = 2;
 pub(crate) enum Output {
     Frame(Bytes),
     /// All of it was handed over. A channel that closes without this means failure.
-    End,
+    End {
+        /// Byte ranges per disk that were not looked at because the time was up.
+        left: Vec<Vec<Range<u64>>>,
+    },
 }
 
 /// A range of blocks of one disk to look at.
@@ -44,7 +48,7 @@ enum Change {
     Zeros { disk: usize, first: u64, count: u64 },
 }
 
-/// Runs to the end of all ranges, or until `output` is closed.
+/// Runs to the end of all ranges or of the time, or until `output` is closed.
 pub(crate) async fn scan(
     job: &SendJob,
     options: &SendOptions,
@@ -53,36 +57,74 @@ pub(crate) async fn scan(
 ) -> Result<(), ReplicationError> {
     let (piece_sink, piece_source) = mpsc::channel(64);
     let (frame_sink, frame_source) = mpsc::channel(2);
-    let plan = plan(job, piece_sink);
+    let plan = plan(job, options.time_max, piece_sink);
     let build = build(job, options, progress, piece_source, frame_sink);
-    let compress = compress(options, progress, frame_source, output);
-    tokio::try_join!(plan, build, compress).map(|_| ())
+    let compress = compress(options, progress, frame_source, &output);
+    let (left, (), ()) = tokio::try_join!(plan, build, compress)?;
+    // A link that closes its end has failed and tells why itself.
+    let _closed = output.send(Output::End { left }).await;
+    Ok(())
 }
 
-/// Splits ranges into pieces by what the devices know of themselves.
-async fn plan(job: &SendJob, pieces: mpsc::Sender<Piece>) -> Result<(), ReplicationError> {
+/// Splits ranges into pieces by what the devices know of themselves, until the time is up; answers what is left then.
+async fn plan(
+    job: &SendJob,
+    time_max: Option<Duration>,
+    pieces: mpsc::Sender<Piece>,
+) -> Result<Vec<Vec<Range<u64>>>, ReplicationError> {
+    let deadline = time_max.map(|time_max| Instant::now() + time_max);
+    let is_time_up = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+    let mut left = vec![Vec::new(); job.disks.len()];
+    // However little time there is, something is done in it.
+    let mut is_begun = false;
     for (index, disk) in job.disks.iter().enumerate() {
-        for range in block_ranges(disk) {
+        let bytes = |blocks: Range<u64>| {
+            blocks.start * BLOCK_BYTES..(blocks.end * BLOCK_BYTES).min(disk.device.size())
+        };
+        'ranges: for range in block_ranges(disk) {
             let mut at = range.start;
             while at < range.end {
+                if is_begun && is_time_up() {
+                    left[index].push(bytes(at..range.end));
+                    continue 'ranges;
+                }
                 let end = range.end.min(at + EXTENT_WINDOW_BYTES / BLOCK_BYTES);
-                for (first, end, zero) in extents(disk, at, end).await? {
-                    let step = if zero { ZERO_BLOCKS } else { READ_BLOCKS };
-                    let mut from = first;
-                    while from < end {
-                        // Reads end at multiples of their size, so that they do not straddle the device's clusters.
-                        let to = end.min((from / step + 1) * step);
-                        if pieces.send(Piece { disk: index, first: from, end: to, zero }).await.is_err() {
-                            return Ok(());
-                        }
-                        from = to;
+                for piece in pieces_of(disk, index, at..end).await? {
+                    if is_begun && is_time_up() {
+                        left[index].push(bytes(piece.first..range.end));
+                        continue 'ranges;
                     }
+                    if pieces.send(piece).await.is_err() {
+                        // Whoever closed it has failed, and tells why.
+                        return Ok(left);
+                    }
+                    is_begun = true;
                 }
                 at = end;
             }
         }
     }
-    Ok(())
+    Ok(left)
+}
+
+/// Splits a range of blocks.
+async fn pieces_of(
+    disk: &SendDisk,
+    index: usize,
+    blocks: Range<u64>,
+) -> Result<Vec<Piece>, ReplicationError> {
+    let mut pieces = Vec::new();
+    for (first, end, zero) in extents(disk, blocks.start, blocks.end).await? {
+        let step = if zero { ZERO_BLOCKS } else { READ_BLOCKS };
+        let mut from = first;
+        while from < end {
+            // Reads end at multiples of their size, so that they do not straddle the device's clusters.
+            let to = end.min((from / step + 1) * step);
+            pieces.push(Piece { disk: index, first: from, end: to, zero });
+            from = to;
+        }
+    }
+    Ok(pieces)
 }
 
 /// The disk's byte ranges as sorted, disjoint block ranges within the disk.
@@ -233,7 +275,7 @@ async fn compress(
     options: &SendOptions,
     progress: &watch::Sender<SendProgress>,
     frames: mpsc::Receiver<FrameBuilder>,
-    output: mpsc::Sender<Output>,
+    output: &mpsc::Sender<Output>,
 ) -> Result<(), ReplicationError> {
     let mut throttle = Throttle::new(options.bytes_per_second);
     let frames = stream::unfold(frames, |mut frames| async move {
@@ -259,7 +301,5 @@ async fn compress(
             progress.frame_bytes += bytes;
         });
     }
-    // As above: a closed link has its own error.
-    let _closed = output.send(Output::End).await;
     Ok(())
 }

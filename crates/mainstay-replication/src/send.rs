@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mainstay_block::BlockDevice;
 use mainstay_block::hash_table::HashTable;
@@ -53,7 +54,13 @@ pub struct SendJob {
     pub disks: Vec<SendDisk>,
     /// Time, consistency and definition of the recovery point.
     pub meta: PointMeta,
+    /// Told what is left before a partial state is asked for: from then on the hash tables may describe a state in which
+    /// only this is known to be missing. An error ends the session.
+    pub before_partial: Option<BeforePartial>,
 }
+
+/// Remembers, durably, what a partial state leaves out: byte ranges per disk.
+pub type BeforePartial = Arc<dyn Fn(&[Vec<Range<u64>>]) -> std::io::Result<()> + Send + Sync>;
 
 /// How to send.
 #[derive(Clone, Debug)]
@@ -65,11 +72,14 @@ pub struct SendOptions {
     pub window_bytes: usize,
     /// Limit on the frames' bytes per second.
     pub bytes_per_second: Option<u64>,
+    /// Look at nothing further after this time and commit what there is as a partial state: a capture must not be held
+    /// open for hours. `None` = go to the end. Of each transfer; one that starts over has the time anew.
+    pub time_max: Option<Duration>,
 }
 
 impl Default for SendOptions {
     fn default() -> Self {
-        Self { reads_in_flight: 16, window_bytes: 48 << 20, bytes_per_second: None }
+        Self { reads_in_flight: 16, window_bytes: 48 << 20, bytes_per_second: None, time_max: None }
     }
 }
 
@@ -99,11 +109,14 @@ pub struct SendProgress {
     pub frame_bytes: u64,
 }
 
-/// A recovery point was made.
+/// A recovery point was made, or a partial state on the way to one.
 #[derive(Clone, Debug)]
 pub struct SendOutcome {
     /// Its id.
     pub point: Uuid,
+    /// Byte ranges per disk that were not looked at because the time was up. If there are any, the point is a partial
+    /// state: durable, described by the hash tables, the head to build on, and not in the catalogue.
+    pub left: Vec<Vec<Range<u64>>>,
     /// Frames written to a connection again because it broke before the server had them.
     pub frames_resent: u64,
     /// Transfers from the beginning because the server lost the session.
@@ -199,7 +212,7 @@ pub async fn replicate(
         let error = match done {
             Ok(point) => {
                 job.on_tables(move |table| table.commit(session, point)).await?;
-                return Ok(SendOutcome { point, frames_resent, restarts, traffic });
+                return Ok(SendOutcome { point, left: link.left, frames_resent, restarts, traffic });
             }
             Err(error) => error,
         };

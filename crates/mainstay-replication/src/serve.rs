@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use mainstay_block::{BlockDevice as _, ExtentKind, HashKey, is_zero};
@@ -48,6 +49,9 @@ pub struct Access {
     pub kind: SessionKind,
 }
 
+/// Decides whether a peer, which the caller has authenticated, may do what it asks for.
+pub type Authorize<'a> = dyn Fn(Access) -> BoxFuture<'a, bool> + Send + Sync + 'a;
+
 /// A connection that ended well.
 #[derive(Clone, Debug)]
 pub struct ServeReport {
@@ -59,15 +63,14 @@ pub struct ServeReport {
     pub traffic: Arc<Traffic>,
 }
 
-/// Serves one connection to its end. `authorize` decides whether this peer, which the caller has authenticated, may do
-/// this with this replica. Sessions survive the end of their connection; memory per connection is bounded.
+/// Serves one connection to its end. Sessions survive the end of their connection; memory per connection is bounded.
 ///
 /// # Errors
 /// Why the connection ended early; the peer has been told if it could be reached.
 pub async fn serve_connection(
     stream: BoxStream,
     store: &Store,
-    authorize: &(dyn Fn(&Access) -> bool + Send + Sync),
+    authorize: &Authorize<'_>,
 ) -> Result<ServeReport, ReplicationError> {
     let traffic = Arc::new(Traffic::default());
     let (receiver, transmitter) = split(stream, &traffic);
@@ -90,7 +93,7 @@ async fn serve(
     mut receiver: Receiver,
     transmitter: &Transmitter,
     store: &Store,
-    authorize: &(dyn Fn(&Access) -> bool + Send + Sync),
+    authorize: &Authorize<'_>,
 ) -> Result<(Access, Option<Uuid>), ReplicationError> {
     let hello: Hello = receiver.expect(Kind::Hello).await?.body()?;
     let refused = |kind, message: &str| ReplicationError::Refused { kind, message: message.to_owned() };
@@ -105,7 +108,7 @@ async fn serve(
     };
     let replica = hello.replica;
     let access = Access { replica, kind };
-    if !authorize(&access) {
+    if !authorize(access).await {
         return Err(refused(RefusalKind::NotAuthorized, "not allowed for this replica"));
     }
     let committed = match hello.purpose {

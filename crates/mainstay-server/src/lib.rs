@@ -7,6 +7,7 @@ mod agents;
 mod authority;
 mod config;
 mod http;
+mod listener;
 mod server;
 
 pub use authority::{Authority, AuthorityError};

@@ -1,6 +1,6 @@
 //! The server's life: initialise, run, stop.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc};
 
 use anyhow::Context as _;
 use hyper_util::{
@@ -14,14 +14,14 @@ use mainstay_control::{
     db::Db,
 };
 use mainstay_store::{Store, StoreOptions, local_storage};
-use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
-use tokio_rustls::TlsAcceptor;
+use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
 use crate::{
     Authority, ServerConfig, agents,
     http::{Api, router},
+    listener::listen,
 };
 
 /// What `server init` made.
@@ -89,10 +89,6 @@ pub struct Running {
 
 /// Connections of API clients at once.
 const CONNECTIONS_MAX: usize = 1024;
-/// A handshake that takes longer is somebody holding a place.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
-/// Pause after a failed accept (out of file descriptors), so that it does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Starts the server; it is ready when this returns.
 pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
@@ -123,7 +119,7 @@ pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
     tasks.spawn(agents::serve(agent_listener, agent_tls, control.clone(), stop.clone()));
-    tasks.spawn(serve_api(api_listener, TlsAcceptor::from(api_tls), router(api), stop.clone()));
+    tasks.spawn(serve_api(api_listener, api_tls, router(api), stop.clone()));
     tasks.spawn(control.clone().run_reconcilers(stop.clone()));
     let resumed = control.resume_jobs().await?;
     tracing::info!(%api_address, %agent_address, resumed, "the server is ready");
@@ -160,44 +156,20 @@ fn metrics_recorder() -> metrics_exporter_prometheus::PrometheusHandle {
 
 async fn serve_api(
     listener: TcpListener,
-    acceptor: TlsAcceptor,
+    tls: Arc<rustls::ServerConfig>,
     router: axum::Router,
     stop: CancellationToken,
 ) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let tasks = TaskTracker::new();
-    loop {
-        let place = tokio::select! {
-            () = stop.cancelled() => break,
-            place = places.clone().acquire_owned() => place,
-        };
-        let accepted = tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a client's connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let (acceptor, service, stop) =
-            (acceptor.clone(), TowerToHyperService::new(router.clone()), stop.clone());
-        tasks.spawn(async move {
-            let _place = place;
-            let stream = match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => stream,
-                Ok(Err(error)) => return tracing::debug!(%error, "a handshake failed"),
-                Err(_) => return tracing::debug!("a handshake took too long"),
-            };
+    let until = stop.clone();
+    let serve = move |stream| {
+        let (service, until) = (TowerToHyperService::new(router.clone()), until.clone());
+        async move {
             let builder = auto::Builder::new(TokioExecutor::new());
             let connection = builder.serve_connection(TokioIo::new(stream), service);
             tokio::pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
-                () = stop.cancelled() => {
+                () = until.cancelled() => {
                     // Requests under way are answered; idle connections close at once.
                     connection.as_mut().graceful_shutdown();
                     connection.await
@@ -206,8 +178,7 @@ async fn serve_api(
             if let Err(error) = ended {
                 tracing::debug!(error, "a client's connection ended badly");
             }
-        });
-    }
-    tasks.close();
-    tasks.wait().await;
+        }
+    };
+    listen(listener, tls, CONNECTIONS_MAX, stop, serve).await;
 }

@@ -38,6 +38,9 @@ pub enum Consistency {
     Crash,
     /// The guest's applications and file systems were quiesced.
     App,
+    /// Not at all: blocks are of different moments. Never in the catalogue; it only keeps what was transferred, for the
+    /// next point to build on.
+    Partial,
 }
 
 /// What one capture cost.

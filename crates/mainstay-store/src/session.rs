@@ -443,7 +443,7 @@ impl SessionInner {
                 disks: self.spec.disks.clone(),
                 definition: definition.clone(),
                 counters,
-                listed: true,
+                listed: meta.consistency != Consistency::Partial,
             });
             manifest.next_sequence += 1;
             manifest.generation = self.spec.generation;

@@ -73,8 +73,9 @@ impl Inner {
             disks: order.disks.iter().map(|(key, _)| key.clone()).collect(),
             generation: order.generation,
             base: present.as_ref().and_then(|present| present.base.clone()),
-            pending_tracker: present.as_ref().and_then(|present| present.pending_tracker.clone()),
+            pending: present.as_ref().and_then(|present| present.pending.clone()),
             autostart_before: present.as_ref().and_then(|present| present.autostart_before),
+            is_waiting: false,
             staging: Some(staging),
         };
         self.records.put_item(&record)?;
@@ -259,7 +260,7 @@ impl Inner {
         let request = CaptureRequest {
             capture: CaptureId(Uuid::now_v7()),
             disks: record.disks.clone(),
-            since: base.tracker.clone().filter(|_| are_known && point == base.point),
+            since: base.tracker.clone().filter(|_| are_known && point == base.point && base.is_whole()),
             freeze_timeout: None,
             limits: CaptureLimits { scratch_bytes_max: u64::MAX, age_max: std::time::Duration::MAX },
         };
@@ -368,26 +369,35 @@ impl Inner {
         self.hypervisor.commit_staging(order.vm).await?;
         // Old trackers tell from a point that is history.
         self.hypervisor.remove_trackers(order.vm).await?;
-        record.base = Some(Base { point: order.to, tracker: None });
-        record.pending_tracker = None;
+        record.base = Some(Base::new(order.to, None));
+        record.pending = None;
         record.staging = None;
         Ok(self.records.put_item(&record)?)
     }
 
     pub(super) async fn discard_home(&self, item: ItemId, vm: VmId) -> Result<(), SiteError> {
+        self.close_staging(item).await?;
+        let is_merged = match self.hypervisor.discard_staging(vm).await {
+            Err(error) if error.kind == ErrorKind::NotFound => false,
+            result => result?,
+        };
+        // Also one that was made before there was a record of it.
+        self.hypervisor.remove_home_vm(vm).await?;
         let Some(mut record) = self.records.item(item)? else { return Ok(()) };
         let Some(staging) = record.staging.clone() else { return Ok(()) };
-        self.close_staging(item).await?;
-        match self.hypervisor.discard_staging(vm).await {
-            Err(error) if error.kind == ErrorKind::NotFound => {}
-            result => result?,
+        if record.base.is_none() && !is_merged {
+            // This host was to become the home and has not.
+            return Ok(self.records.remove_item(item)?);
         }
         // The tables may describe what was staged; the disks are what they were. No tracker tells the one from the other,
         // so the next failback compares.
         record.base = match (staging.at, record.base) {
-            (Some(at), Some(_)) => {
-                Some(Base { point: at, tracker: Some(mainstay_provider::TrackerId("none".to_owned())) })
+            (Some(at), _) if is_merged => {
+                self.hypervisor.remove_trackers(vm).await?;
+                record.pending = None;
+                Some(Base::new(at, None))
             }
+            (Some(at), Some(_)) => Some(Base::new(at, Some(mainstay_provider::TrackerId("none".to_owned())))),
             (None, base) => base,
             (Some(_), None) => None,
         };

@@ -9,11 +9,13 @@ mod home;
 mod source;
 mod tables;
 mod target;
+mod transfer;
 
 use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -31,6 +33,17 @@ use tokio_util::sync::CancellationToken;
 use crate::records::{ItemFile, Records};
 use target::Served;
 
+/// How a host does its work.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Where sockets go; short, because a socket's path ends at 107 bytes.
+    pub run_dir: PathBuf,
+    /// Names the present boot of the host; another one after each boot.
+    pub boot: String,
+    /// How long a capture looks at new ranges before the transfer goes on with the next one.
+    pub capture_time_max: Duration,
+}
+
 /// A host as the control plane sees it.
 #[derive(Clone)]
 pub struct HostSite {
@@ -41,7 +54,7 @@ struct Inner {
     hypervisor: Arc<dyn Hypervisor>,
     server: Arc<dyn Connect>,
     records: Records,
-    run_dir: PathBuf,
+    options: HostOptions,
     locks: Mutex<HashMap<ItemId, Arc<tokio::sync::Mutex<()>>>>,
     /// Newest generation heard of, so that a transfer under way can be told at once.
     stops: Mutex<HashMap<ItemId, CancellationToken>>,
@@ -69,19 +82,19 @@ impl Work {
 }
 
 impl HostSite {
-    /// A site over a hypervisor. `run_dir` is where sockets go and must be short.
+    /// A site over a hypervisor.
     pub fn new(
         hypervisor: Arc<dyn Hypervisor>,
         server: Arc<dyn Connect>,
         records: Records,
-        run_dir: PathBuf,
+        options: HostOptions,
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
                 hypervisor,
                 server,
                 records,
-                run_dir,
+                options,
                 locks: Mutex::default(),
                 stops: Mutex::default(),
                 served: tokio::sync::Mutex::default(),
@@ -99,6 +112,7 @@ impl HostSite {
             Ok(vms) => tracing::warn!(?vms, "ended captures that an earlier run left open"),
             Err(error) => tracing::error!(%error, "stale captures could not be ended"),
         }
+        inner.note_boot()?;
         for record in inner.records.recovery_vms()? {
             if record.is_hydrated {
                 // Killed before it had stopped serving them.
@@ -182,6 +196,7 @@ impl HostSite {
             SiteOperation::Discover(_) => answer(&Discovery {
                 host: hypervisor.host().await?,
                 inventory: hypervisor.inventory().await?,
+                waiting: inner.waiting()?,
             }),
             SiteOperation::Examine(examine) => {
                 answer(&Examination { host: hypervisor.host().await?, vm: hypervisor.vm(examine.vm).await? })
@@ -206,7 +221,7 @@ impl HostSite {
             SiteOperation::Unprotect(order) => {
                 inner.stop_work(order.item);
                 let _held = inner.hold(order.item, &work).await?;
-                answer(&inner.unprotect(order.item).await?)
+                answer(&inner.unprotect(&order).await?)
             }
             SiteOperation::Replicate(order) => {
                 let _held = inner.hold(order.item, &work).await?;
@@ -216,11 +231,15 @@ impl HostSite {
                 let _held = inner.hold(order.item, &work).await?;
                 answer(&inner.start_vm(order.item, order.vm).await?)
             }
+            SiteOperation::AnswerWaiting(order) => {
+                let _held = inner.hold(order.item, &work).await?;
+                answer(&inner.answer_waiting(&order).await?)
+            }
             SiteOperation::ShutDownVm(order) => {
                 // An open capture would make the guest's end take a minute (see the KVM driver).
                 inner.stop_work(order.item);
                 let _held = inner.hold(order.item, &work).await?;
-                let timeout = std::time::Duration::from_millis(order.timeout_ms);
+                let timeout = Duration::from_millis(order.timeout_ms);
                 answer(&hypervisor.shut_down(order.vm, timeout).await?)
             }
             SiteOperation::CreateRecoveryVm(order) => {
@@ -229,7 +248,7 @@ impl HostSite {
             }
             SiteOperation::Hydrate(order) => {
                 let _held = inner.hold(order.item, &work).await?;
-                answer(&inner.hydrate(order.vm).await?)
+                answer(&inner.hydrate(&order).await?)
             }
             SiteOperation::RemoveRecoveryVm(order) => {
                 let _held = inner.hold(order.item, &work).await?;

@@ -6,8 +6,8 @@ use mainstay_block::hash_table::Fill;
 use mainstay_model::{ItemId, VmId};
 use mainstay_nbd::{Exports, Server};
 use mainstay_provider::{
-    ApplyAddresses, CreateRecoveryVm, ErrorKind, GuestAddress, Hydration, RecoveryDisk, RecoveryVmSpec,
-    SiteError,
+    ApplyAddresses, CreateRecoveryVm, ErrorKind, GuestAddress, Hydrate, Hydration, RecoveryDisk,
+    RecoveryVmSpec, SiteError,
 };
 use mainstay_replication::{Mount, MountOptions};
 use tokio_util::sync::CancellationToken;
@@ -25,7 +25,7 @@ impl Inner {
     /// The socket that a VM's disks are served on; short, and the same after a restart of the agent.
     fn socket(&self, vm: VmId) -> std::path::PathBuf {
         let name = vm.0.simple().to_string();
-        self.run_dir.join(format!("{}.nbd", &name[..16]))
+        self.options.run_dir.join(format!("{}.nbd", &name[..16]))
     }
 
     /// Serves a recovery VM's disks out of the store. Waits for the server for as long as it is away.
@@ -129,9 +129,11 @@ impl Inner {
             vm: order.vm,
             disks: order.disks.iter().map(|(key, _)| key.clone()).collect(),
             generation: order.generation,
-            base: Some(Base { point: order.point, tracker: Some(self.hypervisor.creation_tracker()) }),
-            pending_tracker: None,
-            autostart_before: None,
+            base: Some(Base::new(order.point, Some(self.hypervisor.creation_tracker()))),
+            pending: None,
+            // Recovery VMs are never started by the host itself: their disks may have to be served first.
+            autostart_before: Some(order.autostart),
+            is_waiting: false,
             staging: None,
         };
         // Nothing is known block by block here, and nothing needs to be: the overlay tells exactly what was written.
@@ -147,8 +149,9 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) async fn hydrate(&self, vm: VmId) -> Result<Hydration, SiteError> {
-        let hydration = self.hypervisor.hydrate(vm).await?;
+    pub(super) async fn hydrate(&self, order: &Hydrate) -> Result<Hydration, SiteError> {
+        let vm = order.vm;
+        let hydration = self.hypervisor.hydrate(vm, order.when_off).await?;
         if hydration.is_complete
             && let Some(mut record) = self.records.recovery_vm(vm)?
             && !record.is_hydrated

@@ -100,6 +100,8 @@ impl Control {
             recovery_fabric: mapping.recovery_fabric,
             recovery_provider,
             vm: request.vm,
+            autostart: vm.autostart,
+            former_home: None,
             policy: policy.name,
             state: ItemState::new(),
             disks: request.excluded_disks.into_iter().map(excluded).collect(),
@@ -107,7 +109,7 @@ impl Control {
             recovery_vm: None,
             test_vm: None,
             failover: None,
-            stand_down: None,
+            stand_downs: Vec::new(),
             replication: ReplicationRecord::default(),
             created_ms: self.clock.now_ms(),
             last_failover_ms: None,
@@ -146,6 +148,19 @@ impl Control {
             .into_iter()
             .find(|item| item.fabric.eq_ignore_ascii_case(fabric) && item.name.eq_ignore_ascii_case(name))
             .ok_or_else(|| ControlError::not_found("replicated item", name))
+    }
+
+    /// Whether a host may touch an item's data in the store: it must be a side of the item. What cannot be found out is not
+    /// allowed.
+    pub async fn may_touch(&self, provider: ProviderId, item: ItemId) -> bool {
+        match self.db.item(item).await {
+            Ok(item) => item
+                .is_some_and(|item| item.primary_provider == provider || item.recovery_provider == provider),
+            Err(error) => {
+                tracing::error!(%provider, %item, %error, "a data connection could not be authorised");
+                false
+            }
+        }
     }
 
     /// Begins any operation whose parameters are ready.

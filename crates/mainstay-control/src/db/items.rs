@@ -27,6 +27,12 @@ pub struct ItemRecord {
     pub recovery_provider: ProviderId,
     /// The VM at home.
     pub vm: VmId,
+    /// Whether its host started it by itself before it was protected.
+    #[serde(default)]
+    pub autostart: bool,
+    /// The host that was home before a failback to another one that is not committed yet.
+    #[serde(default)]
+    pub former_home: Option<ProviderId>,
     /// The replication policy's name.
     pub policy: String,
     /// The model's state.
@@ -41,8 +47,9 @@ pub struct ItemRecord {
     pub test_vm: Option<VmCopy>,
     /// The last failover.
     pub failover: Option<FailoverRecord>,
-    /// The side that must be told that it is no longer active.
-    pub stand_down: Option<StandDownRecord>,
+    /// Hosts that must be told that they are no longer the active side, one line each.
+    #[serde(default)]
+    pub stand_downs: Vec<StandDownRecord>,
     /// How replication goes.
     pub replication: ReplicationRecord,
     /// When it was created, milliseconds since the Unix epoch; so all times here.
@@ -126,6 +133,9 @@ pub struct StandDownRecord {
     pub vm: VmId,
     /// The generation that is active elsewhere.
     pub generation: Generation,
+    /// Whether the item has nothing more to do with that host: its traces go too.
+    #[serde(default)]
+    pub is_final: bool,
 }
 
 /// How replication goes: evidence, written by the replication reconciler alone.
@@ -156,6 +166,17 @@ pub struct ReplicationRecord {
 }
 
 impl ItemRecord {
+    /// A host must be told that it is no longer the active side.
+    pub fn order_stand_down(&mut self, order: StandDownRecord) {
+        self.withdraw_stand_down(order.provider);
+        self.stand_downs.push(order);
+    }
+
+    /// A host is the active side after all, or again.
+    pub fn withdraw_stand_down(&mut self, provider: ProviderId) {
+        self.stand_downs.retain(|order| order.provider != provider);
+    }
+
     /// Keys of the replicated disks, in the order of the store.
     pub fn included_disks(&self) -> Vec<String> {
         self.disks.iter().filter(|disk| disk.is_included).map(|disk| disk.key.clone()).collect()

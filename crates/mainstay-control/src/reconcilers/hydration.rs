@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mainstay_provider::{Hydrate, NoProgress, call};
+use mainstay_provider::{Hydrate, NoProgress, WhenOff, call};
 
 use crate::{Control, ControlError, db::VmCopy};
 
@@ -17,7 +17,8 @@ impl Control {
                 continue;
             }
             let Ok(site) = self.sites.get(item.recovery_provider) else { continue };
-            let hydration = match call(&*site, Hydrate { item: item.id, vm: copy.vm }, &NoProgress).await {
+            let hydrate = Hydrate { item: item.id, vm: copy.vm, when_off: WhenOff::Wait };
+            let hydration = match call(&*site, hydrate, &NoProgress).await {
                 Ok(hydration) => hydration,
                 Err(error) => {
                     tracing::debug!(item = %item.id, %error, "hydration does not go on now");

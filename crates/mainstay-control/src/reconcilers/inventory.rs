@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use mainstay_model::{Health, ItemId, Location, ProviderId};
+use mainstay_provider::{AnswerWaiting, NoProgress, call};
+
 use crate::{Control, ControlError};
 
 /// How old a discovery may be: new VMs show within this time.
@@ -14,13 +17,66 @@ impl Control {
             let is_fresh = provider
                 .discovered_ms
                 .is_some_and(|discovered_ms| now_ms - discovered_ms < DISCOVERY_AGE_MAX_MS);
-            if is_fresh || !self.sites.is_connected(provider.id) {
+            if !self.sites.is_connected(provider.id) {
+                continue;
+            }
+            let has_arrived = self.sites.take_arrival(provider.id);
+            if is_fresh && !has_arrived {
                 continue;
             }
             match self.refresh_provider(provider.id).await {
-                Ok(discovery) => self.note_renames(&provider.fabric, &discovery).await?,
+                Ok(discovery) => {
+                    self.note_renames(&provider.fabric, &discovery).await?;
+                    self.answer_waiting(provider.id, &discovery.waiting, has_arrived).await?;
+                }
                 Err(error) => tracing::debug!(host = provider.name, %error, "a host could not be read now"),
             }
+        }
+        Ok(())
+    }
+
+    /// The host has booted and asks whether VMs that it would have started are still the active copies. What fails is tried
+    /// again at the next discovery and told once a connection.
+    async fn answer_waiting(
+        &self,
+        provider: ProviderId,
+        waiting: &[ItemId],
+        has_arrived: bool,
+    ) -> Result<(), ControlError> {
+        for id in waiting {
+            let Some(item) = self.db.item(*id).await? else { continue };
+            // What a job is about to decide is answered after it.
+            if item.state.running.is_some_and(|running| !running.operation.lets_replication_run()) {
+                continue;
+            }
+            let active = match item.state.phase.active_location() {
+                Location::Primary => item.primary_provider,
+                Location::Recovery => item.recovery_provider,
+            };
+            let may_start = active == provider;
+            let answer = AnswerWaiting { item: *id, generation: item.state.generation, may_start };
+            let site = self.sites.get(provider)?;
+            let (code, severity, text) = match call(&*site, answer, &NoProgress).await {
+                Ok(()) if may_start => {
+                    ("StartedAfterBoot", Health::Normal, "was started after its host's boot".to_owned())
+                }
+                Ok(()) => (
+                    "NotStartedAfterBoot",
+                    Health::Warning,
+                    "was not started after its host's boot: another copy is the active one".to_owned(),
+                ),
+                Err(error) if !has_arrived => {
+                    tracing::warn!(item = %id, %error, "a VM could not be started after its host's boot");
+                    continue;
+                }
+                Err(error) => (
+                    "StartAfterBootFailed",
+                    Health::Critical,
+                    format!("could not be started after its host's boot: {error}"),
+                ),
+            };
+            let text = format!("'{}' {text}", item.vm_name);
+            self.record_event(self.item_event(&item, code, severity, text)).await?;
         }
         Ok(())
     }

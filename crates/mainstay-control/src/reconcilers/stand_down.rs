@@ -3,43 +3,58 @@
 use std::sync::Arc;
 
 use mainstay_model::Health;
-use mainstay_provider::{NoProgress, StandDown, call};
+use mainstay_provider::{NoProgress, SiteError, StandDown, Unprotect, call};
 
-use crate::{Control, ControlError};
+use crate::{
+    Control, ControlError,
+    db::{ItemRecord, StandDownRecord},
+};
 
 impl Control {
     pub(super) async fn reconcile_stand_down(self: Arc<Self>) -> Result<(), ControlError> {
         for item in self.db.items().await? {
-            let Some(order) = item.stand_down else { continue };
             // Until the failover's job has ended it may still be undone, and the old side be the active one again.
             if item.state.running.is_some() {
                 continue;
             }
-            let Ok(site) = self.sites.get(order.provider) else { continue };
-            let operation = StandDown { item: item.id, generation: order.generation, stop_vm: true };
-            let answer = match call(&*site, operation, &NoProgress).await {
-                Ok(answer) => answer,
-                Err(error) => {
-                    tracing::warn!(item = %item.id, %error, "the former active side has not stood down yet");
-                    continue;
-                }
-            };
-            self.change_item(item.id, |item| {
-                item.stand_down = item.stand_down.filter(|present| *present != order);
-                Ok(())
-            })
-            .await?;
-            let (severity, done) = if answer.was_stopped {
-                (Health::Warning, "its running VM was stopped")
-            } else {
-                (Health::Normal, "its VM was off")
-            };
-            let text = format!(
-                "the protected site of '{}' knows that it is no longer the active one; {done}",
-                item.vm_name
-            );
-            self.record_event(self.item_event(&item, "SourceStoodDown", severity, text)).await?;
+            for order in &item.stand_downs {
+                self.stand_down(&item, *order).await?;
+            }
         }
+        Ok(())
+    }
+
+    async fn stand_down(&self, item: &ItemRecord, order: StandDownRecord) -> Result<(), ControlError> {
+        let Ok(site) = self.sites.get(order.provider) else { return Ok(()) };
+        let operation = StandDown { item: item.id, generation: order.generation, stop_vm: true };
+        let stood = async {
+            let answer = call(&*site, operation, &NoProgress).await?;
+            if order.is_final {
+                call(&*site, Unprotect { item: item.id, is_active: false }, &NoProgress).await?;
+            }
+            Ok::<_, SiteError>(answer)
+        };
+        let answer = match stood.await {
+            Ok(answer) => answer,
+            Err(error) => {
+                tracing::warn!(item = %item.id, %error, "the former active side has not stood down yet");
+                return Ok(());
+            }
+        };
+        self.change_item(item.id, |item| {
+            item.stand_downs.retain(|present| *present != order);
+            Ok(())
+        })
+        .await?;
+        let (severity, done) = if answer.was_stopped {
+            (Health::Warning, "its running VM was stopped")
+        } else {
+            (Health::Normal, "its VM was off")
+        };
+        let side = if order.is_final { "former home host" } else { "protected site" };
+        let text =
+            format!("the {side} of '{}' knows that it is no longer the active one; {done}", item.vm_name);
+        self.record_event(self.item_event(item, "SourceStoodDown", severity, text)).await?;
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use mainstay_provider::{PowerOffVm, PowerState, ReadPower, RemoveRecoveryVm, Unp
 
 use crate::{
     ControlError,
-    db::{ItemRecord, JobError},
+    db::{ItemRecord, JobError, StandDownRecord},
     jobs::{Done, Patience, Step, StepAction, StepContext},
 };
 
@@ -91,13 +91,19 @@ async fn commit_failback(step: &StepContext<'_>, item: &ItemRecord) -> Result<Do
         let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
         step.call(item.recovery_provider, remove, Patience::OUTAGE).await?;
     }
-    step.call(item.recovery_provider, Unprotect { item: item.id }, Patience::OUTAGE).await?;
+    let unprotect = Unprotect { item: item.id, is_active: false };
+    step.call(item.recovery_provider, unprotect, Patience::OUTAGE).await?;
     for holder in item.recovery_vm.map(|copy| copy.vm).into_iter().chain([item.vm]) {
         step.control.release_point(item.id, holder).await?;
     }
     Ok(Done::default().changing(|item| {
         item.recovery_vm = None;
         item.failover = None;
-        item.stand_down = None;
+        item.withdraw_stand_down(item.primary_provider);
+        // A home that was given up learns it when it can be reached, and not before: it may be lost for good.
+        if let Some(provider) = item.former_home.take() {
+            let (vm, generation) = (item.vm, item.state.generation);
+            item.order_stand_down(StandDownRecord { provider, vm, generation, is_final: true });
+        }
     }))
 }

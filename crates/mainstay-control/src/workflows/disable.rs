@@ -2,12 +2,12 @@
 
 use async_trait::async_trait;
 use mainstay_model::Location;
-use mainstay_provider::{Hydrate, PowerOffVm, RemoveRecoveryVm, SiteError, Unprotect};
+use mainstay_provider::{Hydrate, PowerOffVm, RemoveRecoveryVm, SiteError, Unprotect, WhenOff};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     db::JobError,
-    jobs::{Done, Patience, Step, StepAction, StepContext},
+    jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
 };
 
 /// How thorough to be.
@@ -43,7 +43,7 @@ impl StepAction for LetGo {
         }
         let Some(copy) = item.recovery_vm else { return Ok(Done::skipped()) };
         loop {
-            let hydrate = Hydrate { item: item.id, vm: copy.vm };
+            let hydrate = Hydrate { item: item.id, vm: copy.vm, when_off: WhenOff::Hold };
             let hydration = step.call(item.recovery_provider, hydrate, Patience::RESTART).await?;
             if hydration.is_complete {
                 return Ok(Done::default().changing(|item| {
@@ -63,6 +63,15 @@ impl StepAction for LetGo {
             );
             tokio::time::sleep(HYDRATION_POLL).await;
         }
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        let item = step.item().await?;
+        if let Some(copy) = item.recovery_vm.filter(|copy| !copy.is_hydrated) {
+            let release = Hydrate { item: item.id, vm: copy.vm, when_off: WhenOff::Release };
+            step.call(item.recovery_provider, release, Patience::OUTAGE).await?;
+        }
+        Ok(Undone::default())
     }
 }
 
@@ -88,8 +97,14 @@ impl StepAction for RemoveTraces {
             }
             result => result,
         };
-        forgive(step.call(item.primary_provider, Unprotect { item: item.id }, patience).await)?;
-        let obsolete = match item.state.phase.active_location() {
+        let active = item.state.phase.active_location();
+        let unprotect = |location| Unprotect { item: item.id, is_active: active == location };
+        forgive(step.call(item.primary_provider, unprotect(Location::Primary), patience).await)?;
+        if let Some(former) = item.former_home {
+            let unprotect = Unprotect { item: item.id, is_active: false };
+            forgive(step.call(former, unprotect, patience).await)?;
+        }
+        let obsolete = match active {
             // The stopped remains of a failback that was never committed.
             Location::Primary => item.recovery_vm,
             Location::Recovery => None,
@@ -99,7 +114,18 @@ impl StepAction for RemoveTraces {
             let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
             forgive(step.call(item.recovery_provider, remove, patience).await)?;
         }
-        forgive(step.call(item.recovery_provider, Unprotect { item: item.id }, patience).await)?;
+        forgive(step.call(item.recovery_provider, unprotect(Location::Recovery), patience).await)?;
+        if active == Location::Recovery {
+            let warning = JobError::new(
+                "OldCopyRemains",
+                format!(
+                    "the old copy of '{}' stays at home, off, and is not started with its host",
+                    item.vm_name
+                ),
+                "Remove it when it is not needed; do not start it beside the one that runs at the recovery site.",
+            );
+            done.warnings.push(warning.as_warning());
+        }
         Ok(done)
     }
 }

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use mainstay_model::{Health, PointId, VmId};
+use mainstay_model::{Health, PointId, ProviderId, VmId};
 use mainstay_provider::{
     CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerOffVm, PowerState, PrepareHome, ReadPower,
     ShutDownVm, ShutdownOutcome, StageHome, Staged, StartVm, VerifyHome, VmDefinition,
@@ -18,7 +18,7 @@ use super::replicate;
 use crate::{
     ControlError,
     db::{ItemRecord, JobError, VmCopy},
-    jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
+    jobs::{Done, ItemChange, Patience, Step, StepAction, StepContext, Undone},
 };
 
 /// What a failback is asked for.
@@ -30,7 +30,7 @@ pub struct FailbackParams {
     /// Make the home VM if it does not exist.
     pub create_vm: bool,
     /// Another host of the protected site to return to.
-    pub host: Option<mainstay_model::ProviderId>,
+    pub host: Option<ProviderId>,
     /// How long the guest may take to stop, in milliseconds.
     pub shutdown_timeout_ms: u64,
 }
@@ -84,6 +84,13 @@ fn recovery_vm(item: &ItemRecord) -> Result<VmCopy, JobError> {
 
 struct PrepareHomeVm;
 
+#[derive(Serialize, Deserialize)]
+struct Prepared {
+    home: HomePrepared,
+    /// The item's home before this failback.
+    former: ProviderId,
+}
+
 /// What a home VM is made of. The point that was failed over to has the definition that was written at home; it is
 /// held from now on, because synchronising replaces it as the head. Without it, the newest state must do.
 async fn home_contents(
@@ -124,9 +131,9 @@ impl StepAction for PrepareHomeVm {
                 _ => error.into(),
             }
         })?;
-        // The home side is about to be written: it must have been told that it is not the active one.
-        let done = Done::with(&prepared)?;
-        let done = if prepared.is_start_prevented {
+        let (former, is_start_prevented) = (item.primary_provider, prepared.is_start_prevented);
+        let done = Done::with(&Prepared { home: prepared, former })?;
+        let done = if is_start_prevented {
             done
         } else {
             done.warning(JobError::new(
@@ -135,15 +142,31 @@ impl StepAction for PrepareHomeVm {
                 "Do not start the home VM until the failback is complete.",
             ))
         };
-        Ok(done.changing(move |item| item.primary_provider = home))
+        Ok(done.changing(move |item| {
+            item.primary_provider = home;
+            if home != former {
+                item.former_home = Some(former);
+            }
+        }))
     }
 
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
         let item = step.item().await?;
-        step.call(item.primary_provider, DiscardHome { item: item.id, vm: item.vm }, Patience::OUTAGE)
-            .await?;
+        let params: FailbackParams = step.params()?;
+        // The host that this job prepared, whether or not the item already says so.
+        let home = params.host.unwrap_or(item.primary_provider);
+        step.call(home, DiscardHome { item: item.id, vm: item.vm }, Patience::OUTAGE).await?;
         step.control.release_point(item.id, head_holder(&item)).await?;
-        Ok(Undone::default())
+        let prepared: Option<Prepared> = step.output(PREPARE)?;
+        Ok(Undone {
+            change: prepared.map(|prepared| -> ItemChange {
+                Box::new(move |item| {
+                    item.primary_provider = prepared.former;
+                    item.former_home = None;
+                })
+            }),
+            ..Undone::default()
+        })
     }
 }
 
@@ -293,7 +316,7 @@ impl StepAction for BringHome {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
         let params: FailbackParams = step.params()?;
-        let prepared: HomePrepared = step.expect_output(PREPARE)?;
+        let Prepared { home: prepared, .. } = step.expect_output(PREPARE)?;
         let mut moved = Moved::default();
         let full = !params.synchronize_before || prepared.was_created;
         let generation = item.state.generation.next();

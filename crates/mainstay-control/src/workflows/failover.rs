@@ -366,8 +366,8 @@ impl StepAction for FailOver {
                 bytes_total: 0,
             });
             item.failover = Some(record);
-            item.stand_down =
-                Some(StandDownRecord { provider: item.primary_provider, vm: item.vm, generation });
+            let (provider, vm) = (item.primary_provider, item.vm);
+            item.order_stand_down(StandDownRecord { provider, vm, generation, is_final: false });
         }))
     }
 
@@ -385,7 +385,7 @@ impl StepAction for FailOver {
             change: Some(Box::new(|item| {
                 item.recovery_vm = None;
                 item.failover = None;
-                item.stand_down = None;
+                item.withdraw_stand_down(item.primary_provider);
             })),
         })
     }
@@ -433,6 +433,7 @@ pub(super) async fn create_recovery_vm(
         vcpus: item.target.vcpus,
         memory_bytes: item.target.memory_bytes,
         nics: planned_nics(item),
+        autostart: item.autostart,
     };
     step.call(item.recovery_provider, create, Patience::OUTAGE).await?;
     Ok(())

@@ -165,6 +165,7 @@ impl StepAction for CreateCopy {
             vcpus: item.target.vcpus,
             memory_bytes: item.target.memory_bytes,
             nics,
+            autostart: false,
         };
         step.call(item.recovery_provider, create, Patience::RESTART).await?;
         Ok(Done::default())

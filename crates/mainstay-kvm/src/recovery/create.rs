@@ -47,6 +47,7 @@ pub(crate) async fn create(host: &Host, spec: &RecoveryVmSpec) -> Result<(), Sit
             disks: spec.disks.clone(),
             own_network: own_network.clone(),
             hydrated: std::collections::BTreeSet::new(),
+            is_held: false,
         },
     };
     write_record(&record_path(host, spec.vm), &record)?;

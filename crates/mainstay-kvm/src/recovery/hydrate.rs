@@ -1,11 +1,11 @@
-//! Copying a recovery VM's disks out of the store, into the middle images, while the guest runs.
+//! Copying a recovery VM's disks out of the store, into the middle images, while the guest runs (or is held).
 //!
 //! Streaming into the *middle* image leaves the top image's allocation alone, which is the map of what changed since
 //! the failover. libvirt does not know of the job and does not mind it. When a disk is done, QEMU has let go of the
 //! NBD export, and the definition no longer names it, the disk counts as hydrated, in this order and on disk.
 
 use mainstay_model::VmId;
-use mainstay_provider::{Hydration, PowerState, SiteError};
+use mainstay_provider::{Hydration, PowerState, SiteError, WhenOff};
 use serde_json::{Value, json};
 
 use super::{RecoveryRecord, middle_path, read_record, record_path};
@@ -17,10 +17,35 @@ use crate::nodes::{Node, Nodes};
 use crate::xml::{Domain, DomainDisk, drop_backing_store};
 
 /// One step: starts what is not started, finishes what is finished, and says how far it is.
-pub(crate) async fn hydrate(host: &Host, vm: VmId) -> Result<Hydration, SiteError> {
+pub(crate) async fn hydrate(host: &Host, vm: VmId, when_off: WhenOff) -> Result<Hydration, SiteError> {
     let _lock = host.lock(vm).await;
     let no_record = || not_found(format!("VM {vm} is not a recovery VM of this host"));
     let mut record = read_record(host, vm)?.ok_or_else(no_record)?;
+    let is_needed = record.hydrated.len() < record.disks.len();
+    if when_off == WhenOff::Hold && is_needed && host.power(vm).await? == PowerState::Off {
+        // Written down first: whoever finds the VM paused knows that nobody wanted it to run.
+        record.is_held = true;
+        write_record(&record_path(host, vm), &record)?;
+        super::grant_sockets(host, vm).await?;
+        host.libvirt.start(vm, true).await.doing("holding the recovery VM in memory")?;
+    }
+    let progress = if when_off == WhenOff::Release {
+        Hydration { bytes_done: 0, bytes_total: 0, is_complete: !is_needed }
+    } else {
+        go_on(host, vm, &mut record).await?
+    };
+    if record.is_held && (progress.is_complete || when_off == WhenOff::Release) {
+        // One that runs was let run by somebody, who wants it.
+        if host.power(vm).await? == PowerState::Paused {
+            host.libvirt.destroy(vm).await.doing("ending the hold of the recovery VM")?;
+        }
+        record.is_held = false;
+        write_record(&record_path(host, vm), &record)?;
+    }
+    Ok(progress)
+}
+
+async fn go_on(host: &Host, vm: VmId, record: &mut RecoveryRecord) -> Result<Hydration, SiteError> {
     let mut progress = Hydration { bytes_done: 0, bytes_total: 0, is_complete: false };
     let is_running = host.power(vm).await? != PowerState::Off;
     if is_running && record.hydrated.len() < record.disks.len() {
@@ -32,7 +57,7 @@ pub(crate) async fn hydrate(host: &Host, vm: VmId) -> Result<Hydration, SiteErro
         if record.hydrated.contains(&disk.key) {
             progress.bytes_done += disk.size_bytes;
         } else if is_running {
-            let done = step(host, vm, &domain, &mut record, &disk.key).await?;
+            let done = step(host, vm, &domain, record, &disk.key).await?;
             progress.bytes_done += done.unwrap_or(disk.size_bytes).min(disk.size_bytes);
         }
     }

@@ -30,6 +30,9 @@ pub(crate) struct RecoveryRecord {
     pub(crate) own_network: Option<String>,
     /// Keys of the disks that no longer need the recovery point.
     pub(crate) hydrated: BTreeSet<String>,
+    /// Whether the VM, which was off, was brought into memory only for its disks to be copied.
+    #[serde(default)]
+    pub(crate) is_held: bool,
 }
 
 fn record_path(host: &Host, vm: VmId) -> PathBuf {

@@ -3,6 +3,7 @@
 use mainstay_model::VmId;
 use mainstay_provider::{PowerState, SiteError};
 
+use super::home::made_path;
 use super::{allow_start, read_record, record_path, socket_path};
 use crate::command::{argument, run};
 use crate::error::{While as _, failed, refused};
@@ -13,7 +14,11 @@ use crate::qemu_nbd::end_strays;
 /// Merges what was staged, and removes the staging area.
 pub(crate) async fn commit(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let _lock = host.lock(vm).await;
-    let Some(mut record) = read_record(host, vm)? else { return clear(host, vm) };
+    merge(host, vm).await
+}
+
+async fn merge(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let Some(mut record) = read_record(host, vm)? else { return end_merge(host, vm) };
     if host.power(vm).await? != PowerState::Off {
         return Err(refused("the home VM runs", "Shut it down before its disks are replaced."));
     }
@@ -45,20 +50,25 @@ pub(crate) async fn commit(host: &Host, vm: VmId) -> Result<(), SiteError> {
             .map_err(|error| failed(format!("flushing a home disk: {error}")))?
             .doing("flushing a home disk")?;
     }
+    end_merge(host, vm)
+}
+
+fn end_merge(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    // From now on a VM that was made for the failback is the administrator's.
+    remove_file(&made_path(host, vm))?;
     clear(host, vm)
 }
 
-/// Removes the staging area; a merge that has begun must be ended instead.
-pub(crate) async fn discard(host: &Host, vm: VmId) -> Result<(), SiteError> {
+/// Removes the staging area; a merge that had begun is ended instead. Answers whether that was so.
+pub(crate) async fn discard(host: &Host, vm: VmId) -> Result<bool, SiteError> {
     let _lock = host.lock(vm).await;
     if read_record(host, vm)?.is_some_and(|record| record.is_merging) {
-        return Err(refused(
-            "the staged changes are being merged into the home disks",
-            "Complete the failback first.",
-        ));
+        merge(host, vm).await?;
+        return Ok(true);
     }
     end_strays(&host.files.staging(vm)).await?;
-    clear(host, vm)
+    clear(host, vm)?;
+    Ok(false)
 }
 
 fn clear(host: &Host, vm: VmId) -> Result<(), SiteError> {

@@ -27,7 +27,7 @@ use crate::libvirt::XmlKind;
 use crate::qemu_nbd::{QemuNbd, Serving, end_strays};
 use crate::recovery::make_overlay;
 
-pub(crate) use home::create_home;
+pub(crate) use home::{create_home, remove_home};
 pub(crate) use merge::{commit, discard};
 
 /// What is remembered of a staging area, in `record.json` of its directory.

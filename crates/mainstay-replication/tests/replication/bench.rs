@@ -136,7 +136,9 @@ impl Connect for Dial {
         let (client, server) = tokio::io::duplex(PIPE_BYTES);
         let store = self.0.store();
         let allowed = *self.0.allowed.lock().unwrap();
-        tokio::spawn(async move { serve_connection(Box::new(server), &store, &move |_| allowed).await });
+        tokio::spawn(async move {
+            serve_connection(Box::new(server), &store, &move |_| Box::pin(std::future::ready(allowed))).await
+        });
         let left = self.0.budgets.lock().unwrap().pop_front().unwrap_or(usize::MAX);
         Ok(Box::new(Breaking { inner: client, left }))
     }
@@ -192,6 +194,7 @@ impl Source {
                 consistency: Consistency::App,
                 definition: Some(Bytes::from_static(b"<domain/>")),
             },
+            before_partial: None,
         }
     }
 
@@ -207,6 +210,19 @@ impl Source {
         self.parent = Some(outcome.point);
         let progress = progress.borrow().clone();
         Ok((outcome, progress))
+    }
+
+    /// Sends a job of this source.
+    pub(crate) async fn send_job(
+        &mut self,
+        bench: &Arc<Bench>,
+        job: &SendJob,
+        options: &SendOptions,
+    ) -> Result<SendOutcome, ReplicationError> {
+        let (progress, cancel) = (watch::Sender::default(), CancellationToken::new());
+        let outcome = replicate(&Dial(bench.clone()), job, options, &progress, &cancel).await?;
+        self.parent = Some(outcome.point);
+        Ok(outcome)
     }
 
     pub(crate) fn contents(&self) -> Vec<Vec<u8>> {

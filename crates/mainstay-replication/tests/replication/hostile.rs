@@ -24,7 +24,10 @@ fn serve(bytes: &[u8]) -> (bool, Vec<u8>) {
             client.read_to_end(&mut answer).await.unwrap();
             answer
         };
-        let (served, answer) = tokio::join!(serve_connection(Box::new(server), &store, &|_| true), write);
+        let (served, answer) = tokio::join!(
+            serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(true))),
+            write
+        );
         (served.is_ok(), answer)
     })
 }

@@ -1,6 +1,7 @@
 //! Captures, mounts and fetches with connections that break anywhere.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mainstay_block::hash_table::{Fill, HashTable};
 use mainstay_block::{BlockDevice, BlockHash, ExtentKind, HashKey, MemoryDevice, is_zero};
@@ -75,6 +76,51 @@ proptest! {
             assert_eq!((progress.frames, outcome.traffic.sent() < 1000), (0, true));
             fetch_between(&bench, &points, rounds[0].budgets.clone()).await;
         });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 30, max_shrink_iters: 100, ..ProptestConfig::default() })]
+
+    /// Each slice has time for one piece; between slices the guest writes where it likes, the connection breaks and the
+    /// server restarts. What comes out at the end is the disks of the last slice's moment; until then there is no point.
+    #[test]
+    fn slices_make_a_point_of_the_last_moment(rounds in proptest::collection::vec(round(), 1..6)) {
+        paused(async {
+            let bench = Bench::new();
+            let mut source = Source::new(&[1_000_000, 777_777]);
+            source.write(0, 0, noise(9, 1_000_000)).await;
+            source.write(1, 0, noise(8, 777_777)).await;
+            let mut left: Vec<Vec<std::ops::Range<u64>>> =
+                source.disks.iter().map(|(device, _)| vec![0..device.size()]).collect();
+            let mut rounds = rounds.iter();
+            let slices = SendOptions { time_max: Some(Duration::ZERO), ..SendOptions::default() };
+            let mut count = 0;
+            while left.iter().any(|left| !left.is_empty()) {
+                if let Some(round) = rounds.next() {
+                    for (disk, offset, length, seed) in &round.writes {
+                        source.write(*disk, *offset, noise(*seed, *length)).await;
+                        let size = source.disks[*disk].0.size();
+                        left[*disk].push(*offset..(offset + *length as u64).min(size));
+                    }
+                    *bench.budgets.lock().unwrap() = round.budgets.clone().into();
+                    *bench.restart_in.lock().unwrap() = round.restart_in;
+                }
+                let mut job = source.job();
+                for (disk, ranges) in job.disks.iter_mut().zip(&left) {
+                    disk.ranges.clone_from(ranges);
+                }
+                let outcome = source.send_job(&bench, &job, &slices).await.unwrap();
+                left = outcome.left;
+                count += 1;
+                let is_whole = left.iter().all(Vec::is_empty);
+                let listed = bench.store().points(REPLICA).await.unwrap();
+                prop_assert_eq!(listed.len(), usize::from(is_whole));
+            }
+            prop_assert!(count >= 7, "{} slices of 256 KiB cannot hold 1.7 MB", count);
+            prop_assert!(read_point(&bench, source.parent.unwrap()).await == source.contents());
+            Ok(())
+        })?;
     }
 }
 

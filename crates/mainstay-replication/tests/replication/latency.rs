@@ -33,7 +33,9 @@ impl Connect for Far {
         tokio::spawn(carry(near_read, far_write));
         tokio::spawn(carry(far_read, near_write));
         let store = self.0.clone();
-        tokio::spawn(async move { serve_connection(Box::new(server), &store, &|_| true).await });
+        tokio::spawn(async move {
+            serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(true))).await
+        });
         Ok(Box::new(client))
     }
 }

@@ -423,7 +423,8 @@ fn size_text(record: &ItemRecord) -> Option<String> {
 pub(super) fn recovery_point(item_id: &str, point: &PointInfo) -> Resource<RecoveryPointProperties> {
     let kind = match point.consistency {
         Consistency::App => "AppConsistent",
-        Consistency::Crash => "CrashConsistent",
+        // Partial states are never listed.
+        Consistency::Crash | Consistency::Partial => "CrashConsistent",
     };
     resource(
         format!("{item_id}/recoveryPoints/{}", point.id),

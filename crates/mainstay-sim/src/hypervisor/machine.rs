@@ -53,6 +53,8 @@ pub(super) struct Machine {
     /// Open captures; false once the capture's view is gone.
     pub(super) captures: HashMap<CaptureId, Arc<AtomicBool>>,
     pub(super) staging: Option<StagingArea>,
+    /// Whether it was made for a failback that has not filled it yet.
+    pub(super) is_made: bool,
     /// What its disks held when it was last started from being off.
     pub(super) started_from: Option<Vec<Vec<u8>>>,
     pub(super) addresses: Vec<(String, String)>,

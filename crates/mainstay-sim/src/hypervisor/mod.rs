@@ -18,7 +18,7 @@ use mainstay_model::VmId;
 use mainstay_provider::{
     Acceleration, Capture, CaptureRequest, Disk, DiskFormat, ErrorKind, Firmware, GuestAddress, HostFacts,
     Hydration, Hypervisor, Inventory, Network, NetworkKind, PowerState, RecoveryVmSpec, ShutdownOutcome,
-    SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition,
+    SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition, WhenOff,
 };
 
 use crate::Oracle;
@@ -137,6 +137,7 @@ impl SimHypervisor {
             trackers: HashMap::new(),
             captures: HashMap::new(),
             staging: None,
+            is_made: false,
             started_from: None,
             addresses: Vec::new(),
         };
@@ -203,6 +204,17 @@ impl SimHypervisor {
         state.stop(vm)?;
         state.machine(vm)?.trackers.clear();
         Ok(())
+    }
+
+    /// The power fails and comes back: every VM has crashed, and those with autostart run again.
+    pub(crate) async fn reboot(&self) {
+        let vms: Vec<_> = self.views().into_iter().map(|view| (view.id, view.autostart)).collect();
+        for (vm, autostart) in vms {
+            self.crash_vm(vm).expect("the VM is there");
+            if autostart && let Err(error) = self.start_with(vm, None).await {
+                tracing::debug!(%vm, %error, "autostart failed");
+            }
+        }
     }
 
     /// The VM is gone, with its disks.
@@ -436,8 +448,8 @@ impl Hypervisor for SimHypervisor {
         self.inner.faults.around("create_recovery_vm", async { self.make_recovery_vm(spec) }).await
     }
 
-    async fn hydrate(&self, vm: VmId) -> Result<Hydration, SiteError> {
-        self.inner.faults.around("hydrate", self.hydrate_some(vm)).await
+    async fn hydrate(&self, vm: VmId, when_off: WhenOff) -> Result<Hydration, SiteError> {
+        self.inner.faults.around("hydrate", self.hydrate_some(vm, when_off)).await
     }
 
     async fn remove_recovery_vm(&self, vm: VmId) -> Result<(), SiteError> {
@@ -456,10 +468,21 @@ impl Hypervisor for SimHypervisor {
         self.inner.faults.around("commit_staging", async { self.merge(vm) }).await
     }
 
-    async fn discard_staging(&self, vm: VmId) -> Result<(), SiteError> {
+    async fn remove_home_vm(&self, vm: VmId) -> Result<(), SiteError> {
+        let remove = async {
+            let mut state = self.lock();
+            if state.vms.get(&vm).is_some_and(|machine| machine.is_made) {
+                state.vms.remove(&vm);
+            }
+            Ok(())
+        };
+        self.inner.faults.around("remove_home_vm", remove).await
+    }
+
+    async fn discard_staging(&self, vm: VmId) -> Result<bool, SiteError> {
         let discard = async {
             self.lock().machine(vm)?.staging = None;
-            Ok(())
+            Ok(false)
         };
         self.inner.faults.around("discard_staging", discard).await
     }
@@ -475,6 +498,7 @@ impl Hypervisor for SimHypervisor {
             let disks: Vec<_> = spec.disks.iter().map(|disk| (disk.key.as_str(), disk.size_bytes)).collect();
             if self.view(vm).is_none() {
                 self.add_vm(vm, &format!("home-{vm}"), &disks);
+                self.lock().machine(vm)?.is_made = true;
             }
             let mut state = self.lock();
             let machine = state.machine(vm)?;

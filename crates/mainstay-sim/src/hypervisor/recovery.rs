@@ -9,7 +9,7 @@ use mainstay_block::{BlockDevice as _, blocks_of};
 use mainstay_model::VmId;
 use mainstay_nbd::{Client, ClientOptions, Endpoint};
 use mainstay_provider::{
-    ErrorKind, Hydration, MacPolicy, PowerState, RecoveryDisk, RecoveryVmSpec, SiteError,
+    ErrorKind, Hydration, MacPolicy, PowerState, RecoveryDisk, RecoveryVmSpec, SiteError, WhenOff,
 };
 
 use super::{
@@ -128,6 +128,7 @@ impl SimHypervisor {
             trackers: std::collections::HashMap::new(),
             captures: std::collections::HashMap::new(),
             staging: None,
+            is_made: false,
             started_from: None,
             addresses: Vec::new(),
         };
@@ -136,16 +137,16 @@ impl SimHypervisor {
     }
 
     /// Copies a bounded piece of each disk.
-    pub(super) async fn hydrate_some(&self, vm: VmId) -> Result<Hydration, SiteError> {
-        let is_running = {
+    pub(super) async fn hydrate_some(&self, vm: VmId, when_off: WhenOff) -> Result<Hydration, SiteError> {
+        let is_in_memory = {
             let mut state = self.lock();
             let machine = state.machine(vm)?;
             if machine.recovery.is_none() {
                 return Err(SiteError::new(ErrorKind::NotFound, format!("VM {vm} is not a recovery VM")));
             }
-            machine.power != PowerState::Off
+            machine.power != PowerState::Off || when_off == WhenOff::Hold
         };
-        if is_running {
+        if is_in_memory && when_off != WhenOff::Release {
             let bases = self.bases(vm).await?;
             let mut state = self.lock();
             let machine = state.machine(vm)?;

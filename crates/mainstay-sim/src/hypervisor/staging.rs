@@ -167,6 +167,7 @@ impl SimHypervisor {
         if machine.staging.is_some() && machine.power != PowerState::Off {
             return Err(SiteError::new(ErrorKind::Refused, format!("'{}' is not off", machine.name)));
         }
+        machine.is_made = false;
         let Some(area) = machine.staging.take() else { return Ok(()) };
         for staged in area.disks {
             machine.disks[staged.disk].base.resize(staged.size_bytes as usize, 0);

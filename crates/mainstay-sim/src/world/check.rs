@@ -32,8 +32,7 @@ impl World {
     }
 
     pub(super) fn open_captures(&self) -> usize {
-        let hosts = [&self.home, &self.recovery];
-        hosts.iter().flat_map(|host| host.hypervisor.views()).map(|view| view.captures).sum()
+        self.hosts().flat_map(|host| host.hypervisor.views()).map(|view| view.captures).sum()
     }
 
     /// Checks that a VM which has just failed back was started from what its recovery VM held.
@@ -41,7 +40,7 @@ impl World {
         let item = self.item(name).await.expect("the VM is protected");
         let copy = item.recovery_vm.expect("the recovery VM is kept until the commit");
         let recovered = self.recovery.hypervisor.disks(copy.vm).await.expect("a recovery VM is read");
-        let home = self.home.hypervisor.view(item.vm).expect("the home VM");
+        let home = self.home_of(&item).hypervisor.view(item.vm).expect("the home VM");
         assert!(home.started_from == Some(recovered), "'{name}' lost something on its way home");
     }
 
@@ -69,14 +68,15 @@ impl World {
 
     /// Never two active copies, and the right one.
     async fn check_copies(&self, item: &ItemRecord) {
-        let home_runs = runs(&self.home, item.vm);
-        let copy_runs = item.recovery_vm.is_some_and(|copy| runs(&self.recovery, copy.vm));
-        if item.stand_down.is_none() {
-            assert!(!(home_runs && copy_runs), "'{}' runs at both sites: {item:#?}", item.name);
+        let homes = [Some(&self.home), self.spare.as_ref()];
+        let running = homes.into_iter().flatten().filter(|home| runs(home, item.vm)).count()
+            + usize::from(item.recovery_vm.is_some_and(|copy| runs(&self.recovery, copy.vm)));
+        if item.stand_downs.is_empty() {
+            assert!(running <= 1, "'{}' runs {running} times: {item:#?}", item.name);
         }
         let is_failing_back =
             item.state.running.is_some_and(|running| running.operation == Operation::Failback);
-        let staged = self.home.hypervisor.view(item.vm).is_some_and(|view| view.is_staged);
+        let staged = self.home_of(item).hypervisor.view(item.vm).is_some_and(|view| view.is_staged);
         assert!(!staged || is_failing_back, "'{}' is staged without a failback", item.name);
         if item.state.phase.active_location() == Location::Recovery {
             assert!(item.recovery_vm.is_some(), "'{}' has no recovery VM: {item:#?}", item.name);
@@ -108,7 +108,7 @@ impl World {
         let sockets = names(&self.recovery.run_dir);
         assert!(sockets.is_subset(&expected), "sockets are left over: {sockets:?}, expected {expected:?}");
         let known: BTreeSet<_> = items.iter().map(|item| item.id.to_string()).collect();
-        for host in [&self.home, &self.recovery] {
+        for host in self.hosts() {
             let records = names(&host.data_dir.join("items"));
             assert!(records.is_subset(&known), "an agent keeps records {records:?}, items are {known:?}");
         }

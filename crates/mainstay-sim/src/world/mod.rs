@@ -44,11 +44,13 @@ pub struct WorldOptions {
     pub vms: Vec<String>,
     /// Whether trackers die whenever a VM stops.
     pub volatile_trackers: bool,
+    /// Whether the protected site has a second host, without VMs.
+    pub has_spare: bool,
 }
 
 impl Default for WorldOptions {
     fn default() -> Self {
-        Self { vms: vec!["web".to_owned()], volatile_trackers: false }
+        Self { vms: vec!["web".to_owned()], volatile_trackers: false, has_spare: false }
     }
 }
 
@@ -62,6 +64,8 @@ pub struct Host {
     pub data_dir: PathBuf,
     /// The agent's sockets.
     pub run_dir: PathBuf,
+    /// How often the host was booted again.
+    boots: u32,
     agent: Option<Process>,
 }
 
@@ -69,6 +73,8 @@ pub struct Host {
 pub struct World {
     /// The protected site.
     pub home: Host,
+    /// A second host of the protected site.
+    pub spare: Option<Host>,
     /// The recovery site.
     pub recovery: Host,
     /// The time of server and hosts.
@@ -114,17 +120,22 @@ impl World {
         let network = Network::new();
         let server = start_server(dir.path().join("db"), storage.clone(), clock.clone()).await;
         let control = server.control.clone();
-        let setup = server.process.handle().spawn(async move { set_up(&control).await });
-        let (home, recovery) = setup.await.expect("the server is set up");
+        let has_spare = options.has_spare;
+        let setup = server.process.handle().spawn(async move { set_up(&control, has_spare).await });
+        let (home, recovery, spare) = setup.await.expect("the server is set up");
         network.set_server(Some((server.process.handle().clone(), server.control.clone())));
         let host = async |name: &str, provider: ProviderId| {
             let hypervisor = SimHypervisor::new(name, oracle.clone());
             let (data_dir, run_dir) = (dir.path().join(name).join("data"), dir.path().join(name).join("run"));
             std::fs::create_dir_all(&run_dir).expect("a directory");
-            Host { provider, hypervisor, data_dir, run_dir, agent: None }
+            Host { provider, hypervisor, data_dir, run_dir, boots: 0, agent: None }
         };
         let home = host("home", home).await;
         let recovery = host("recovery", recovery).await;
+        let spare = match spare {
+            Some(spare) => Some(host("spare", spare).await),
+            None => None,
+        };
         for name in &options.vms {
             home.hypervisor.add_vm(vm_named(name), name, &DISKS);
         }
@@ -132,7 +143,8 @@ impl World {
             home.hypervisor.make_trackers_volatile();
             recovery.hypervisor.make_trackers_volatile();
         }
-        let mut world = Self { home, recovery, clock, oracle, network, storage, server: Some(server), dir };
+        let mut world =
+            Self { home, spare, recovery, clock, oracle, network, storage, server: Some(server), dir };
         for name in &options.vms {
             mainstay_provider::Hypervisor::start(&world.home.hypervisor, vm_named(name))
                 .await
@@ -143,15 +155,13 @@ impl World {
     }
 
     async fn start_agents(&mut self) {
-        for host in [&mut self.home, &mut self.recovery] {
+        for host in [&mut self.home, &mut self.recovery].into_iter().chain(&mut self.spare) {
             if host.agent.is_none() {
-                let (data, run) = (host.data_dir.clone(), host.run_dir.clone());
-                let agent = start_agent(&self.network, host.provider, &host.hypervisor, &data, run).await;
-                host.agent = Some(agent);
+                host.agent = Some(start_agent(&self.network, host).await);
             }
         }
-        let hosts = [self.home.provider, self.recovery.provider];
-        self.until("both agents are connected", async |world| {
+        let hosts: Vec<_> = self.hosts().map(|host| host.provider).collect();
+        self.until("all agents are connected", async |world| {
             hosts.iter().all(|host| world.control().sites.is_connected(*host))
         })
         .await;
@@ -162,6 +172,16 @@ impl World {
                 tracing::debug!(%error, "a host could not be read");
             }
         }
+    }
+
+    /// All hosts.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = &Host> {
+        [&self.home, &self.recovery].into_iter().chain(&self.spare)
+    }
+
+    /// The host at which an item is at home.
+    pub fn home_of(&self, item: &ItemRecord) -> &Host {
+        self.spare.as_ref().filter(|spare| spare.provider == item.primary_provider).unwrap_or(&self.home)
     }
 
     /// The control plane that runs now. Must not be kept across [`World::restart_server`].
@@ -202,8 +222,19 @@ impl World {
         if let Some(agent) = host.agent.take() {
             agent.kill().await;
         }
-        let (data, run) = (host.data_dir.clone(), host.run_dir.clone());
-        host.agent = Some(start_agent(&self.network, host.provider, &host.hypervisor, &data, run).await);
+        host.agent = Some(start_agent(&self.network, host).await);
+    }
+
+    /// Cuts a host's power and boots it again: VMs and agent are gone, and the hypervisor starts what it is told to start,
+    /// before anybody can be asked.
+    pub async fn reboot(&mut self, is_home: bool) {
+        let host = if is_home { &mut self.home } else { &mut self.recovery };
+        if let Some(agent) = host.agent.take() {
+            agent.kill().await;
+        }
+        host.boots += 1;
+        host.hypervisor.reboot().await;
+        host.agent = Some(start_agent(&self.network, host).await);
     }
 
     /// Cuts a site off.
@@ -240,7 +271,8 @@ impl World {
                 // While another recovery point is being chosen there is none.
                 (&self.recovery, item.recovery_vm.map_or(item.vm, |copy| copy.vm))
             }
-            _ => (&self.home, vm_named(name)),
+            Some(item) => (self.home_of(&item), item.vm),
+            None => (&self.home, vm_named(name)),
         }
     }
 
@@ -280,7 +312,7 @@ impl World {
     }
 }
 
-async fn set_up(control: &Arc<Control>) -> (ProviderId, ProviderId) {
+async fn set_up(control: &Arc<Control>, has_spare: bool) -> (ProviderId, ProviderId, Option<ProviderId>) {
     let policy = ReplicationPolicy {
         copy_frequency_seconds: 5,
         retention_hours: 24,
@@ -296,5 +328,11 @@ async fn set_up(control: &Arc<Control>) -> (ProviderId, ProviderId) {
     }
     control.put_policy("policy", policy).await.expect("a policy");
     control.put_container_mapping("home", "mapping", "policy", Some("recovery")).await.expect("a mapping");
-    (providers[0], providers[1])
+    let spare = if has_spare {
+        let (_, secret) = control.create_registration_key("home").await.expect("a key");
+        Some(control.register_host(&secret.0, "spare", "sim").await.expect("a host").id)
+    } else {
+        None
+    };
+    (providers[0], providers[1], spare)
 }

@@ -6,8 +6,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use futures::future::BoxFuture;
 use mainstay_control::Control;
-use mainstay_model::ProviderId;
+use mainstay_model::{ItemId, ProviderId};
 use mainstay_provider::{RemoteSite, Site};
 use mainstay_replication::{Access, serve_connection};
 use tokio::{io::DuplexStream, runtime::Handle, sync::watch};
@@ -111,12 +112,10 @@ async fn serve(stream: DuplexStream, host: ProviderId, protocol: Protocol, contr
             drop(connected);
         }
         Protocol::Data => {
-            let Ok(items) = control.db.items().await else { return };
-            let authorize = move |access: &Access| {
-                items.iter().any(|item| {
-                    item.id.0 == access.replica
-                        && (item.primary_provider == host || item.recovery_provider == host)
-                })
+            let authorize = |access: Access| {
+                let control = control.clone();
+                Box::pin(async move { control.may_touch(host, ItemId(access.replica)).await })
+                    as BoxFuture<'_, bool>
             };
             if let Err(error) = serve_connection(Box::new(stream), &control.store, &authorize).await {
                 tracing::debug!(%host, %error, "a data connection ended early");

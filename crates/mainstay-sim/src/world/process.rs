@@ -1,13 +1,9 @@
 //! Agents and servers as processes: a runtime each, whose end is a crash.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use mainstay_agent::{HostSite, records::Records};
+use mainstay_agent::{HostOptions, HostSite, records::Records};
 use mainstay_control::{Control, ManualClock, db::Db};
 use mainstay_model::ProviderId;
 use mainstay_provider::serve_site;
@@ -17,8 +13,10 @@ use object_store::memory::InMemory;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
-use super::network::{Network, Protocol};
-use crate::SimHypervisor;
+use super::{
+    Host,
+    network::{Network, Protocol},
+};
 
 /// How long what a process has handed to blocking threads may take to end. Nothing of it takes long.
 const END_MAX: Duration = Duration::from_secs(10);
@@ -73,17 +71,19 @@ impl Connect for DataLink {
 }
 
 /// Starts an agent over a host and its data directory.
-pub(super) async fn start_agent(
-    network: &Arc<Network>,
-    host: ProviderId,
-    hypervisor: &SimHypervisor,
-    data_dir: &Path,
-    run_dir: PathBuf,
-) -> Process {
+pub(super) async fn start_agent(network: &Arc<Network>, host: &Host) -> Process {
     let process = Process::start("agent");
+    let Host { provider: host, hypervisor, data_dir, run_dir, boots, .. } = host;
+    let host = *host;
     let link = DataLink { network: network.clone(), host };
     let records = Records::open(data_dir).expect("the agent's records open");
-    let site = HostSite::new(Arc::new(hypervisor.clone()), Arc::new(link), records, run_dir);
+    // No time at all: every transfer of more than one read takes several captures.
+    let options = HostOptions {
+        run_dir: run_dir.clone(),
+        boot: format!("boot {boots}"),
+        capture_time_max: Duration::ZERO,
+    };
+    let site = HostSite::new(Arc::new(hypervisor.clone()), Arc::new(link), records, options);
     let network = network.clone();
     let (ready, is_ready) = tokio::sync::oneshot::channel();
     process.handle().spawn(async move {

@@ -6,7 +6,7 @@ use mainstay_control::{
     db::{ItemRecord, JobRecord, JobState, TargetRecord},
     workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
 };
-use mainstay_model::{Ending, JobId, Operation, Phase};
+use mainstay_model::{Ending, JobId, Operation, Phase, ProviderId};
 
 use super::{CYCLE_MS, World, vm_named};
 
@@ -92,8 +92,17 @@ impl World {
 
     /// Begins a failback.
     pub async fn fail_back(&self, name: &str, synchronize_before: bool) -> Result<JobRecord, ControlError> {
-        let params =
-            FailbackParams { synchronize_before, create_vm: true, host: None, shutdown_timeout_ms: 1_000 };
+        self.fail_back_to(name, synchronize_before, None).await
+    }
+
+    /// Begins a failback to a host.
+    pub async fn fail_back_to(
+        &self,
+        name: &str,
+        synchronize_before: bool,
+        host: Option<ProviderId>,
+    ) -> Result<JobRecord, ControlError> {
+        let params = FailbackParams { synchronize_before, create_vm: true, host, shutdown_timeout_ms: 1_000 };
         let item = self.expect_item(name).await;
         self.ask(|control| async move { control.failback(&item, params, by()).await }).await
     }
@@ -183,7 +192,7 @@ impl World {
             let home_is_there = world.control().sites.is_connected(world.home.provider);
             items.expect("items are read").iter().all(|item| {
                 world.control().cycles.progress(item.id).is_none()
-                    && (item.state.running.is_some() || item.stand_down.is_none() || !home_is_there)
+                    && (item.state.running.is_some() || item.stand_downs.is_empty() || !home_is_there)
                     && item.state.phase != Phase::FinalizingProtection
                     && (item.state.phase != Phase::InitialReplication || !home_is_there)
             })

@@ -258,6 +258,7 @@ async fn run(seed: u64) {
     let options = WorldOptions {
         vms: VMS.iter().map(|&vm| vm.to_owned()).collect(),
         volatile_trackers: rng.random_bool(0.3),
+        ..WorldOptions::default()
     };
     let mut run = Run { world: World::new(options).await, rng };
     for vm in VMS {
