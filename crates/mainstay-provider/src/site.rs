@@ -290,6 +290,8 @@ operations! {
         vm: VmId,
         /// The point that the home disks now equal.
         to: PointId,
+        /// Its definition: firmware variables and TPM state come home with the disks.
+        definition: VmDefinition,
     } -> ();
 
     /// Throws the staging area away; the home disks are as they were before it.

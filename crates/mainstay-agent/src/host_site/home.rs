@@ -366,6 +366,7 @@ impl Inner {
         }
         self.close_staging(order.item).await?;
         self.hypervisor.commit_staging(order.vm).await?;
+        self.hypervisor.restore_state(order.vm, &order.definition).await?;
         // Old trackers tell from a point that is history.
         self.hypervisor.remove_trackers(order.vm).await?;
         record.base = Some(Base { point: order.to, tracker: None });

@@ -283,9 +283,9 @@ impl Control {
                 let record = &mut item.replication;
                 record.failures += 1;
                 record.last_cycle_ms = Some(started_ms);
-                let delay_seconds = if error.kind == ErrorKind::NoSpace {
-                    // Space comes back when somebody makes some; looking costs nothing.
-                    NO_SPACE_RETRY_SECONDS
+                let delay_seconds = if matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Busy) {
+                    // Somebody makes space, somebody's backup ends; looking costs nothing.
+                    WAITING_RETRY_SECONDS
                 } else {
                     retry_delay_seconds(record.failures)
                 };
@@ -311,5 +311,5 @@ impl Control {
     }
 }
 
-/// How often a full site is tried again.
-const NO_SPACE_RETRY_SECONDS: u32 = 10;
+/// How often it is tried again when a site is full or somebody else works on the VM.
+const WAITING_RETRY_SECONDS: u32 = 10;
