@@ -73,9 +73,10 @@ async fn a_protected_vm_is_backed_up_grown_renamed_and_comes_home() -> Result<()
     }
     let ends = [fill_end(&world, "vm1", "vda", 96).await?, fill_end(&world, "vm1", "vdb", 96).await?];
     world.wait_point("vm1").await?;
+    world.cli(&["host", "refresh", "home"]).expect(0);
     let item = world.item("vm1")?;
     for disk in item["providerSpecificDetails"]["azureVmDiskDetails"].as_array().context("disks")? {
-        assert_eq!(disk["maxSizeMB"], "96", "{item}");
+        assert_eq!(disk["maxSizeMB"], "96", "{disk}");
     }
 
     renamed(&world).await?;
@@ -174,8 +175,8 @@ async fn renamed(world: &World) -> Result<()> {
     world.wait_point("vm1").await?;
     eventually("the VM starts", async || world.virsh(HOME, &["start", "shop"]).map(drop)).await?;
     world.cli(&["host", "refresh", "home"]).expect(0);
-    let item = world.wait_item("vm1", "shows the new name", |item| item["friendlyName"] == "shop").await?;
-    assert_eq!(item["protectionState"], "Protected");
+    let item = world.item("vm1")?;
+    assert_eq!((&item["friendlyName"], &item["protectionState"]), (&"shop".into(), &"Protected".into()));
     world.wait_point("vm1").await?;
     // The item's name is still the old one; both names, and the item's id, lead to the VM.
     let id = world.cli(&["item", "show", "shop", "--json"]).expect(0).json()?["id"].clone();

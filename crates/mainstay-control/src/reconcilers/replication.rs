@@ -303,7 +303,9 @@ impl Control {
             .await?;
         if is_new {
             let item = self.item(id).await?;
-            let severity = if transient { Health::Warning } else { Health::Critical };
+            // A full site ends by itself, but not without a person.
+            let is_mild = transient && error.kind != ErrorKind::NoSpace;
+            let severity = if is_mild { Health::Warning } else { Health::Critical };
             let text = format!("replication of '{}' failed: {error} {}", item.vm_name, error.remedy);
             self.record_event(self.item_event(&item, "ReplicationFailed", severity, text)).await?;
         }
