@@ -57,7 +57,8 @@ async fn mistakes_have_their_exit_codes_and_say_what_to_do() -> Result<()> {
     run(nowhere).expect(2).says("which server?");
 
     registration(&world)?;
-    doctor(&world)
+    doctor(&world)?;
+    world.proved()
 }
 
 /// Keys that register nothing.

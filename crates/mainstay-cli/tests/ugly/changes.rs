@@ -99,7 +99,7 @@ async fn a_protected_vm_is_backed_up_grown_renamed_and_comes_home() -> Result<()
     world.cli(&["commit", "vm1"]).expect(0);
 
     // Home is refused as long as a snapshot of somebody's lies over its disks.
-    let disks = ["--diskspec", "vda,snapshot=internal", "--diskspec", "vdb,snapshot=no"];
+    let disks = ["--disk-only", "--diskspec", "vda,snapshot=external", "--diskspec", "vdb,snapshot=no"];
     world.virsh(HOME, &[&["snapshot-create-as", "shop", "theirs"], &disks[..]].concat())?;
     let home = ["planned-failover", "vm1", "--direction", "RecoveryToPrimary"];
     world.cli(&home).expect(1).says("has snapshots");
@@ -118,7 +118,7 @@ async fn a_protected_vm_is_backed_up_grown_renamed_and_comes_home() -> Result<()
     world.cli(&["commit", "vm1"]).expect(0);
     world.cli(&["reverse-replicate", "vm1"]).expect(0);
     world.wait_point("vm1").await?;
-    Ok(())
+    world.proved()
 }
 
 /// Somebody else's backup job is waited for, somebody else's checkpoint does not matter, and neither is touched.
@@ -181,7 +181,7 @@ async fn renamed(world: &World) -> Result<()> {
     // The item's name is still the old one; both names, and the item's id, lead to the VM.
     let id = world.cli(&["item", "show", "shop", "--json"]).expect(0).json()?["id"].clone();
     for name in ["vm1", "shop", id.as_str().context("an id")?] {
-        let ledger = world.lab_cli(&["ledger", name, "--json"]).expect(0).json()?;
+        let ledger = world.ledger_by(name)?;
         assert_eq!(ledger["site"], HOME, "{ledger}");
     }
     Ok(())

@@ -54,7 +54,8 @@ async fn whatever_dies_only_the_difference_is_transferred() -> Result<()> {
     assert!(world.events("Resynchronized")?.len() > told_before);
     world.whole("vm1", HOME).await?;
 
-    agents_and_daemons_die(&mut world).await
+    agents_and_daemons_die(&mut world).await?;
+    world.proved()
 }
 
 async fn agents_and_daemons_die(world: &mut World) -> Result<()> {

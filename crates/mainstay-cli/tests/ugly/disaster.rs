@@ -61,7 +61,7 @@ async fn a_dead_site_is_failed_over_and_stands_down_when_it_comes_back() -> Resu
 
     // The guest is found by its own name and by the one that it has there.
     for name in ["vm1", "web-dr"] {
-        let ledger = world.lab_cli(&["ledger", name, "--json"]).expect(0).json()?;
+        let ledger = world.ledger_by(name)?;
         assert_eq!((&ledger["site"], &ledger["gaps"]), (&Value::from(RECOVERY), &Value::from(0)), "{ledger}");
     }
     world.whole("vm1", RECOVERY).await?;
@@ -82,5 +82,5 @@ async fn a_dead_site_is_failed_over_and_stands_down_when_it_comes_back() -> Resu
     let facts = world.virsh(HOME, &["dominfo", "vm1"])?;
     ensure!(facts.lines().any(|line| line.starts_with("Autostart:") && line.ends_with("disable")), "{facts}");
     world.whole("web-dr", RECOVERY).await?;
-    Ok(())
+    world.proved()
 }

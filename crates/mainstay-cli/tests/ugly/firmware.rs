@@ -85,5 +85,5 @@ async fn firmware_variables_and_tpm_state_go_there_and_come_back() -> Result<()>
     world.whole("vm1", HOME).await?;
     let home = state_of(&world, HOME).await?;
     home.has("changed there")?;
-    Ok(())
+    world.proved()
 }

@@ -106,7 +106,7 @@ async fn a_test_copy_and_production_do_not_hear_each_other() -> Result<()> {
     world.whole("vm1", HOME).await?;
     // What the state does not allow is refused with what it does allow.
     world.cli(&["commit", "vm1"]).expect(3).says("Allowed now: ").says("TestFailover");
-    Ok(())
+    world.proved()
 }
 
 /// A rehearsal on a network that the administrator has declared isolated; production networks are refused.

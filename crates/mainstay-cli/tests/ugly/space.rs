@@ -60,7 +60,8 @@ async fn the_recovery_site_is_full() -> Result<()> {
     world.wait_item("vm1", "is critical again", |item| item["replicationHealth"] == "Critical").await?;
     world.cli(&["failover", "vm1", "--no-shutdown-source"]).expect(0);
     world.whole("vm1", RECOVERY).await?;
-    Ok(())
+    drop(mounted);
+    world.proved()
 }
 
 /// Moves the server's data directory, store and database, to a file system of its own.

@@ -42,5 +42,6 @@ async fn a_guest_that_refuses_to_stop_is_moved_only_by_force() -> Result<()> {
         ensure!(state.trim() == "shut off", "it is {state}");
         Ok(())
     })
-    .await
+    .await?;
+    world.proved()
 }

@@ -45,6 +45,7 @@ impl Told {
 pub(crate) struct World {
     pub(crate) lab: Lab,
     dir: PathBuf,
+    is_proved: bool,
 }
 
 impl World {
@@ -61,12 +62,18 @@ impl World {
             images: GuestImages::find()?,
         };
         match Lab::up(&dir, &options).await {
-            Ok(lab) => Ok(Self { lab, dir }),
+            Ok(lab) => Ok(Self { lab, dir, is_proved: false }),
             Err(error) => {
                 take_down(&dir);
                 Err(error)
             }
         }
+    }
+
+    /// The test has shown what it was to show.
+    pub(crate) fn proved(mut self) -> Result<()> {
+        self.is_proved = true;
+        Ok(())
     }
 
     /// A guest on the home site's production network, with other settings as wanted.
@@ -102,6 +109,12 @@ impl World {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mainstay"));
         command.arg("lab").args(arguments).arg("--dir").arg(&self.dir);
         run(command)
+    }
+
+    /// What `mainstay lab ledger` says of a guest by one of its names.
+    pub(crate) fn ledger_by(&self, name: &str) -> Result<Value> {
+        let patience = PATIENCE.as_secs().to_string();
+        self.lab_cli(&["ledger", name, "--json", "--timeout", &patience]).expect(0).json()
     }
 
     /// Runs `virsh` at a site.
@@ -202,7 +215,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if !self.is_proved {
             for name in ["server", "agent-home", "agent-recovery"] {
                 let text = std::fs::read_to_string(self.dir.join("logs").join(format!("{name}.log")));
                 let text = text.unwrap_or_default();
