@@ -268,6 +268,8 @@ operations! {
         vm: VmId,
         /// The point to reach.
         to: PointId,
+        /// Keys and sizes of the disks at that point: a disk may have grown since the failback began.
+        disks: Vec<(String, u64)>,
         /// Fetch everything, trusting nothing that is at home.
         full: bool,
     } -> Staged;

@@ -188,12 +188,13 @@ async fn synchronize_once(
     }
     let replicated = replicate(step, item, Patience::OUTAGE, false).await?;
     moved.bytes_captured += replicated.bytes_moved;
+    let (_, disks) = control.point_contents(item.id, replicated.point).await?;
     // Nothing to fail over to: it leaves the catalogue at once, with those whose answer was lost, and stays as the head
     // that the next delta builds on.
     let points = control.store.points(item.id.0).await.map_err(ControlError::from)?;
     let points: Vec<_> = points.iter().map(|point| point.id).collect();
     control.store.delete_points(item.id.0, &points).await.map_err(ControlError::from)?;
-    let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, full };
+    let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, disks, full };
     let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
     moved.add(&staged);
     moved.point = Some(replicated.point);
