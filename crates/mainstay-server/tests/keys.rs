@@ -11,16 +11,16 @@ use mainstay_store::{Store, StoreOptions, local_storage};
 
 const HOUR_MS: i64 = 3_600_000;
 
-async fn control(dir: &std::path::Path, clock: &Arc<ManualClock>) -> Arc<Control> {
-    let db = Db::open(&dir.join("mainstay.db")).await.unwrap();
-    let store = Store::open(local_storage(&dir.join("store")).unwrap(), StoreOptions::default());
-    Control::new(db, Arc::new(store), clock.clone())
+async fn control(dir: &std::path::Path, clock: &Arc<ManualClock>) -> anyhow::Result<Arc<Control>> {
+    let db = Db::open(&dir.join("mainstay.db")).await?;
+    let store = Store::open(local_storage(&dir.join("store"))?, StoreOptions::default());
+    Ok(Control::new(db, Arc::new(store), clock.clone()))
 }
 
 #[tokio::test]
 async fn a_registration_key_works_for_five_days_and_not_longer() {
     let (dir, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::default()));
-    let control = control(dir.path(), &clock).await;
+    let control = control(dir.path(), &clock).await.unwrap();
     control.create_fabric("home").await.unwrap();
     let (_, secret) = control.create_registration_key("home").await.unwrap();
     clock.advance_ms(REGISTRATION_KEY_HOURS * HOUR_MS - 1);
@@ -39,7 +39,7 @@ async fn a_registration_key_works_for_five_days_and_not_longer() {
 #[tokio::test]
 async fn a_token_works_until_it_expires_or_is_revoked() {
     let (dir, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::default()));
-    let control = control(dir.path(), &clock).await;
+    let control = control(dir.path(), &clock).await.unwrap();
     let (_, secret) = control.create_token("script", Role::Reader, Some(1000)).await.unwrap();
     let (record, lasting) = control.create_token("person", Role::Operator, None).await.unwrap();
     clock.advance_ms(999);

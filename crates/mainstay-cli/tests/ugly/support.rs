@@ -1,5 +1,7 @@
 //! What the tests stand on: a lab, the command line, and waiting for things to happen.
 
+#![expect(clippy::print_stderr, reason = "a failed test tells what the lab's parts logged")]
+
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
