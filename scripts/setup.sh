@@ -25,7 +25,7 @@ packages=(
   qemu-system-x86 qemu-utils libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt0
   # The ledger guest: kernel, shell, module tools, the guest agent, and what packs them.
   # The guest agent and the kernel are unpacked, never installed (see `cargo xtask guest`).
-  busybox-static cpio kmod e2fsprogs dnsmasq-base iproute2 swtpm ovmf
+  busybox-static cpio kmod e2fsprogs dnsmasq-base iproute2 swtpm swtpm-tools ovmf
   # Tools that come as Python packages.
   python3 python3-venv
 )

@@ -15,8 +15,12 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// The hypervisor: a libvirt URI.
     pub libvirt_uri: String,
-    /// Networks that libvirt has no object for: `bridge:NAME`, `mcast:ADDRESS:PORT`.
+    /// Networks that libvirt has no object for and that reach other machines: `bridge:NAME`, `mcast:ADDRESS:PORT`.
     pub networks: Vec<String>,
+    /// Networks that reach nothing but their own members, so that test copies may be attached to them. Nobody but the
+    /// administrator knows that of a bridge or a group. libvirt's own networks need not be named: it knows whether
+    /// they forward.
+    pub isolated_networks: Vec<String>,
     /// Bytes per second at which a recovery VM's disk is copied out of the store while the VM runs; 0 = as fast as it
     /// goes.
     pub hydration_bytes_per_second: u64,
@@ -36,6 +40,7 @@ impl Default for AgentConfig {
             run_dir: PathBuf::from("/run/mainstay"),
             libvirt_uri: "qemu:///system".to_owned(),
             networks: Vec::new(),
+            isolated_networks: Vec::new(),
             hydration_bytes_per_second: 0,
             capture_seconds_max: 60,
             boot_id_file: PathBuf::from("/proc/sys/kernel/random/boot_id"),
@@ -48,5 +53,61 @@ impl AgentConfig {
     /// Reads a configuration text.
     pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
         toml::from_str(text)
+    }
+
+    /// Says what is wrong with the settings although each can be read.
+    pub fn check(&self) -> Result<(), String> {
+        for name in self.networks.iter().chain(&self.isolated_networks) {
+            check_network(name)?;
+        }
+        match self.isolated_networks.iter().find(|name| self.networks.contains(name)) {
+            Some(both) => Err(format!(
+                "'{both}' is in networks and in isolated_networks: it either reaches other machines or it does not"
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether a name is one of those that are for networks without an object of libvirt's.
+fn check_network(name: &str) -> Result<(), String> {
+    let is_group = |group: &str| {
+        group
+            .parse::<std::net::SocketAddrV4>()
+            .is_ok_and(|group| group.ip().is_multicast() && group.port() > 0)
+    };
+    let is_good = match name.split_once(':') {
+        // Linux's names of interfaces.
+        Some(("bridge", bridge)) => {
+            (1..=15).contains(&bridge.len()) && !bridge.contains(['/', ':', ' ', '\'', '"', '<'])
+        }
+        Some(("mcast", group)) => is_group(group),
+        _ => false,
+    };
+    if is_good {
+        return Ok(());
+    }
+    Err(format!(
+        "'{name}' is not a network: write bridge:NAME, or mcast:ADDRESS:PORT with a multicast address"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_are_checked() {
+        let check = |text: &str| AgentConfig::parse(text).unwrap().check();
+        let good = "networks = ['bridge:br0']\nisolated_networks = ['bridge:lab', 'mcast:239.1.2.3:4000']";
+        assert_eq!(check(good), Ok(()));
+        for wrong in
+            ["lab", "bridge:", "bridge:a/b", "mcast:10.0.0.1:4000", "mcast:239.1.2.3", "mcast:239.1.2.3:0"]
+        {
+            assert!(check(&format!("isolated_networks = ['{wrong}']")).unwrap_err().contains(wrong));
+        }
+        let both = check("networks = ['bridge:lab']\nisolated_networks = ['bridge:lab']").unwrap_err();
+        assert!(both.contains("bridge:lab"), "{both}");
+        assert!(AgentConfig::parse("isolated = []").is_err());
     }
 }

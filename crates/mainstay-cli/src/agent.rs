@@ -12,7 +12,7 @@ use mainstay_provider::{Acceleration, Hypervisor, Network, NetworkKind, Site};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    exit::Exit,
+    exit::{Exit, UsageError},
     output,
     server::{LogArguments, terminated},
 };
@@ -37,7 +37,8 @@ impl AgentArguments {
             Some(path) => {
                 let text =
                     std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-                AgentConfig::parse(&text).with_context(|| format!("configuration {}", path.display()))?
+                AgentConfig::parse(&text)
+                    .map_err(|error| UsageError(format!("configuration {}: {error}", path.display())))?
             }
             None => AgentConfig::default(),
         };
@@ -47,6 +48,7 @@ impl AgentArguments {
         if let Some(uri) = &self.libvirt_uri {
             config.libvirt_uri.clone_from(uri);
         }
+        config.check().map_err(UsageError)?;
         Ok(config)
     }
 }
@@ -54,11 +56,11 @@ impl AgentArguments {
 fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     std::fs::create_dir_all(&config.run_dir)
         .with_context(|| format!("create {}", config.run_dir.display()))?;
-    let networks = config
-        .networks
-        .iter()
-        .map(|name| Network { name: name.clone(), kind: NetworkKind::Production })
-        .collect();
+    let of_kind = |names: &[String], kind: NetworkKind| {
+        names.iter().map(|name| Network { name: name.clone(), kind }).collect::<Vec<_>>()
+    };
+    let mut networks = of_kind(&config.networks, NetworkKind::Production);
+    networks.extend(of_kind(&config.isolated_networks, NetworkKind::Isolated));
     let options = KvmOptions {
         uri: config.libvirt_uri.clone(),
         directory: config.run_dir.clone(),
@@ -115,7 +117,7 @@ pub(crate) async fn run(invocation: AgentInvocation) -> anyhow::Result<Exit> {
     match command.unwrap_or(AgentCommand::Run { agent, logging }) {
         AgentCommand::Register { agent, key, name } => {
             let config = agent.config()?;
-            let key = RegistrationKey::parse(&key)?;
+            let key = RegistrationKey::parse(&key).map_err(|error| UsageError(format!("{error:#}")))?;
             let name = match name {
                 Some(name) => name,
                 None => host_name()?,

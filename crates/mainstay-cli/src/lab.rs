@@ -70,7 +70,17 @@ pub(crate) enum LabCommand {
         #[command(flatten)]
         lab: LabDir,
     },
-    /// Brings the network between a site and the server back.
+    /// Makes the network between a site and the server slow, until it is healed.
+    Slow {
+        /// The site.
+        site: String,
+        /// Bytes per second, for each direction of each connection.
+        #[arg(long)]
+        bytes_per_second: u64,
+        #[command(flatten)]
+        lab: LabDir,
+    },
+    /// Brings the network between a site and the server back, at full speed.
     Heal {
         /// The site.
         site: String,
@@ -99,6 +109,8 @@ pub(crate) enum LabCommand {
         listen: SocketAddr,
         #[arg(long)]
         to: SocketAddr,
+        #[arg(long)]
+        bytes_per_second: Option<u64>,
     },
 }
 
@@ -189,6 +201,9 @@ pub(crate) async fn run(command: LabCommand) -> anyhow::Result<Exit> {
         LabCommand::Pause(it) => act(LabAction::Pause, it).await?,
         LabCommand::Resume(it) => act(LabAction::Resume, it).await?,
         LabCommand::Cut { site, lab } => Lab::open(&lab.dir).await?.cut(&site).await?,
+        LabCommand::Slow { site, bytes_per_second, lab } => {
+            Lab::open(&lab.dir).await?.slow(&site, bytes_per_second).await?;
+        }
         LabCommand::Heal { site, lab } => Lab::open(&lab.dir).await?.heal(&site).await?,
         LabCommand::Ledger { vm, lab, copy, timeout, json } => {
             let copy = match copy {
@@ -211,7 +226,9 @@ pub(crate) async fn run(command: LabCommand) -> anyhow::Result<Exit> {
                 ));
             }
         }
-        LabCommand::Link { listen, to } => mainstay_lab::relay(listen, to).await?,
+        LabCommand::Link { listen, to, bytes_per_second } => {
+            mainstay_lab::relay(listen, to, bytes_per_second).await?;
+        }
     }
     Ok(Exit::Done)
 }

@@ -3,19 +3,22 @@
 //! The blob is JSON: `{"format": 1, "xml": …, "nvram": base64 or null, "tpm": base64 of a tar file or null}`. Format 1:
 //! the first. `xml` is the inactive, migratable description of the domain, with secrets.
 
+use std::fs::Permissions;
+use std::io::Write as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use mainstay_model::VmId;
-use mainstay_provider::{SiteError, VmDefinition};
+use mainstay_provider::{PowerState, SiteError, VmDefinition};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
 use crate::command::argument;
-use crate::error::{While as _, failed};
+use crate::error::{While as _, failed, refused};
 use crate::files::{Owner, give, remove_directory};
 use crate::host::Host;
 use crate::libvirt::XmlKind;
@@ -110,7 +113,7 @@ pub(crate) async fn read(host: &Host, vm: VmId) -> Result<VmDefinition, SiteErro
     let definition = Definition {
         format: FORMAT,
         nvram: read_nvram(&domain)?,
-        tpm: read_tpm(vm, &domain, &xml).await,
+        tpm: read_tpm(host, vm, &domain, &xml).await,
         xml,
     };
     let bytes =
@@ -129,12 +132,11 @@ fn read_nvram(domain: &Domain) -> Result<Option<String>, SiteError> {
 }
 
 /// The TPM's state, if it can be reached: a recovery point without it is better than none.
-async fn read_tpm(vm: VmId, domain: &Domain, xml: &str) -> Option<String> {
+async fn read_tpm(host: &Host, vm: VmId, domain: &Domain, xml: &str) -> Option<String> {
     if !domain.has_tpm {
         return None;
     }
-    let directory = tpm_directory(vm, xml).filter(|path| path.is_dir());
-    let Some(directory) = directory else {
+    let Some(directory) = tpm_directory(host, vm, domain, xml) else {
         tracing::warn!(%vm, "the TPM's state cannot be reached; the recovery point will not hold it");
         return None;
     };
@@ -149,14 +151,107 @@ async fn read_tpm(vm: VmId, domain: &Domain, xml: &str) -> Option<String> {
     Some(STANDARD.encode(output.stdout))
 }
 
-fn tpm_directory(vm: VmId, xml: &str) -> Option<PathBuf> {
+/// Puts a definition's UEFI variables and TPM state into a VM that is off, in place of its own.
+pub(crate) async fn restore_state(host: &Host, vm: VmId, definition: &VmDefinition) -> Result<(), SiteError> {
+    let _lock = host.lock(vm).await;
+    let definition = Definition::decode(definition)?;
+    if definition.nvram.is_none() && definition.tpm.is_none() {
+        return Ok(());
+    }
+    if host.power(vm).await? != PowerState::Off {
+        return Err(refused("the VM runs", "Shut it down before its firmware's state is replaced."));
+    }
+    let domain = host.domain(vm, XmlKind::Inactive).await?;
+    if let (Some(text), Some(path)) = (&definition.nvram, &domain.nvram) {
+        let bytes =
+            STANDARD.decode(text).map_err(|error| failed(format!("reading UEFI variables: {error}")))?;
+        replace_file(path, &bytes).doing(&format!("writing UEFI variables to {}", path.display()))?;
+    }
+    let xml = host.libvirt.xml(vm, XmlKind::Portable).await?;
+    match tpm_directory(host, vm, &domain, &xml).filter(|_| definition.tpm.is_some()) {
+        Some(present) => {
+            let scratch = host.files.run().join(format!("{}-tpm", vm.0.simple()));
+            remove_directory(&scratch)?;
+            std::fs::create_dir_all(&scratch).doing("making room for the TPM's state")?;
+            if let Some(unpacked) = definition.write_tpm(&scratch, None).await? {
+                for entry in std::fs::read_dir(&unpacked)? {
+                    let entry = entry?;
+                    let bytes = std::fs::read(entry.path()).doing("reading the TPM's state")?;
+                    let path = present.join(entry.file_name());
+                    replace_file(&path, &bytes)
+                        .doing(&format!("writing the TPM's state to {}", path.display()))?;
+                }
+            }
+            remove_directory(&scratch)
+        }
+        None if definition.tpm.is_some() && domain.has_tpm => {
+            tracing::warn!(%vm, "the TPM's state cannot be reached and stays as it was");
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+/// Replaces a file, whole or not at all, by one of the same owner (or its directory's) and rights.
+fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let like = match std::fs::metadata(path) {
+        Ok(present) => Some(present),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    let parent = path.parent().map(std::fs::metadata).transpose()?;
+    let new_path = path.with_extension("new");
+    let mut file = std::fs::File::create(&new_path)?;
+    file.set_permissions(like.as_ref().map_or(Permissions::from_mode(0o600), |like| like.permissions()))?;
+    if nix::unistd::Uid::effective().is_root()
+        && let Some(owner) = like.or(parent)
+    {
+        std::os::unix::fs::chown(&new_path, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&new_path, path)?;
+    crate::files::sync_directory(path)
+}
+
+/// Where the TPM's state lies. libvirt says so only if somebody chose the place; its own choice depends on how it was
+/// started, and is beside the UEFI variables where it runs for a user.
+fn tpm_directory(host: &Host, vm: VmId, domain: &Domain, xml: &str) -> Option<PathBuf> {
     let document = roxmltree::Document::parse(xml).ok()?;
     let backend = document.descendants().find(|node| {
         node.has_tag_name("backend") && node.parent().is_some_and(|parent| parent.has_tag_name("tpm"))
     })?;
     let source = backend.children().find(|node| node.has_tag_name("source"));
-    match source.and_then(|source| source.attribute("path")) {
-        Some(path) => Some(PathBuf::from(path)),
-        None => Some(Path::new(SYSTEM_TPM).join(vm.to_string()).join("tpm2")),
+    if let Some(path) = source.and_then(|source| source.attribute("path")) {
+        return Some(PathBuf::from(path)).filter(|path| path.is_dir());
+    }
+    let of_vm = |base: PathBuf| base.join(vm.to_string()).join("tpm2");
+    let mut places = Vec::new();
+    if host.libvirt.uri().starts_with("qemu:///system") {
+        places.push(of_vm(PathBuf::from(SYSTEM_TPM)));
+    }
+    // …/libvirt/qemu/nvram/NAME_VARS.fd and …/libvirt/qemu/swtpm/UUID/tpm2.
+    let beside = domain.nvram.as_ref().and_then(|path| path.parent()?.parent());
+    places.extend(beside.map(|base| of_vm(base.join("swtpm"))));
+    places.into_iter().find(|path| path.is_dir())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_with_its_rights() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("web_VARS.fd");
+        std::fs::write(&path, "old").unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+        replace_file(&path, b"new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+        let fresh = directory.path().join("tpm2-00.permall");
+        replace_file(&fresh, b"state").unwrap();
+        assert_eq!(std::fs::metadata(&fresh).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
     }
 }

@@ -41,6 +41,7 @@ use error::While as _;
 use host::Host;
 pub use host::KvmOptions;
 pub use probe::hardware_acceleration;
+pub use xml::{RecoveryMark, recovery_mark};
 
 /// A host that runs VMs with libvirt and QEMU.
 #[derive(Clone, Debug)]
@@ -71,7 +72,7 @@ impl Hypervisor for KvmHost {
     }
 
     async fn vm(&self, vm: VmId) -> Result<VirtualMachine, SiteError> {
-        inventory::machine(&self.host, vm, true).await
+        inventory::machine(&self.host, vm, guest::AGENT_TIMEOUT).await
     }
 
     async fn definition(&self, vm: VmId) -> Result<VmDefinition, SiteError> {
@@ -153,6 +154,10 @@ impl Hypervisor for KvmHost {
 
     async fn discard_staging(&self, vm: VmId) -> Result<bool, SiteError> {
         staging::discard(&self.host, vm).await
+    }
+
+    async fn restore_state(&self, vm: VmId, definition: &VmDefinition) -> Result<(), SiteError> {
+        definition::restore_state(&self.host, vm, definition).await
     }
 
     async fn create_home_vm(

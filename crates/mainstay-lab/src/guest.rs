@@ -85,6 +85,8 @@ pub struct LedgerVm {
     pub options: String,
     /// The multicast group (`address:port`) that stands for the site's production network.
     pub network: Option<String>,
+    /// Boot with UEFI firmware, and have a TPM.
+    pub has_uefi_and_tpm: bool,
 }
 
 impl LedgerVm {
@@ -97,6 +99,7 @@ impl LedgerVm {
             disk_mib: 64,
             options: String::new(),
             network: None,
+            has_uefi_and_tpm: false,
         }
     }
 
@@ -153,12 +156,21 @@ impl LedgerVm {
             }
             None => String::new(),
         };
+        let (firmware, secure_boot, tpm) = if self.has_uefi_and_tpm {
+            (
+                " firmware='efi'",
+                "<firmware><feature enabled='no' name='secure-boot'/></firmware>",
+                "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>",
+            )
+        } else {
+            ("", "", "")
+        };
         Ok(format!(
             "<domain type='{domain_type}'><name>{name}</name><uuid>{id}</uuid>\
              <memory unit='MiB'>192</memory><vcpu>1</vcpu>\
-             <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
+             <os{firmware}><type arch='x86_64' machine='q35'>hvm</type>{secure_boot}<kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
              <cmdline>console=ttyS0 quiet panic=1 {options}</cmdline></os>\
-             <features><acpi/></features><clock offset='utc'/><on_reboot>restart</on_reboot><devices>{disks}{interface}\
+             <features><acpi/></features><clock offset='utc'/><on_reboot>restart</on_reboot><devices>{disks}{interface}{tpm}\
              <channel type='file'><source path='{acks}' append='on'/><target type='virtio' name='ledger'/></channel>\
              <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
              <serial type='pty'><target port='0'/></serial>\

@@ -14,8 +14,6 @@ use mainstay_api::{
     arm::{List, ProtectableItemProperties, ProviderProperties, Resource},
     v1::Vault,
 };
-use mainstay_model::VmId;
-use mainstay_provider::PowerState;
 use nix::sys::signal::Signal;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -181,6 +179,14 @@ impl Lab {
         }
     }
 
+    pub(crate) fn home(&self) -> &Site {
+        &self.home
+    }
+
+    pub(crate) fn recovery(&self) -> &Site {
+        &self.recovery
+    }
+
     /// A client of the lab's server.
     pub fn client(&self) -> Result<Client> {
         Ok(Client::new(&self.file.connection()?)?)
@@ -248,19 +254,36 @@ impl Lab {
         self.dir.join(site).join("agent.toml")
     }
 
+    /// The group of a site's production network, as a guest's network is given.
+    pub fn network(&self, site: &str) -> Result<String> {
+        let network = &self.file.site(site)?.network;
+        Ok(network.strip_prefix("mcast:").unwrap_or(network).to_owned())
+    }
+
     async fn add_vm(&mut self, name: &str, options: &LabOptions, images: &GuestImages) -> Result<()> {
-        let network = self.file.site(HOME)?.network.clone();
         let vm = LedgerVm {
             disks: vec![options.format; 2],
             disk_mib: options.disk_mib,
             options: options.guest_options.clone(),
-            network: network.strip_prefix("mcast:").map(str::to_owned),
+            network: Some(self.network(HOME)?),
             ..LedgerVm::new(name)
         };
+        self.boot(&vm, images).await
+    }
+
+    /// Makes one more guest at home, of whatever kind, starts it and has the server find it.
+    pub async fn add(&mut self, vm: &LedgerVm) -> Result<()> {
+        let images = GuestImages::in_directory(&self.dir.join("guest"))?;
+        self.boot(vm, &images).await?;
+        self.discover().await?;
+        self.file.write(&self.dir)
+    }
+
+    async fn boot(&mut self, vm: &LedgerVm, images: &GuestImages) -> Result<()> {
         vm.create(&self.home, images).await?;
         self.home.libvirt().start(vm.id, false).await?;
         self.file.vms.push(LabVm {
-            name: name.to_owned(),
+            name: vm.name.clone(),
             site: HOME.to_owned(),
             protectable_item_id: vm.id.to_string(),
         });
@@ -356,9 +379,30 @@ impl Lab {
         self.link(site).end(Signal::SIGKILL).await
     }
 
-    /// Brings the network between a site and the server back.
+    /// Brings the network between a site and the server back, at full speed.
     pub async fn heal(&self, site: &str) -> Result<()> {
         self.site(site)?;
+        match fs::remove_file(self.slow_mark(site)) {
+            Ok(()) => self.cut(site).await?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.connect(site, None).await
+    }
+
+    /// Says that the network of a site is slow.
+    fn slow_mark(&self, site: &str) -> PathBuf {
+        self.dir.join(site).join("link-slow")
+    }
+
+    /// Makes the network between a site and the server slow, until it is healed. Connections break at the change.
+    pub async fn slow(&self, site: &str, bytes_per_second: u64) -> Result<()> {
+        self.cut(site).await?;
+        write(&self.slow_mark(site), &bytes_per_second.to_string())?;
+        self.connect(site, Some(bytes_per_second)).await
+    }
+
+    async fn connect(&self, site: &str, bytes_per_second: Option<u64>) -> Result<()> {
         let port = fs::read_to_string(self.dir.join(site).join("link-port"))?;
         let config: toml::Table = fs::read_to_string(self.dir.join("server.toml"))?.parse()?;
         let to = config
@@ -367,6 +411,9 @@ impl Lab {
             .context("server.toml has no agent_listen")?;
         let mut command = Command::new(program(&self.dir));
         command.args(["lab", "link", "--listen", &format!("127.0.0.1:{}", port.trim()), "--to", to]);
+        if let Some(bytes) = bytes_per_second {
+            command.args(["--bytes-per-second", &bytes.to_string()]);
+        }
         self.link(site).start(command)?;
         let address: SocketAddr = format!("127.0.0.1:{}", port.trim()).parse()?;
         let deadline = Instant::now() + READY_TIMEOUT;
@@ -424,15 +471,9 @@ impl Lab {
         let (site, vm) = match name.split_once('@') {
             Some((name, site)) => {
                 let site = self.site(site)?;
-                (
-                    site,
-                    site.libvirt()
-                        .find_by_name(name)
-                        .await?
-                        .with_context(|| format!("site {} has no VM '{name}'", site.name()))?,
-                )
+                (site, self.vm_at(site, name).await?)
             }
-            None => self.active_vm(name).await?,
+            None => self.vm(name, LedgerCopy::Active).await?,
         };
         let libvirt = site.libvirt();
         match action {
@@ -445,32 +486,12 @@ impl Lab {
         Ok(())
     }
 
-    /// Where a VM runs, else where it is: at home rather than at the recovery site.
-    pub async fn active_vm(&self, name: &str) -> Result<(&Site, VmId)> {
-        let mut present = None;
-        for site in [&self.recovery, &self.home] {
-            if let Some(vm) = site.libvirt().find_by_name(name).await? {
-                if site.libvirt().state(vm).await?.power != PowerState::Off {
-                    return Ok((site, vm));
-                }
-                present = Some((site, vm));
-            }
-        }
-        present.with_context(|| format!("the lab has no VM '{name}'"))
-    }
-
     /// Asks a guest's ledger, as soon as the guest answers.
     pub async fn ledger(&self, name: &str, copy: LedgerCopy, timeout: Duration) -> Result<Ledger> {
         let deadline = Instant::now() + timeout;
         loop {
             let asked = async {
-                let (site, vm) = match copy {
-                    LedgerCopy::Active => self.active_vm(name).await?,
-                    LedgerCopy::Test => {
-                        let vm = self.recovery.libvirt().find_by_name(&format!("{name}-test")).await?;
-                        (&self.recovery, vm.with_context(|| format!("there is no test copy of '{name}'"))?)
-                    }
-                };
+                let (site, vm) = self.vm(name, copy).await?;
                 ledger::query(site, vm).await
             };
             match asked.await {

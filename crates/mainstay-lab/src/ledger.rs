@@ -169,10 +169,15 @@ pub fn acknowledged(text: &str, boots: &[Boot]) -> u64 {
 /// The name of the file of acknowledgements: every copy of a guest has the one it was defined with.
 async fn acknowledgements_of(site: &Site, vm: VmId) -> Result<String> {
     let xml = site.libvirt().xml(vm, mainstay_kvm::libvirt::XmlKind::Live).await?;
+    acknowledgements_in(site, &xml).context("the machine acknowledges nothing")
+}
+
+/// The same in a description.
+pub(crate) fn acknowledgements_in(site: &Site, xml: &str) -> Option<String> {
     let prefix = format!("{}/", site.acks().display());
-    let start = xml.find(&prefix).context("the machine acknowledges nothing")? + prefix.len();
-    let end = xml[start..].find(['\'', '"']).context("the machine's description has no end")?;
-    Ok(xml[start..start + end].to_owned())
+    let start = xml.find(&prefix)? + prefix.len();
+    let end = xml[start..].find(['\'', '"'])?;
+    Some(xml[start..start + end].to_owned())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! they hold a whole prefix of what was acknowledged.
 
 mod account;
+mod copies;
 pub mod demo;
 mod guest;
 mod item;
@@ -14,7 +15,9 @@ mod lab;
 mod lab_file;
 pub mod ledger;
 mod link;
+mod mounts;
 mod process;
+mod segment;
 mod site;
 
 pub use account::Account;
@@ -22,5 +25,7 @@ pub use guest::{DiskImage, GuestImages, LedgerVm};
 pub use lab::{HOME, Lab, LabAction, LabOptions, LabStatus, LedgerCopy, RECOVERY, SiteStatus};
 pub use lab_file::{LabFile, LabSite, LabVm};
 pub use link::relay;
+pub use mounts::{Mounted, run_in_own_mounts};
 pub use process::Process;
+pub use segment::{Arp, Mac, Segment};
 pub use site::Site;

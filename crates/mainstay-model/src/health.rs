@@ -92,7 +92,7 @@ pub fn replication_health(
             code: error.code.clone(),
             level: if error.is_transient { Health::Warning } else { Health::Critical },
             message: error.message.clone(),
-            possible_causes: "The last replication cycle failed.".to_owned(),
+            possible_causes: causes(&error.code).to_owned(),
             recommended_action: if error.remedy.is_empty() {
                 "It is retried. See the item's events.".to_owned()
             } else {
@@ -121,6 +121,19 @@ pub fn replication_health(
     }
     let health = errors.iter().map(|error| error.level).max().unwrap_or(Health::Normal);
     (health, errors)
+}
+
+/// What usually is behind a failed cycle, by the name of its error.
+fn causes(code: &str) -> &'static str {
+    match code {
+        "NoSpace" => {
+            "A file system is full: that of the recovery site's store, or of the run directory of the protected host's agent."
+        }
+        "Busy" => "Somebody else works on the VM or its images: a backup, a snapshot, a migration.",
+        "TimedOut" => "The host or the guest is overloaded, or hangs.",
+        "NotFound" => "The VM, or a disk of it, was removed or replaced on its host.",
+        _ => "The last replication cycle failed.",
+    }
 }
 
 /// Delay before the next try after `failures` failed ones in a row: Site Recovery's ladder of 1, 2, 4, 8 and 10

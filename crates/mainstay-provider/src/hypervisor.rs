@@ -112,6 +112,10 @@ pub trait Hypervisor: Send + Sync {
     /// one is the state of no moment: answers whether that was so.
     async fn discard_staging(&self, vm: VmId) -> Result<bool, SiteError>;
 
+    /// Puts what a definition holds besides the description (firmware variables, TPM state) into a VM that is off, in place
+    /// of its own; the description stays as the administrator made it.
+    async fn restore_state(&self, vm: VmId, definition: &VmDefinition) -> Result<(), SiteError>;
+
     /// Defines a home VM that no longer exists, with empty disks, from a recovery point's definition;
     /// [`Hypervisor::open_staging`] then fills them.
     async fn create_home_vm(

@@ -286,6 +286,8 @@ operations! {
         vm: VmId,
         /// The point to reach.
         to: PointId,
+        /// Keys and sizes of the disks at that point: a disk may have grown since the failback began.
+        disks: Vec<(String, u64)>,
         /// Fetch everything, trusting nothing that is at home.
         full: bool,
     } -> Staged;
@@ -308,6 +310,8 @@ operations! {
         vm: VmId,
         /// The point that the home disks now equal.
         to: PointId,
+        /// Its definition: firmware variables and TPM state come home with the disks.
+        definition: VmDefinition,
     } -> ();
 
     /// Throws the staging area away; the home disks are as they were before it. A VM that was made for it goes too.

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use mainstay_control::workflows::SHUTDOWN_TIMEOUT;
 use serde::{Deserialize, Serialize};
 
 /// The server's settings. Every key can be left out.
@@ -20,6 +21,11 @@ pub struct ServerConfig {
     pub agent_endpoint: String,
     /// Where recovery points are kept; empty = under the data directory.
     pub store_dir: Option<PathBuf>,
+    /// Space in MiB that recovery points leave free on their file system: for the database, whose jobs and events must be
+    /// written also when the site is full, and for what makes space again.
+    pub store_reserve_mib: u64,
+    /// How long a guest may take to shut down in a failover or failback, in seconds.
+    pub shutdown_timeout_seconds: u32,
 }
 
 impl Default for ServerConfig {
@@ -31,6 +37,8 @@ impl Default for ServerConfig {
             names: vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
             agent_endpoint: String::new(),
             store_dir: None,
+            store_reserve_mib: 1024,
+            shutdown_timeout_seconds: u32::try_from(SHUTDOWN_TIMEOUT.as_secs()).unwrap_or(u32::MAX),
         }
     }
 }

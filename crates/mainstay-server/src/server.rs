@@ -67,7 +67,19 @@ async fn open(config: &ServerConfig) -> anyhow::Result<Arc<Control>> {
     let db = Db::open(&db_path).await.with_context(|| format!("database {}", db_path.display()))?;
     let storage =
         local_storage(&store_dir).with_context(|| format!("replica store {}", store_dir.display()))?;
-    let store = Store::open(storage, StoreOptions::default());
+    let reserve = config.store_reserve_mib.saturating_mul(1 << 20);
+    let has_room = move |bytes: u64| match nix::sys::statvfs::statvfs(&store_dir) {
+        Ok(space) => {
+            space.blocks_available().saturating_mul(space.fragment_size()) >= bytes.saturating_add(reserve)
+        }
+        Err(error) => {
+            // The write itself says then what is wrong.
+            tracing::warn!(%error, "the store's free space cannot be read");
+            true
+        }
+    };
+    let options = StoreOptions { has_room: Arc::new(has_room), ..StoreOptions::default() };
+    let store = Store::open(storage, options);
     Ok(Control::new(db, Arc::new(store), Arc::new(SystemClock)))
 }
 
@@ -114,6 +126,7 @@ pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
         vault,
         base_url: format!("https://{name}:{}", api_address.port()),
         agent_endpoint,
+        shutdown_timeout: Duration::from_secs(u64::from(config.shutdown_timeout_seconds)),
         metrics: metrics_recorder(),
     });
     let stop = CancellationToken::new();

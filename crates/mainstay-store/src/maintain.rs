@@ -44,16 +44,19 @@ impl Store {
     /// [`StoreError::NoReplica`], [`StoreError::Storage`], [`StoreError::Damaged`]. Whatever was done before stays done.
     pub async fn maintain(&self, replica: Uuid, now_ms: u64) -> Result<MaintainReport, StoreError> {
         let mut report = MaintainReport::default();
-        match self.shared.manifest(replica).await {
-            Err(StoreError::Deleted(_)) => {}
-            found => {
-                found?;
-                self.merge(replica, &mut report).await?;
-                self.compact(replica, &mut report).await?;
-                self.flatten(replica, &mut report).await?;
-            }
-        }
+        let tidied = match self.shared.manifest(replica).await {
+            Err(StoreError::Deleted(_)) => Ok(()),
+            Err(error) => return Err(error),
+            Ok(_) => self.tidy(replica, &mut report).await,
+        };
+        // Also when the rest failed for want of space: collecting is what makes some.
         self.collect(replica, now_ms, &mut report).await?;
-        Ok(report)
+        tidied.map(|()| report)
+    }
+
+    async fn tidy(&self, replica: Uuid, report: &mut MaintainReport) -> Result<(), StoreError> {
+        self.merge(replica, report).await?;
+        self.compact(replica, report).await?;
+        self.flatten(replica, report).await
     }
 }

@@ -39,6 +39,10 @@ pub struct StoreOptions {
     pub compact_bytes_per_pass: u64,
     /// Map entries one maintenance pass may merge or flatten.
     pub merge_entries_per_pass: u64,
+    /// Whether so many more bytes of recovery points fit. Asked before each segment of a session; not for manifests, maps
+    /// and maintenance, which are small or make space, so that a full store can still be failed over from and
+    /// emptied.
+    pub has_room: Arc<dyn Fn(u64) -> bool + Send + Sync>,
     /// Source of ids; tests pass a deterministic one.
     pub new_id: Arc<dyn Fn() -> Uuid + Send + Sync>,
 }
@@ -60,6 +64,7 @@ impl Default for StoreOptions {
             compact_small_segments: 16,
             compact_bytes_per_pass: 512 << 20,
             merge_entries_per_pass: 32 << 20,
+            has_room: Arc::new(|_bytes| true),
             new_id: Arc::new(Uuid::new_v4),
         }
     }

@@ -352,6 +352,9 @@ impl SessionInner {
 
     async fn upload(&self, id: Uuid, bytes: Bytes) -> Result<(), StoreError> {
         let options = &self.shared.options;
+        if !(options.has_room)(bytes.len() as u64) {
+            return Err(StoreError::Full);
+        }
         let key = keys::segment(self.spec.replica, id);
         let mut pause = options.upload_retry;
         for attempt in 1.. {

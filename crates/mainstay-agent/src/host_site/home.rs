@@ -126,6 +126,7 @@ impl Inner {
         if staging.at == Some(order.to) {
             return Ok(Staged { bytes_changed: 0, bytes_moved: 0, bytes_hashed: 0 });
         }
+        self.grow_staging(&mut record, &mut staging, &order.disks).await?;
         let devices = self.staging_devices(&record).await?;
         let touched: Vec<_> = devices.into_iter().map(|device| Arc::new(Touched::new(device))).collect();
         let fetched = self.fetch_differences(order, &record, &staging, &touched, work).await;
@@ -151,6 +152,28 @@ impl Inner {
             bytes_moved: report.traffic.sent() + report.traffic.received(),
             bytes_hashed,
         })
+    }
+
+    /// Makes the staging area as large as the disks have become at the recovery site since it was begun.
+    async fn grow_staging(
+        &self,
+        record: &mut ItemFile,
+        staging: &mut StagingFile,
+        disks: &[(String, u64)],
+    ) -> Result<(), SiteError> {
+        let mut has_grown = false;
+        for (key, size_bytes) in &mut staging.disks {
+            let now = disks.iter().find(|(other, _)| other == key).map_or(*size_bytes, |(_, size)| *size);
+            has_grown |= now > *size_bytes;
+            *size_bytes = now.max(*size_bytes);
+        }
+        if !has_grown {
+            return Ok(());
+        }
+        // Written down first: whoever opens it next opens it at this size.
+        record.staging = Some(staging.clone());
+        self.records.put_item(record)?;
+        self.close_staging(record.item).await
     }
 
     /// Fetches what differs between the point that home equals and the one to reach.
@@ -367,6 +390,7 @@ impl Inner {
         }
         self.close_staging(order.item).await?;
         self.hypervisor.commit_staging(order.vm).await?;
+        self.hypervisor.restore_state(order.vm, &order.definition).await?;
         // Old trackers tell from a point that is history.
         self.hypervisor.remove_trackers(order.vm).await?;
         record.base = Some(Base::new(order.to, None));

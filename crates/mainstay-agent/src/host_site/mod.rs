@@ -19,6 +19,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use mainstay_block::BlockError;
 use mainstay_model::{Generation, ItemId, VmId};
 use mainstay_provider::{
     Discovery, ErrorKind, Examination, Hypervisor, Progress, ProgressSink, Site, SiteError, SiteOperation,
@@ -343,6 +344,13 @@ fn data_error(error: &ReplicationError) -> SiteError {
         ReplicationError::StoreFull => SiteError::new(ErrorKind::NoSpace, text).with_remedy(
             "Make space in the recovery site's store, or shorten the retention; replication then goes on.",
         ),
+        ReplicationError::Device { source: BlockError::Io(cause), .. } => match cause.kind() {
+            std::io::ErrorKind::StorageFull => SiteError::new(ErrorKind::NoSpace, text).with_remedy(
+                "Make space in the run directory of the protected host's agent; replication then goes on by itself.",
+            ),
+            std::io::ErrorKind::TimedOut => SiteError::new(ErrorKind::TimedOut, text),
+            _ => SiteError::new(ErrorKind::Failed, text),
+        },
         ReplicationError::Cancelled => SiteError::new(ErrorKind::Cancelled, text),
         ReplicationError::Connection(_) => SiteError::new(ErrorKind::Unavailable, text),
         ReplicationError::Refused { kind: RefusalKind::Unavailable, .. } => {

@@ -170,6 +170,7 @@ impl Control {
             transaction.put_resource(&record).await?;
             transaction.commit().await?;
         }
+        self.note_changes(&discovery).await?;
         Ok(discovery)
     }
 }

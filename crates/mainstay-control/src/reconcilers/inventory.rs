@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use mainstay_model::{Health, ItemId, Location, ProviderId};
-use mainstay_provider::{AnswerWaiting, NoProgress, call};
+use mainstay_provider::{AnswerWaiting, Discovery, NoProgress, VirtualMachine, call};
 
-use crate::{Control, ControlError};
+use crate::{Control, ControlError, db::DiskRecord};
 
 /// How old a discovery may be: new VMs show within this time.
 const DISCOVERY_AGE_MAX_MS: i64 = 30_000;
@@ -25,10 +25,7 @@ impl Control {
                 continue;
             }
             match self.refresh_provider(provider.id).await {
-                Ok(discovery) => {
-                    self.note_renames(&provider.fabric, &discovery).await?;
-                    self.answer_waiting(provider.id, &discovery.waiting, has_arrived).await?;
-                }
+                Ok(discovery) => self.answer_waiting(provider.id, &discovery.waiting, has_arrived).await?,
                 Err(error) => tracing::debug!(host = provider.name, %error, "a host could not be read now"),
             }
         }
@@ -81,26 +78,44 @@ impl Control {
         Ok(())
     }
 
-    /// A VM renamed by its administrator stays the same item; people see the new name.
-    async fn note_renames(
-        &self,
-        fabric: &str,
-        discovery: &mainstay_provider::Discovery,
-    ) -> Result<(), ControlError> {
+    /// A VM that its administrator renamed, or whose disks grew, stays the same item; people see what it is now.
+    pub(crate) async fn note_changes(&self, discovery: &Discovery) -> Result<(), ControlError> {
         for item in self.db.items().await? {
-            let renamed = discovery.inventory.vms.iter().find(|vm| {
-                vm.id == item.vm && vm.name != item.vm_name && item.fabric.eq_ignore_ascii_case(fabric)
-            });
-            if let Some(vm) = renamed {
-                tracing::info!(item = %item.id, from = item.vm_name, to = vm.name, "a VM was renamed");
-                let name = vm.name.clone();
-                self.change_item(item.id, |item| {
-                    item.vm_name = name;
-                    Ok(())
-                })
-                .await?;
+            let home = discovery.inventory.vms.iter().find(|vm| vm.id == item.vm);
+            let name = home.map_or(&item.vm_name, |vm| &vm.name);
+            let active = match (item.state.phase.active_location(), item.recovery_vm) {
+                (Location::Recovery, Some(copy)) => {
+                    discovery.inventory.vms.iter().find(|vm| vm.id == copy.vm)
+                }
+                _ => home,
+            };
+            let disks = with_sizes(&item.disks, active);
+            if *name == item.vm_name && disks == item.disks {
+                continue;
             }
+            if *name != item.vm_name {
+                tracing::info!(item = %item.id, from = item.vm_name, to = name, "a VM was renamed");
+            }
+            self.change_item(item.id, |item| {
+                item.vm_name.clone_from(name);
+                item.disks.clone_from(&disks);
+                Ok(())
+            })
+            .await?;
         }
         Ok(())
     }
+}
+
+/// The disks with the sizes that a VM has now. What is not known (a disk that is away) stays.
+fn with_sizes(disks: &[DiskRecord], vm: Option<&VirtualMachine>) -> Vec<DiskRecord> {
+    let size = |key: &str| {
+        let disk = vm?.disks.iter().find(|disk| disk.key == key)?;
+        (disk.size_bytes > 0).then_some(disk.size_bytes)
+    };
+    let resized = |disk: &DiskRecord| DiskRecord {
+        size_bytes: size(&disk.key).unwrap_or(disk.size_bytes),
+        ..disk.clone()
+    };
+    disks.iter().map(resized).collect()
 }

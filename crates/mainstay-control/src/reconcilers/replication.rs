@@ -283,9 +283,9 @@ impl Control {
                 let record = &mut item.replication;
                 record.failures += 1;
                 record.last_cycle_ms = Some(started_ms);
-                let delay_seconds = if error.kind == ErrorKind::NoSpace {
-                    // Space comes back when somebody makes some; looking costs nothing.
-                    NO_SPACE_RETRY_SECONDS
+                let delay_seconds = if matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Busy) {
+                    // Somebody makes space, somebody's backup ends; looking costs nothing.
+                    WAITING_RETRY_SECONDS
                 } else {
                     retry_delay_seconds(record.failures)
                 };
@@ -303,7 +303,9 @@ impl Control {
             .await?;
         if is_new {
             let item = self.item(id).await?;
-            let severity = if transient { Health::Warning } else { Health::Critical };
+            // A full site ends by itself, but not without a person.
+            let is_mild = transient && error.kind != ErrorKind::NoSpace;
+            let severity = if is_mild { Health::Warning } else { Health::Critical };
             let text = format!("replication of '{}' failed: {error} {}", item.vm_name, error.remedy);
             self.record_event(self.item_event(&item, "ReplicationFailed", severity, text)).await?;
         }
@@ -311,5 +313,5 @@ impl Control {
     }
 }
 
-/// How often a full site is tried again.
-const NO_SPACE_RETRY_SECONDS: u32 = 10;
+/// How often it is tried again when a site is full or somebody else works on the VM.
+const WAITING_RETRY_SECONDS: u32 = 10;

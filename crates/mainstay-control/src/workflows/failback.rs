@@ -211,12 +211,13 @@ async fn synchronize_once(
     }
     let replicated = replicate(step, item, Patience::OUTAGE, false).await?;
     moved.bytes_captured += replicated.bytes_moved;
+    let (_, disks) = control.point_contents(item.id, replicated.point).await?;
     // Nothing to fail over to: it leaves the catalogue at once, with those whose answer was lost, and stays as the head
     // that the next delta builds on.
     let points = control.store.points(item.id.0).await.map_err(ControlError::from)?;
     let points: Vec<_> = points.iter().map(|point| point.id).collect();
     control.store.delete_points(item.id.0, &points).await.map_err(ControlError::from)?;
-    let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, full };
+    let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, disks, full };
     let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
     moved.add(&staged);
     moved.point = Some(replicated.point);
@@ -338,7 +339,8 @@ impl StepAction for BringHome {
         }
         // The recovery side writes no more: what home is about to become is final.
         step.control.store.raise_generation(item.id.0, generation.0).await.map_err(ControlError::from)?;
-        let commit = CommitHome { item: item.id, vm: item.vm, to: point };
+        let (definition, _) = step.control.point_contents(item.id, point).await?;
+        let commit = CommitHome { item: item.id, vm: item.vm, to: point, definition };
         step.call(item.primary_provider, commit, Patience::OUTAGE).await?;
         let output = BroughtHome { point, moved, bytes_compared: verified.bytes_compared };
         Ok(Done::with(&output)?.fencing())

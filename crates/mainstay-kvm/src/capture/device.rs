@@ -10,17 +10,18 @@ use mainstay_nbd::Client;
 
 /// Why a capture was given up, once it was.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct GivenUp(Arc<OnceLock<String>>);
+pub(crate) struct GivenUp(Arc<OnceLock<(io::ErrorKind, String)>>);
 
 impl GivenUp {
-    pub(crate) fn because(&self, reason: String) {
+    /// `kind` is `StorageFull` when it was for want of scratch space, else `TimedOut`.
+    pub(crate) fn because(&self, kind: io::ErrorKind, reason: String) {
         // The first reason is the one that counts.
-        let _ = self.0.set(reason);
+        let _ = self.0.set((kind, reason));
     }
 
     fn check(&self) -> Result<(), BlockError> {
         match self.0.get() {
-            Some(reason) => Err(io::Error::new(io::ErrorKind::TimedOut, reason.clone()).into()),
+            Some((kind, reason)) => Err(io::Error::new(*kind, reason.clone()).into()),
             None => Ok(()),
         }
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use mainstay_model::VmId;
 use mainstay_nbd::{Client, ClientOptions, Endpoint};
 use mainstay_provider::{
-    CaptureRequest, CapturedDisk, Changed, Consistency, ErrorKind, PowerState, SiteError,
+    CaptureLimits, CaptureRequest, CapturedDisk, Changed, Consistency, ErrorKind, PowerState, SiteError,
 };
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -89,6 +89,7 @@ pub(crate) async fn begin(
         let source = MapSource::choose_live(since, node, is_overlay(host, vm, disk));
         plans.push(Plan { disk, node, source });
     }
+    let limits = within_space(request.limits, &record.run)?;
     trim_live(host, vm, &nodes, &[tracker, since.unwrap_or(CREATION_TRACKER)]).await;
 
     let socket = record.run.join("nbd");
@@ -110,14 +111,8 @@ pub(crate) async fn begin(
 
     let given_up = GivenUp::default();
     let stop = CancellationToken::new();
-    let watch = watchdog::watch(
-        Arc::clone(host),
-        vm,
-        record.run.clone(),
-        request.limits,
-        given_up.clone(),
-        stop.clone(),
-    );
+    let watch =
+        watchdog::watch(Arc::clone(host), vm, record.run.clone(), limits, given_up.clone(), stop.clone());
     let keeper = Keeper { stop: stop.drop_guard(), watchdog: tokio::spawn(watch) };
     match open_disks(host, vm, &plans, &socket, tracker, &given_up).await {
         Ok(disks) => {
@@ -128,6 +123,29 @@ pub(crate) async fn begin(
             Err(error)
         }
     }
+}
+
+/// Scratch space below which no capture is begun: what a busy guest overwrites between two looks of the watchdog.
+const SCRATCH_BYTES_MIN: u64 = 32 << 20;
+
+/// Limits the scratch space to three quarters of what is free: the watchdog looks once a second, and a guest whose
+/// scratch files cannot grow is paused.
+fn within_space(limits: CaptureLimits, directory: &Path) -> Result<CaptureLimits, SiteError> {
+    let space = nix::sys::statvfs::statvfs(directory)
+        .map_err(|error| failed(format!("asking for free space in {}: {error}", directory.display())))?;
+    let free = space.blocks_available() * space.fragment_size();
+    let room = free / 4 * 3;
+    if room < SCRATCH_BYTES_MIN.min(limits.scratch_bytes_max) {
+        return Err(SiteError::new(
+            ErrorKind::NoSpace,
+            format!(
+                "there is no room for a capture's scratch files: {free} bytes are free in {}",
+                directory.display()
+            ),
+        )
+        .with_remedy("Make space there, on the protected host; replication then goes on by itself."));
+    }
+    Ok(CaptureLimits { scratch_bytes_max: limits.scratch_bytes_max.min(room), ..limits })
 }
 
 /// Sets the tracker and begins the backup.

@@ -14,6 +14,7 @@ mod watchdog;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use mainstay_model::VmId;
@@ -67,6 +68,29 @@ struct OpenMark {
     vm: VmId,
 }
 
+/// How often it is tried to end a capture that could not be ended at once.
+const END_AGAIN: Duration = Duration::from_secs(1);
+
+/// Ends the capture of which there is a record. If that fails now (libvirt is away), it is pursued until it succeeds:
+/// the guest pays as long as it is open, and nobody watches it any more. The VM counts as captured until then.
+async fn end(open: OpenMark) -> Result<(), SiteError> {
+    let ended = abandon(&open.host, open.vm).await;
+    if ended.is_err() {
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(END_AGAIN).await;
+                let _lock = open.host.lock(open.vm).await;
+                match abandon(&open.host, open.vm).await {
+                    Ok(()) => break,
+                    Err(error) => tracing::debug!(vm = %open.vm, %error, "a capture cannot be ended yet"),
+                }
+            }
+            tracing::info!(vm = %open.vm, "a capture that could not be ended at once has been ended");
+        });
+    }
+    ended
+}
+
 impl Drop for OpenMark {
     fn drop(&mut self) {
         self.host.forget_capture(self.vm);
@@ -97,21 +121,22 @@ pub(crate) async fn begin(
     let run = host.files.run().join(request.capture.0.simple().to_string());
     let record = CaptureRecord { run };
     write_record(&record_path, &record)?;
-    host.make_directory(&record.run).await?;
-    let opened = if power == PowerState::Off {
-        offline::begin(host, vm, request, &record, &tracker).await
-    } else {
-        live::begin(host, vm, request, &record, &tracker, power).await
+    let opened = async {
+        host.make_directory(&record.run).await?;
+        if power == PowerState::Off {
+            offline::begin(host, vm, request, &record, &tracker).await
+        } else {
+            live::begin(host, vm, request, &record, &tracker, power).await
+        }
     };
-    match opened {
+    match opened.await {
         Ok(opened) => {
             let host = Arc::clone(host);
             Ok(Box::new(KvmCapture { host, vm, tracker: TrackerId(tracker), opened, _open: open }))
         }
         Err(error) => {
-            // What cannot be cleaned up now is cleaned up by the next capture.
-            if let Err(cleanup) = abandon(host, vm).await {
-                tracing::warn!(%vm, error = %cleanup, "a failed capture could not be cleaned up yet");
+            if let Err(cleanup) = end(open).await {
+                tracing::warn!(%vm, error = %cleanup, "a failed capture could not be ended yet");
             }
             Err(error)
         }
@@ -145,13 +170,14 @@ impl Capture for KvmCapture {
         let _lock = host.lock(vm).await;
         let Opened { disks, keeper, .. } = opened;
         drop(disks);
-        match keeper {
-            Keeper::Live(keeper) => keeper.stop().await,
-            Keeper::Offline(keeper) => keeper.stop().await?,
-        }
-        let result = abandon(&host, vm).await;
-        drop(open);
-        result
+        let stopped = match keeper {
+            Keeper::Live(keeper) => {
+                keeper.stop().await;
+                Ok(())
+            }
+            Keeper::Offline(keeper) => keeper.stop().await,
+        };
+        end(open).await.and(stopped)
     }
 }
 

@@ -33,7 +33,8 @@ impl Keeper {
         let stopped = stop.clone();
         let servers = tokio::spawn(async move {
             if tokio::time::timeout(age_max, stopped.cancelled()).await.is_err() {
-                given_up.because(format!("the capture was open for more than {} s", age_max.as_secs()));
+                let reason = format!("the capture was open for more than {} s", age_max.as_secs());
+                given_up.because(std::io::ErrorKind::TimedOut, reason);
             }
             let mut result = Ok(());
             for server in servers {

@@ -8,7 +8,7 @@ use mainstay_model::VmId;
 use mainstay_provider::{ErrorKind, SiteError};
 use serde_json::json;
 
-use super::{CaptureRecord, freeze};
+use super::{CaptureRecord, OpenMark, end, freeze};
 use crate::error::{While as _, busy};
 use crate::files::{read_record, remove_directory, remove_file};
 use crate::host::Host;
@@ -48,17 +48,23 @@ pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
 /// Ends the captures that an agent before us left open; answers the VMs concerned.
 pub(crate) async fn abandon_all(host: &Arc<Host>) -> Result<Vec<VmId>, SiteError> {
     let mut vms = freeze::release_all(host).await?;
+    let mut first_error = Ok(());
     for vm in host.files.captured_vms()? {
-        if host.has_capture(vm) {
+        let _lock = host.lock(vm).await;
+        if !host.note_capture(vm) {
             continue;
         }
-        let _lock = host.lock(vm).await;
-        abandon(host, vm).await.doing(&format!("cleaning up after a capture of VM {vm}"))?;
+        let open = OpenMark { host: Arc::clone(host), vm };
+        let ended = end(open).await.doing(&format!("cleaning up after a capture of VM {vm}"));
+        // The others are ended all the same.
+        if first_error.is_ok() {
+            first_error = ended;
+        }
         if !vms.contains(&vm) {
             vms.push(vm);
         }
     }
-    Ok(vms)
+    first_error.map(|()| vms)
 }
 
 /// Whether a backup job runs and is ours: only then does it serve on a socket in a directory of ours.

@@ -1,6 +1,7 @@
 //! Watching an open capture, so that it never harms the guest: it ends when its scratch files grow beyond their
 //! budget, when it gets old, and when the guest was paused because of it.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,32 +27,37 @@ pub(crate) async fn watch(
     stop: CancellationToken,
 ) {
     let begun = Instant::now();
-    let reason = loop {
+    let (kind, reason) = loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(PERIOD) => {}
         }
         if begun.elapsed() > limits.age_max {
-            break format!("the capture was open for more than {} s", limits.age_max.as_secs());
+            let reason = format!("the capture was open for more than {} s", limits.age_max.as_secs());
+            break (ErrorKind::TimedOut, reason);
         }
         match host.libvirt.job(vm).await {
-            Ok(job) if job.operation.is_none() => break "the capture's job has ended".to_owned(),
+            Ok(job) if job.operation.is_none() => {
+                break (ErrorKind::TimedOut, "the capture's job has ended".to_owned());
+            }
             Ok(job) if job.scratch_bytes > limits.scratch_bytes_max => {
-                break format!(
-                    "the guest overwrote more than {} bytes during the capture",
+                let reason = format!(
+                    "the guest overwrote more than {} bytes during the capture, for which there is scratch space",
                     limits.scratch_bytes_max
                 );
+                break (ErrorKind::StorageFull, reason);
             }
             Ok(_) => {}
             // libvirt is away for a moment, or the VM has ended; its NBD server tells the reader.
             Err(error) => tracing::debug!(%vm, %error, "an open capture cannot be watched"),
         }
         if host.libvirt.state(vm).await.is_ok_and(|state| state.is_paused_by_io_error) {
-            break "there was no space left for scratch, and the guest was paused".to_owned();
+            let reason = "there was no space left for scratch, and the guest was paused".to_owned();
+            break (ErrorKind::StorageFull, reason);
         }
     };
     tracing::warn!(%vm, reason, "a capture is given up");
-    given_up.because(reason);
+    given_up.because(kind, reason);
     match is_ours(&host, vm, &run).await {
         Ok(true) => {
             // The job may end by itself at the same time; what matters is that there is none.

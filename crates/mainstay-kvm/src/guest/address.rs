@@ -1,18 +1,26 @@
 //! Giving a guest an address. It lasts until the guest's own configuration is applied again; a guest that shall keep it
 //! needs its configuration changed by its administrator.
 
+use std::time::{Duration, Instant};
+
 use mainstay_model::VmId;
 use mainstay_provider::SiteError;
 use serde_json::Value;
 
-use super::{adapters, ask, run, run_well};
+use super::{AGENT_TIMEOUT, adapters, ask, run, run_well};
 use crate::error::{not_found, refused};
 use crate::host::Host;
 
 /// Sets the address of the adapter with that MAC address.
 pub(crate) async fn set_address(host: &Host, vm: VmId, mac: &str, address: &str) -> Result<(), SiteError> {
     let (plain, prefix) = split(address)?;
-    let adapters = adapters(host, vm).await?;
+    if crate::recovery::read_record(host, vm)?
+        .is_some_and(|record| record.reservations.iter().any(|reservation| reservation.is_for(mac, address)))
+        && wait_for_lease(host, vm, mac, &plain).await?
+    {
+        return Ok(());
+    }
+    let adapters = adapters(host, vm, AGENT_TIMEOUT).await?;
     let adapter = adapters.iter().find(|adapter| adapter.mac.eq_ignore_ascii_case(mac));
     let adapter = adapter.ok_or_else(|| not_found(format!("the guest has no adapter {mac}")))?;
     if adapter.addresses.iter().any(|known| known == address) {
@@ -33,6 +41,27 @@ pub(crate) async fn set_address(host: &Host, vm: VmId, mac: &str, address: &str)
     refuse_duplicate(host, vm, &adapter.name, &plain).await?;
     run_well(host, vm, "ip", &["-4", "addr", "flush", "dev", &adapter.name]).await?;
     run_well(host, vm, "ip", &["addr", "add", address, "dev", &adapter.name]).await
+}
+
+/// How long a guest that asks for an address when it boots may take to have the one that is reserved for it.
+const LEASE_TIMEOUT: Duration = Duration::from_secs(30);
+const LEASE_POLL: Duration = Duration::from_millis(500);
+
+/// Waits until the guest says that it has an address; one that does not ask for any gets it from its agent instead.
+async fn wait_for_lease(host: &Host, vm: VmId, mac: &str, plain: &str) -> Result<bool, SiteError> {
+    let deadline = Instant::now() + LEASE_TIMEOUT;
+    loop {
+        let adapters = adapters(host, vm, AGENT_TIMEOUT).await?;
+        let mut own = adapters.iter().filter(|adapter| adapter.mac.eq_ignore_ascii_case(mac));
+        let has = |known: &String| known.split('/').next() == Some(plain);
+        if own.any(|adapter| adapter.addresses.iter().any(has)) {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        tokio::time::sleep(LEASE_POLL).await;
+    }
 }
 
 /// Checks that it is an IPv4 address with a prefix, before it reaches a program in the guest.

@@ -16,7 +16,7 @@ use crate::host::Host;
 pub(crate) use address::set_address;
 
 /// How long a question may take. A busy guest under emulation needs seconds.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a program in the guest may run.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
@@ -37,8 +37,8 @@ pub(crate) async fn is_agent_up(host: &Host, vm: VmId) -> bool {
     host.libvirt.agent(vm, "guest-ping", Value::Null, Duration::from_secs(2)).await.is_ok()
 }
 
-async fn adapters(host: &Host, vm: VmId) -> Result<Vec<GuestAdapter>, SiteError> {
-    let answer = ask(host, vm, "guest-network-get-interfaces", Value::Null).await?;
+async fn adapters(host: &Host, vm: VmId, timeout: Duration) -> Result<Vec<GuestAdapter>, SiteError> {
+    let answer = host.libvirt.agent(vm, "guest-network-get-interfaces", Value::Null, timeout).await?;
     let read_address = |address: &Value| {
         Some(format!("{}/{}", address["ip-address"].as_str()?, address["prefix"].as_u64()?))
     };
@@ -56,7 +56,16 @@ async fn adapters(host: &Host, vm: VmId) -> Result<Vec<GuestAdapter>, SiteError>
 
 /// All addresses that others can reach the guest by.
 pub(crate) async fn addresses(host: &Host, vm: VmId) -> Result<Vec<GuestAddress>, SiteError> {
-    let adapters = adapters(host, vm).await?;
+    addresses_within(host, vm, AGENT_TIMEOUT).await
+}
+
+/// The same with a guest that has so long to answer.
+pub(crate) async fn addresses_within(
+    host: &Host,
+    vm: VmId,
+    timeout: Duration,
+) -> Result<Vec<GuestAddress>, SiteError> {
+    let adapters = adapters(host, vm, timeout).await?;
     let of_adapter = |adapter: GuestAdapter| {
         let mac = adapter.mac;
         let own = |address: &String| !address.starts_with("fe80:");

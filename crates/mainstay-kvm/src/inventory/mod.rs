@@ -3,6 +3,8 @@
 mod facts;
 mod findings;
 
+use std::time::Duration;
+
 use futures::StreamExt as _;
 use mainstay_model::VmId;
 use mainstay_provider::{
@@ -20,11 +22,15 @@ pub(crate) use facts::{facts, machines};
 /// VMs that are looked at together. libvirt answers in a millisecond, but one VM's disks may be slow.
 const VMS_AT_ONCE: usize = 8;
 
+/// How long each guest may take to tell its addresses when all are asked; a hung one costs no more.
+const GUEST_ANSWER_MAX: Duration = Duration::from_secs(2);
+
 /// Everything on the host.
 pub(crate) async fn inventory(host: &Host) -> Result<Inventory, SiteError> {
     let ids = host.libvirt.domains().await?;
-    let mut machines =
-        futures::stream::iter(ids).map(|id| machine(host, id, false)).buffer_unordered(VMS_AT_ONCE);
+    let mut machines = futures::stream::iter(ids)
+        .map(|id| machine(host, id, GUEST_ANSWER_MAX))
+        .buffer_unordered(VMS_AT_ONCE);
     let mut vms = Vec::new();
     while let Some(machine) = machines.next().await {
         match machine {
@@ -59,8 +65,12 @@ pub(crate) async fn networks(host: &Host) -> Result<Vec<Network>, SiteError> {
     Ok(networks)
 }
 
-/// One VM. Its guest is asked for addresses only if `ask_guest`: a hung agent takes its time.
-pub(crate) async fn machine(host: &Host, id: VmId, ask_guest: bool) -> Result<VirtualMachine, SiteError> {
+/// One VM. Its guest is asked for its addresses if an agent has opened its channel, and has so long to answer.
+pub(crate) async fn machine(
+    host: &Host,
+    id: VmId,
+    guest_answer_max: Duration,
+) -> Result<VirtualMachine, SiteError> {
     let domain = host.domain(id, XmlKind::Live).await?;
     let power = host.power(id).await?;
     let mut disks = Vec::new();
@@ -76,8 +86,8 @@ pub(crate) async fn machine(host: &Host, id: VmId, ask_guest: bool) -> Result<Vi
             is_replicable: findings::obstacle(disk).is_none(),
         });
     }
-    let addresses = if ask_guest && power == PowerState::Running && domain.has_agent {
-        guest::addresses(host, id).await.unwrap_or_default()
+    let addresses = if power == PowerState::Running && domain.is_agent_connected == Some(true) {
+        guest::addresses_within(host, id, guest_answer_max).await.unwrap_or_default()
     } else {
         Vec::new()
     };

@@ -105,6 +105,7 @@ api! {
         virNetworkGetXMLDesc: fn(*mut NetworkObject, c_uint) -> *mut c_char;
         virNetworkLookupByName: fn(*mut Connect, *const c_char) -> *mut NetworkObject;
         virNetworkCreateXML: fn(*mut Connect, *const c_char) -> *mut NetworkObject;
+        virNetworkUpdate: fn(*mut NetworkObject, c_uint, c_uint, c_int, *const c_char, c_uint) -> c_int;
         virNetworkDestroy: fn(*mut NetworkObject) -> c_int;
         virNetworkFree: fn(*mut NetworkObject) -> c_int;
     }

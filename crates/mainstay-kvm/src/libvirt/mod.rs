@@ -331,6 +331,28 @@ impl Libvirt {
         self.call(move |connection| connection.create_network(&xml)).await
     }
 
+    /// Adds a DHCP reservation (`<host mac= ip=/>`) to a network, or removes it; for as long as the network is defined, or
+    /// runs if it is not.
+    pub(crate) async fn change_reservation(
+        &self,
+        network: &str,
+        xml: String,
+        is_added: bool,
+    ) -> Result<(), LibvirtError> {
+        const DELETE: u32 = 2;
+        const ADD_LAST: u32 = 3;
+        const DHCP_HOST: u32 = 4;
+        const LIVE: u32 = 1;
+        const CONFIG: u32 = 2;
+        let (network, command) = (network.to_owned(), if is_added { ADD_LAST } else { DELETE });
+        self.call(move |connection| {
+            let update = |flags| connection.update_network(&network, command, DHCP_HOST, &xml, flags);
+            // A network that does not run has only a definition, one that is not defined only runs.
+            update(LIVE | CONFIG).or_else(|_| update(LIVE)).or_else(|_| update(CONFIG))
+        })
+        .await
+    }
+
     /// Takes a network down; one that is gone is no error.
     pub(crate) async fn destroy_network(&self, name: String) -> Result<(), LibvirtError> {
         match self.call(move |connection| connection.destroy_network(&name)).await {

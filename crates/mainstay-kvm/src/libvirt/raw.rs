@@ -181,14 +181,33 @@ impl RawConnection {
         Ok(())
     }
 
-    pub(crate) fn destroy_network(&self, name: &str) -> Result<()> {
+    /// Changes a part of a network.
+    pub(crate) fn update_network(
+        &self,
+        name: &str,
+        command: c_uint,
+        section: c_uint,
+        xml: &str,
+        flags: c_uint,
+    ) -> Result<()> {
+        let (network, xml) = (self.network(name)?, c_string(xml)?);
+        let update = self.api.virNetworkUpdate;
+        // SAFETY: the network object is alive, and the string until the call returns.
+        self.check(unsafe { update(network.pointer, command, section, -1, xml.as_ptr(), flags) }).map(drop)
+    }
+
+    fn network(&self, name: &str) -> Result<RawNetwork> {
         let name = c_string(name)?;
         // SAFETY: the string lives until the call returns; the reference is taken over.
         let pointer = unsafe { (self.api.virNetworkLookupByName)(self.pointer, name.as_ptr()) };
         if pointer.is_null() {
             return Err(last_error(self.api));
         }
-        let network = RawNetwork { api: self.api, pointer };
+        Ok(RawNetwork { api: self.api, pointer })
+    }
+
+    pub(crate) fn destroy_network(&self, name: &str) -> Result<()> {
+        let network = self.network(name)?;
         // SAFETY: the network object is alive.
         self.check(unsafe { (self.api.virNetworkDestroy)(network.pointer) }).map(drop)
     }

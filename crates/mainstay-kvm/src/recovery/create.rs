@@ -6,7 +6,7 @@ use mainstay_model::VmId;
 use mainstay_provider::{NetworkKind, RecoveryDisk, RecoveryVmSpec, SiteError};
 use sha2::{Digest as _, Sha256};
 
-use super::{RecoveryRecord, middle_path, read_record, record_path, top_path};
+use super::{RecoveryRecord, middle_path, read_record, record_path, reserve, top_path};
 use crate::command::{argument, run};
 use crate::definition::Definition;
 use crate::error::{While as _, refused};
@@ -38,6 +38,7 @@ pub(crate) async fn create(host: &Host, spec: &RecoveryVmSpec) -> Result<(), Sit
     }
     let definition = Definition::decode(&spec.definition)?;
     let own_network = prepare_network(host, spec).await?;
+    let reservations = reserve::needed(&host.libvirt, spec.vm, &spec.nics).await?;
     let directory = host.files.recovery(spec.vm);
     host.make_directory(&directory).await?;
     let owner = host.owner().await?;
@@ -46,11 +47,14 @@ pub(crate) async fn create(host: &Host, spec: &RecoveryVmSpec) -> Result<(), Sit
         None => RecoveryRecord {
             disks: spec.disks.clone(),
             own_network: own_network.clone(),
+            reservations,
             hydrated: std::collections::BTreeSet::new(),
             is_held: false,
         },
     };
+    // Written first: what it names is removed with the VM.
     write_record(&record_path(host, spec.vm), &record)?;
+    reserve::make(&host.libvirt, &record.reservations).await?;
     let mut disks = Vec::new();
     for disk in &spec.disks {
         disks.push(make_images(&directory, disk, owner).await?);

@@ -7,6 +7,7 @@
 mod create;
 mod hydrate;
 mod remove;
+mod reserve;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use crate::xml::DomainDisk;
 pub(crate) use create::{create, grant_sockets, make_overlay};
 pub(crate) use hydrate::hydrate;
 pub(crate) use remove::remove;
+pub(crate) use reserve::Reservation;
 
 /// What is remembered of a recovery VM, in `record.json` of its directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,6 +30,9 @@ pub(crate) struct RecoveryRecord {
     pub(crate) disks: Vec<RecoveryDisk>,
     /// A network that was made for this VM alone.
     pub(crate) own_network: Option<String>,
+    /// Addresses that networks hand out to this VM.
+    #[serde(default)]
+    pub(crate) reservations: Vec<Reservation>,
     /// Keys of the disks that no longer need the recovery point.
     pub(crate) hydrated: BTreeSet<String>,
     /// Whether the VM, which was off, was brought into memory only for its disks to be copied.

@@ -3,7 +3,7 @@
 use mainstay_model::VmId;
 use mainstay_provider::{PowerState, SiteError};
 
-use super::read_record;
+use super::{read_record, reserve};
 use crate::capture::abandon;
 use crate::error::{While as _, refused};
 use crate::files::remove_directory;
@@ -27,7 +27,11 @@ pub(crate) async fn remove(host: &Host, vm: VmId) -> Result<(), SiteError> {
         host.libvirt.undefine(vm).await.doing("removing the recovery VM")?;
     }
     abandon(host, vm).await?;
-    let own_network = read_record(host, vm)?.and_then(|record| record.own_network);
+    let record = read_record(host, vm)?;
+    if let Some(record) = &record {
+        reserve::remove(&host.libvirt, &record.reservations).await?;
+    }
+    let own_network = record.and_then(|record| record.own_network);
     // A multicast group is there as long as somebody is in it.
     if let Some(network) = own_network.filter(|network| !network.starts_with("mcast:")) {
         host.libvirt.destroy_network(network).await.doing("removing the isolated network")?;

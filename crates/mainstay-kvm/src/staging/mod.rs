@@ -19,7 +19,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use serde::{Deserialize, Serialize};
 
-use crate::command::argument;
+use crate::command::{argument, image_info, run};
 use crate::error::{While as _, busy, failed, refused};
 use crate::files::{Identity, write_record};
 use crate::host::{Host, disk_path, find_disk};
@@ -101,6 +101,7 @@ pub(crate) async fn open(host: &Arc<Host>, spec: &StagingSpec) -> Result<Box<dyn
         let home = argument(&staged.home)?;
         let options = "cluster_size=128k,extended_l2=on";
         make_overlay(&staged.overlay, options, &staged.format, home, wanted.size_bytes, None).await?;
+        grow_overlay(&staged.overlay, wanted.size_bytes).await?;
         let serving = Serving { format: "qcow2".to_owned(), is_writable: true, ..Serving::default() };
         let socket = socket_path(host, spec.vm, index);
         let server = QemuNbd::start(&staged.overlay, &socket, &serving).await?;
@@ -113,6 +114,16 @@ pub(crate) async fn open(host: &Arc<Host>, spec: &StagingSpec) -> Result<Box<dyn
         disks.push(staged.clone());
     }
     Ok(Box::new(KvmStaging { disks, servers, devices }))
+}
+
+/// An overlay that was begun when the disk was smaller becomes as large as the disk is now.
+async fn grow_overlay(overlay: &Path, size_bytes: u64) -> Result<(), SiteError> {
+    let present = image_info(overlay, "qcow2").await?["virtual-size"].as_u64().unwrap_or(size_bytes);
+    if present < size_bytes {
+        let size = size_bytes.to_string();
+        run("qemu-img", &["resize", "-q", "-f", "qcow2", argument(overlay)?, &size]).await?;
+    }
+    Ok(())
 }
 
 /// The home VM must be off, and nobody else may build on its disks.

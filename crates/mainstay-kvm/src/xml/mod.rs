@@ -7,8 +7,9 @@ mod rewrite;
 mod tree;
 
 pub(crate) use disks::{DiskSource, drop_backing_store};
-pub(crate) use nics::NicRules;
-pub(crate) use read::{Domain, DomainDisk, RecoveryMark};
+pub(crate) use nics::{NicRules, planned_mac};
+pub(crate) use read::{Domain, DomainDisk};
+pub use read::{RecoveryMark, recovery_mark};
 pub(crate) use rewrite::{Adaptation, adapt};
 
 /// The namespace of what we write into a domain's metadata.

@@ -31,10 +31,7 @@ pub(super) fn rewrite(devices: &mut Element, rules: &NicRules<'_>) -> Result<(),
         if result.is_ok() {
             result = attach(device, plan.network.as_deref().or(rules.isolated));
         }
-        let mac = match plan.mac_policy {
-            MacPolicy::Keep => mac,
-            MacPolicy::Generate => generated_mac(rules.vm, &mac),
-        };
+        let mac = planned_mac(rules.vm, plan);
         remove(device, &["mac"]);
         push(device, element("mac", &[("address", &mac)]));
         true
@@ -88,6 +85,15 @@ fn attach(device: &mut Element, network: Option<&str>) -> Result<(), SiteError> 
 
 fn no_network(name: &str) -> SiteError {
     refused(format!("'{name}' names no network of this host"), "Choose one of the networks in the inventory.")
+}
+
+/// The MAC address that an adapter of a recovery VM has.
+pub(crate) fn planned_mac(vm: VmId, plan: &NicPlan) -> String {
+    let mac = plan.mac.to_lowercase();
+    match plan.mac_policy {
+        MacPolicy::Keep => mac,
+        MacPolicy::Generate => generated_mac(vm, &mac),
+    }
 }
 
 /// An address in QEMU's range that is the same every time.

@@ -31,9 +31,17 @@ pub(crate) struct Domain {
 
 /// What makes a domain a recovery VM of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RecoveryMark {
-    pub(crate) item: ItemId,
-    pub(crate) is_test: bool,
+pub struct RecoveryMark {
+    /// The replicated item it belongs to.
+    pub item: ItemId,
+    /// Whether it is a test copy.
+    pub is_test: bool,
+}
+
+/// The mark in a domain's description; `None` if it is not a recovery VM of ours.
+pub fn recovery_mark(xml: &str) -> Result<Option<RecoveryMark>, SiteError> {
+    let document = Document::parse(xml).map_err(|error| failed(format!("reading libvirt's XML: {error}")))?;
+    Ok(read_mark(document.root_element()))
 }
 
 /// A disk (not a CD or floppy).

@@ -141,14 +141,7 @@ impl World<'_> {
     /// The ledger of the copy that runs now, and its own account of itself, as soon as it answers.
     async fn answer(&self, copy: LedgerCopy) -> Result<(Ledger, Status)> {
         let found = self.lab.ledger(&self.vm, copy, GUEST_TIMEOUT).await?;
-        let (site, vm) = match copy {
-            LedgerCopy::Active => self.lab.active_vm(&self.vm).await?,
-            LedgerCopy::Test => {
-                let site = self.lab.site(RECOVERY)?;
-                let vm = site.libvirt().find_by_name(&format!("{}-test", self.vm)).await?;
-                (site, vm.context("the test copy")?)
-            }
-        };
+        let (site, vm) = self.lab.vm(&self.vm, copy).await?;
         Ok((found, ledger::status(site, vm).await?))
     }
 

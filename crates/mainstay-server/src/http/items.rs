@@ -1,5 +1,7 @@
 //! Replicated items: `replicationFabrics/{F}/replicationProtectionContainers/{C}/replicationProtectedItems/{I}/…`.
 
+use std::time::Duration;
+
 use axum::response::{IntoResponse as _, Response};
 use hyper::{Method, StatusCode};
 use mainstay_api::arm::{
@@ -10,7 +12,7 @@ use mainstay_control::{
     ControlError,
     app::{EnableRequest, FabricRecord},
     db::{ItemRecord, JobRecord, TargetRecord},
-    workflows::{FailbackParams, FailoverParams, PointChoice, SHUTDOWN_TIMEOUT, TestFailoverParams},
+    workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
 };
 use mainstay_model::{PointId, ProviderId};
 use mainstay_provider::{MacPolicy, NicPlan};
@@ -109,15 +111,19 @@ async fn on_item(
         (&Method::POST, ["unplannedfailover"]) => {
             let input: FailoverInput = call.properties()?;
             expect_direction(&input, "PrimaryToRecovery")?;
-            control.unplanned_failover(item, failover_params(&input)?, by).await?
+            control.unplanned_failover(item, failover_params(&input, call.api.shutdown_timeout)?, by).await?
         }
         (&Method::POST, ["plannedfailover"]) => {
             let input: FailoverInput = call.properties()?;
             match input.failover_direction.as_deref() {
-                Some("RecoveryToPrimary") => control.failback(item, failback_params(&input)?, by).await?,
+                Some("RecoveryToPrimary") => {
+                    control.failback(item, failback_params(&input, call.api.shutdown_timeout)?, by).await?
+                }
                 _ => {
                     expect_direction(&input, "PrimaryToRecovery")?;
-                    control.planned_failover(item, failover_params(&input)?, by).await?
+                    control
+                        .planned_failover(item, failover_params(&input, call.api.shutdown_timeout)?, by)
+                        .await?
                 }
             }
         }
@@ -247,22 +253,22 @@ fn parse_point(id: &str) -> Result<PointChoice, ApiError> {
     }
 }
 
-fn shutdown_timeout_ms() -> u64 {
-    u64::try_from(SHUTDOWN_TIMEOUT.as_millis()).unwrap_or(u64::MAX)
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn failover_params(input: &FailoverInput) -> Result<FailoverParams, ApiError> {
+fn failover_params(input: &FailoverInput, shutdown_timeout: Duration) -> Result<FailoverParams, ApiError> {
     Ok(FailoverParams {
         point: point_choice(&input.provider_specific_details, PointChoice::Latest)?,
         shutdown_source: input
             .source_site_operations
             .as_deref()
             .is_none_or(|word| !word.eq_ignore_ascii_case("NotRequired")),
-        shutdown_timeout_ms: shutdown_timeout_ms(),
+        shutdown_timeout_ms: milliseconds(shutdown_timeout),
     })
 }
 
-fn failback_params(input: &FailoverInput) -> Result<FailbackParams, ApiError> {
+fn failback_params(input: &FailoverInput, shutdown_timeout: Duration) -> Result<FailbackParams, ApiError> {
     let details = &input.provider_specific_details;
     let synchronize_before = match details.data_sync_option.as_deref() {
         None | Some("ForDownTime") => true,
@@ -289,7 +295,7 @@ fn failback_params(input: &FailoverInput) -> Result<FailbackParams, ApiError> {
         synchronize_before,
         create_vm: details.recovery_vm_creation_option.as_deref() == Some("CreateVmIfNotFound"),
         host,
-        shutdown_timeout_ms: shutdown_timeout_ms(),
+        shutdown_timeout_ms: milliseconds(shutdown_timeout),
     })
 }
 

@@ -44,6 +44,7 @@ pub(crate) struct Api {
     pub(crate) base_url: String,
     /// Address that agents are told.
     pub(crate) agent_endpoint: String,
+    pub(crate) shutdown_timeout: std::time::Duration,
     /// SHA-256 of the authority's certificate, part of registration keys.
     pub(crate) metrics: metrics_exporter_prometheus::PrometheusHandle,
 }

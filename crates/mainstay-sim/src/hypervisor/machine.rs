@@ -21,6 +21,8 @@ pub(super) struct Shape {
     pub(super) memory_bytes: u64,
     /// MAC address and network.
     pub(super) nics: Vec<(String, String)>,
+    /// What the firmware keeps: how often the VM was started from being off.
+    pub(super) boots: u64,
 }
 
 impl Shape {

@@ -131,6 +131,7 @@ impl SimHypervisor {
                 vcpus: 2,
                 memory_bytes: 1 << 30,
                 nics: vec![("52:54:00:00:00:01".to_owned(), "lan".to_owned())],
+                boots: 0,
             },
             recovery: None,
             disks: disks.iter().map(|(key, size)| MachineDisk::new(key, vec![0; *size as usize])).collect(),
@@ -283,6 +284,7 @@ impl SimHypervisor {
                 }
                 machine.started_from = Some(content);
                 machine.power = PowerState::Running;
+                machine.shape.boots += 1;
                 machine.write_block(0, BOOT_BLOCK.0, &mark(BOOT_BLOCK.1));
             }
         }
@@ -485,6 +487,15 @@ impl Hypervisor for SimHypervisor {
             Ok(false)
         };
         self.inner.faults.around("discard_staging", discard).await
+    }
+
+    async fn restore_state(&self, vm: VmId, definition: &VmDefinition) -> Result<(), SiteError> {
+        let restore = async {
+            let shape: Shape = serde_json::from_slice(&definition.0).map_err(failed)?;
+            self.lock().machine(vm)?.shape.boots = shape.boots;
+            Ok(())
+        };
+        self.inner.faults.around("restore_state", restore).await
     }
 
     async fn create_home_vm(

@@ -122,6 +122,7 @@ impl SimHypervisor {
                 vcpus: spec.vcpus.unwrap_or(shape.vcpus),
                 memory_bytes: spec.memory_bytes.unwrap_or(shape.memory_bytes),
                 nics,
+                boots: shape.boots,
             },
             recovery: Some(RecoveryMark { item: spec.item, is_test: spec.is_test }),
             disks: spec.disks.iter().map(disk).collect(),

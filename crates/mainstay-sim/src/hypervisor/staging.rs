@@ -147,6 +147,12 @@ impl SimHypervisor {
             return Err(SiteError::new(ErrorKind::Refused, "the VM is staged for another item"));
         };
         area.opening = opening;
+        for wanted in &spec.disks {
+            let of_key = |staged: &&mut StagedDisk| machine.disks[staged.disk].key == wanted.key;
+            if let Some(staged) = area.disks.iter_mut().find(of_key) {
+                staged.size_bytes = staged.size_bytes.max(wanted.size_bytes);
+            }
+        }
         let device = |(index, staged): (usize, &StagedDisk)| -> Arc<dyn BlockDevice> {
             Arc::new(StagedDevice {
                 host: self.clone(),

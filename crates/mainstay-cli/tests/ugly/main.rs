@@ -1,0 +1,13 @@
+//! The ugly cases, each on real VMs and through the command line, as an operator meets them.
+//!
+//! Every test has a lab of its own and takes it down; with `MAINSTAY_KEEP=1` a failed one leaves it for a look.
+
+mod access;
+mod changes;
+mod crashes;
+mod disaster;
+mod firmware;
+mod isolation;
+mod space;
+mod stubborn;
+mod support;

@@ -1,0 +1,85 @@
+//! A full recovery site: replication stops and says so, the guest does not notice, and what is there still protects.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use mainstay_lab::{HOME, LabAction, Mounted, RECOVERY};
+
+use crate::support::{World, eventually};
+
+const MIB: u64 = 1 << 20;
+/// What the server's file system has in this test.
+const SPACE_BYTES: u64 = 128 * MIB;
+/// What the server is told to leave free.
+const RESERVE_MIB: u64 = 24;
+
+#[test]
+fn a_full_recovery_site_stops_replication_and_harms_nobody() {
+    mainstay_lab::run_in_own_mounts("space::the_recovery_site_is_full").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "runs within a_full_recovery_site_stops_replication_and_harms_nobody"]
+async fn the_recovery_site_is_full() -> Result<()> {
+    let mut world = World::up("space").await?;
+    let mounted = give_server_a_small_file_system(&mut world).await?;
+    let data = world.lab.dir().join("server");
+    let vm = world.guest("vm1", "ledger.rate=20 ledger.churn_kib=256")?;
+    world.protect(&vm).await?;
+
+    // Somebody fills the file system, which by default holds the database too.
+    let ballast = data.join("ballast");
+    mounted.fill(&ballast, (RESERVE_MIB - 2) * MIB)?;
+    let item = world.wait_item("vm1", "is critical", |item| item["replicationHealth"] == "Critical").await?;
+    let errors = item["healthErrors"].as_array().context("a list")?;
+    let error = errors.iter().find(|error| error["errorCode"] == "NoSpace").context("a NoSpace error")?;
+    assert!(error["errorMessage"].as_str().is_some_and(|text| text.contains("no space left")), "{error}");
+    assert!(error["possibleCauses"].as_str().is_some_and(|text| text.contains("full")), "{error}");
+    assert!(error["recommendedAction"].as_str().is_some_and(|text| text.contains("Make space")), "{error}");
+    let event = world.wait_event("ReplicationFailed", "no space left").await?;
+    assert_eq!(event["severity"], "Critical");
+
+    // The guest is not harmed: it runs, it writes, and no capture stays open.
+    let before = world.points("vm1")?;
+    world.writes_on("vm1").await?;
+    world.whole("vm1", HOME).await?;
+    assert!(mounted.free_bytes()? >= (RESERVE_MIB - 16) * MIB, "the reserve is used up");
+
+    // Space again: replication goes on by itself.
+    std::fs::remove_file(&ballast)?;
+    world.wait_event("ReplicationRecovered", "goes on").await?;
+    eventually("a recovery point after the outage", async || {
+        ensure!(world.points("vm1")?.iter().any(|point| !before.contains(point)));
+        Ok(())
+    })
+    .await?;
+    world.wait_item("vm1", "is well again", |item| item["replicationHealth"] == "Normal").await?;
+
+    // A full site can still be failed over to: what is there protects, and the server writes its jobs down.
+    mounted.fill(&ballast, (RESERVE_MIB - 2) * MIB)?;
+    world.wait_item("vm1", "is critical again", |item| item["replicationHealth"] == "Critical").await?;
+    world.cli(&["failover", "vm1", "--no-shutdown-source"]).expect(0);
+    world.whole("vm1", RECOVERY).await?;
+    drop(mounted);
+    world.proved()
+}
+
+/// Moves the server's data directory, store and database, to a file system of its own.
+async fn give_server_a_small_file_system(world: &mut World) -> Result<Mounted> {
+    world.lab.act(LabAction::Stop, "server").await?;
+    let data = world.lab.dir().join("server");
+    let aside = world.lab.dir().join("server-before");
+    std::fs::rename(&data, &aside)?;
+    std::fs::create_dir(&data)?;
+    let mounted = Mounted::tmpfs(&data, SPACE_BYTES)?;
+    let copied = Command::new("cp").arg("-a").arg(aside.join(".")).arg(&data).status()?;
+    ensure!(copied.success(), "the server's data could not be copied");
+    let config = world.lab.dir().join("server.toml");
+    let text = std::fs::read_to_string(&config)?;
+    std::fs::write(&config, format!("{text}store_reserve_mib = {RESERVE_MIB}\n"))?;
+    world.lab.act(LabAction::Start, "server").await?;
+    for site in [HOME, RECOVERY] {
+        world.lab.wait_connected(site).await?;
+    }
+    Ok(mounted)
+}

@@ -1,0 +1,52 @@
+//! Keys and tokens end when they say.
+
+use std::sync::Arc;
+
+use mainstay_control::{
+    Control, ControlError, ManualClock,
+    app::{REGISTRATION_KEY_HOURS, Role},
+    db::Db,
+};
+use mainstay_store::{Store, StoreOptions, local_storage};
+
+const HOUR_MS: i64 = 3_600_000;
+
+async fn control(dir: &std::path::Path, clock: &Arc<ManualClock>) -> anyhow::Result<Arc<Control>> {
+    let db = Db::open(&dir.join("mainstay.db")).await?;
+    let store = Store::open(local_storage(&dir.join("store"))?, StoreOptions::default());
+    Ok(Control::new(db, Arc::new(store), clock.clone()))
+}
+
+#[tokio::test]
+async fn a_registration_key_works_for_five_days_and_not_longer() {
+    let (dir, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::default()));
+    let control = control(dir.path(), &clock).await.unwrap();
+    control.create_fabric("home").await.unwrap();
+    let (_, secret) = control.create_registration_key("home").await.unwrap();
+    clock.advance_ms(REGISTRATION_KEY_HOURS * HOUR_MS - 1);
+    let first = control.register_host(&secret.0, "kvm1", "1").await.unwrap();
+    clock.advance_ms(1);
+    let refused = control.register_host(&secret.0, "kvm2", "1").await.unwrap_err();
+    let ControlError::Invalid { code, message, remedy } = refused else { panic!("{refused}") };
+    assert_eq!(code, "RegistrationKeyExpired");
+    assert!(message.contains("'home'") && remedy.contains("mainstay host key"), "{message} {remedy}");
+    let refused = control.register_host("something else", "kvm2", "1").await.unwrap_err();
+    assert!(matches!(refused, ControlError::Invalid { code: "RegistrationKeyInvalid", .. }), "{refused}");
+    // What was registered in time stays.
+    assert_eq!(control.providers().await.unwrap(), [first]);
+}
+
+#[tokio::test]
+async fn a_token_works_until_it_expires_or_is_revoked() {
+    let (dir, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::default()));
+    let control = control(dir.path(), &clock).await.unwrap();
+    let (_, secret) = control.create_token("script", Role::Reader, Some(1000)).await.unwrap();
+    let (record, lasting) = control.create_token("person", Role::Operator, None).await.unwrap();
+    clock.advance_ms(999);
+    assert!(control.authenticate(&secret.0).await.unwrap().is_some());
+    clock.advance_ms(1);
+    assert!(control.authenticate(&secret.0).await.unwrap().is_none());
+    assert!(control.authenticate(&lasting.0).await.unwrap().is_some());
+    control.revoke_token(&record.digest).await.unwrap();
+    assert!(control.authenticate(&lasting.0).await.unwrap().is_none());
+}
