@@ -27,7 +27,7 @@ packages=(
   # The guest agent and the kernel are unpacked, never installed (see `cargo xtask guest`).
   busybox-static cpio kmod e2fsprogs dnsmasq-base iproute2 swtpm ovmf
 )
-if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup hyperfine); fi
+if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup); fi
 
 version_at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 

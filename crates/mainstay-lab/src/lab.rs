@@ -23,6 +23,7 @@ use tokio::process::Command;
 
 use crate::{
     DiskImage, GuestImages, LabFile, LabSite, LabVm, LedgerVm, Process, Site,
+    guest::Fill,
     ledger::{self, Ledger},
 };
 
@@ -249,18 +250,30 @@ impl Lab {
     }
 
     async fn add_vm(&mut self, name: &str, options: &LabOptions, images: &GuestImages) -> Result<()> {
-        let network = self.file.site(HOME)?.network.clone();
         let vm = LedgerVm {
             disks: vec![options.format; 2],
             disk_mib: options.disk_mib,
             options: options.guest_options.clone(),
-            network: network.strip_prefix("mcast:").map(str::to_owned),
             ..LedgerVm::new(name)
         };
-        vm.create(&self.home, images).await?;
+        self.start_guest(vm, images, &|_, _| Ok(())).await
+    }
+
+    /// Makes a guest at home in a lab that is up, and starts it. `fill` as in [`LedgerVm::create_with`].
+    pub async fn add_guest(&mut self, vm: LedgerVm, fill: Fill<'_>) -> Result<()> {
+        let images = GuestImages::in_directory(&self.dir.join("guest"))?;
+        self.start_guest(vm, &images, fill).await?;
+        self.discover().await?;
+        self.file.write(&self.dir)
+    }
+
+    async fn start_guest(&mut self, mut vm: LedgerVm, images: &GuestImages, fill: Fill<'_>) -> Result<()> {
+        let network = self.file.site(HOME)?.network.clone();
+        vm.network = network.strip_prefix("mcast:").map(str::to_owned);
+        vm.create_with(&self.home, images, fill).await?;
         self.home.libvirt().start(vm.id, false).await?;
         self.file.vms.push(LabVm {
-            name: name.to_owned(),
+            name: vm.name.clone(),
             site: HOME.to_owned(),
             protectable_item_id: vm.id.to_string(),
         });
