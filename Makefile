@@ -1,12 +1,13 @@
 # Two commands for a new user: `make demo` and `make test`. Both install what is missing first (Debian packages;
 # Rust must be there) and work as root or with sudo, with or without hardware virtualisation.
 
-.PHONY: demo test soak setup check guest help
+.PHONY: demo test soak bench setup check guest help
 
 help:
 	@echo "make demo    the tutorial's whole journey on real VMs, proved"
 	@echo "make test    all tests (30 minutes at most on 2 cores)"
 	@echo "make soak    the long tests"
+	@echo "make bench   measures speed against the aims and other tools (20 minutes on 2 cores)"
 	@echo "make check   what this machine lacks for the above; installs nothing"
 	@echo
 	@echo "Needs Debian 12 or 13 and Rust 1.94 or newer; everything else is installed (as root or with sudo)."
@@ -29,3 +30,8 @@ test: guest
 
 soak: guest
 	@cargo xtask soak
+
+# BENCH_ARGS: --json FILE, --only NAME, --quick
+bench: guest
+	@scripts/setup.sh bench
+	@cargo xtask bench $(BENCH_ARGS)

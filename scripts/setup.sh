@@ -29,7 +29,7 @@ packages=(
   # Tools that come as Python packages.
   python3 python3-venv
 )
-if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup hyperfine); fi
+if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup); fi
 
 version_at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 

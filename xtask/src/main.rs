@@ -1,5 +1,6 @@
 //! Tasks of the repository itself: `cargo xtask <task>`.
 
+mod bench;
 mod ci;
 mod cpio;
 mod guest;
@@ -15,6 +16,7 @@ fn main() -> anyhow::Result<()> {
         Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies outside the repository")?;
     match Xtask::parse() {
         Xtask::Audit => ci::audit(repository),
+        Xtask::Bench { arguments } => bench::run(repository, &arguments),
         Xtask::Ci => ci::run(repository),
         Xtask::Guest { refresh } => guest::run(refresh),
         Xtask::Soak => ci::soak(repository),
@@ -29,6 +31,12 @@ enum Xtask {
     Audit,
     /// Everything that a change must pass: formatting, tidy, dependencies, lints, tests; prints the time per suite.
     Ci,
+    /// Measures the product on real VMs, against its aims and other tools (`docs/benchmarks.md`).
+    Bench {
+        /// For the measuring program: `--json FILE`, `--only NAME`, `--quick`; `-- --help` explains them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// The long tests: random kills on real VMs, many seeds of the simulation.
     Soak,
     /// Dependency direction, file sizes, format documents.

@@ -15,7 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &["mainstay-replication", "mainstay-kvm"],
     &["mainstay-control", "mainstay-agent"],
     &["mainstay-server", "mainstay-lab", "mainstay-sim"],
-    &["mainstay-cli"],
+    &["mainstay-cli", "mainstay-bench"],
 ];
 
 /// Longest source file; longer ones are split.

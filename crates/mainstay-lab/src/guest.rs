@@ -1,6 +1,7 @@
 //! The ledger guest as a virtual machine.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -70,6 +71,9 @@ impl DiskImage {
     }
 }
 
+/// Writes to the raw image of a new disk, by the disk's index.
+pub type Fill<'a> = &'a (dyn Fn(usize, &fs::File) -> io::Result<()> + Sync);
+
 /// A ledger guest to be made.
 #[derive(Clone, Debug)]
 pub struct LedgerVm {
@@ -81,6 +85,8 @@ pub struct LedgerVm {
     pub disks: Vec<DiskImage>,
     /// Size of each disk.
     pub disk_mib: u64,
+    /// Size of the file system in it, when it shall not fill the disk. The guest never touches what lies behind it.
+    pub file_system_mib: Option<u64>,
     /// More words for the kernel's command line, such as `ledger.rate=50 ledger.churn_kib=256`.
     pub options: String,
     /// The multicast group (`address:port`) that stands for the site's production network.
@@ -97,6 +103,7 @@ impl LedgerVm {
             id: VmId(uuid::Uuid::new_v4()),
             disks: vec![DiskImage::Qcow2; 2],
             disk_mib: 64,
+            file_system_mib: None,
             options: String::new(),
             network: None,
             has_uefi_and_tpm: false,
@@ -105,11 +112,16 @@ impl LedgerVm {
 
     /// Makes the disks and defines the machine, without starting it.
     pub async fn create(&self, site: &Site, images: &GuestImages) -> Result<()> {
+        self.create_with(site, images, &|_, _| Ok(())).await
+    }
+
+    /// As [`Self::create`]; `fill` may write to the raw image of each disk, by index, behind its file system.
+    pub async fn create_with(&self, site: &Site, images: &GuestImages, fill: Fill<'_>) -> Result<()> {
         let mut disks = String::new();
         for (index, format) in self.disks.iter().enumerate() {
             let key = ["vda", "vdb"].get(index).context("the ledger guest has at most two disks")?;
             let path = self.disk_path(site, index);
-            self.make_disk(*format, &path).await?;
+            self.make_disk(*format, &path, &|file| fill(index, file)).await?;
             site.account().give(&path)?;
             disks.push_str(&format!(
                 "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/>\
@@ -129,11 +141,23 @@ impl LedgerVm {
         site.images().join(format!("{}-{index}.{format}", self.name))
     }
 
-    async fn make_disk(&self, format: DiskImage, path: &Path) -> Result<()> {
+    async fn make_disk(
+        &self,
+        format: DiskImage,
+        path: &Path,
+        fill: &(dyn Fn(&fs::File) -> io::Result<()> + Sync),
+    ) -> Result<()> {
         let raw = path.with_extension("new");
-        fs::File::create(&raw)?.set_len(self.disk_mib * 1024 * 1024)?;
+        let file = fs::File::create(&raw)?;
+        file.set_len(self.disk_mib * 1024 * 1024)?;
         // Not in an ordinary user's path.
-        run(Command::new("/usr/sbin/mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(&raw)).await?;
+        let mut mke2fs = Command::new("/usr/sbin/mke2fs");
+        mke2fs.args(["-q", "-F", "-t", "ext4"]).arg(&raw);
+        if let Some(mib) = self.file_system_mib {
+            mke2fs.arg(format!("{mib}M"));
+        }
+        run(&mut mke2fs).await?;
+        fill(&file).with_context(|| format!("filling {}", raw.display()))?;
         if format == DiskImage::Raw {
             fs::rename(&raw, path)?;
         } else {

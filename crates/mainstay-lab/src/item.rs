@@ -19,7 +19,7 @@ const POLL: Duration = Duration::from_millis(50);
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// One item of the lab.
-pub(crate) struct Item {
+pub struct Item {
     client: Client,
     vault: String,
     name: String,
@@ -28,17 +28,19 @@ pub(crate) struct Item {
 
 /// A recovery point.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Point {
-    pub(crate) id: Uuid,
-    pub(crate) time_ms: i64,
+pub struct Point {
+    /// Its id.
+    pub id: Uuid,
+    /// When it was taken.
+    pub time_ms: i64,
 }
 
 /// A job that ended or waits.
-pub(crate) struct Job(pub(crate) Resource<JobProperties>);
+pub struct Job(pub(crate) Resource<JobProperties>);
 
 impl Job {
     /// The tasks' output by name.
-    pub(crate) fn output(&self, task: &str) -> Value {
+    pub fn output(&self, task: &str) -> Value {
         let task: Option<&JobTask> = self.0.properties.tasks.iter().find(|found| found.name == task);
         let details = task.and_then(|task| task.custom_details.as_ref());
         details.and_then(|details| details.get("output")).cloned().unwrap_or(Value::Null)
@@ -47,19 +49,32 @@ impl Job {
 
 impl Item {
     /// Makes a policy and protects a VM with it.
-    pub(crate) async fn protect(lab: &Lab, vm: &str, copy_frequency_seconds: u32) -> Result<Self> {
+    pub async fn protect(lab: &Lab, vm: &str, copy_frequency_seconds: u32) -> Result<Self> {
+        Self::protect_under(lab, vm, "demo", copy_frequency_seconds, 1).await
+    }
+
+    /// Makes a policy of that name, unless there is one, and protects a VM with it. Application-consistent points every so
+    /// many hours, 0 = none.
+    pub async fn protect_under(
+        lab: &Lab,
+        vm: &str,
+        policy: &str,
+        copy_frequency_seconds: u32,
+        application_consistent_hours: u32,
+    ) -> Result<Self> {
         let (client, vault) = (lab.client()?, lab.vault_path());
-        let policy = format!("{vault}/replicationPolicies/demo");
+        let (name, policy) = (policy, format!("{vault}/replicationPolicies/{policy}"));
         let settings = json!({ "properties": { "providerSpecificInput": {
             "instanceType": "HyperVReplicaAzure", "replicationInterval": copy_frequency_seconds,
-            "recoveryPointHistoryDuration": 24, "applicationConsistentSnapshotFrequencyInHours": 1 } } });
+            "recoveryPointHistoryDuration": 24,
+            "applicationConsistentSnapshotFrequencyInHours": application_consistent_hours } } });
         client.begin(Method::PUT, &policy, Some(&settings)).await?;
         let found = lab.file().vms.iter().find(|found| found.name == vm).context("a VM of the lab")?;
         let container =
             found.protectable_item_id.split("/replicationProtectableItems/").next().context("an ARM id")?;
         let mapping = json!({ "properties": { "policyId": policy, "targetProtectionContainerId": "Microsoft Azure",
             "providerSpecificInput": { "instanceType": "HyperVReplicaAzure" } } });
-        let path = format!("{container}/replicationProtectionContainerMappings/demo");
+        let path = format!("{container}/replicationProtectionContainerMappings/{name}");
         client.begin(Method::PUT, &path, Some(&mapping)).await?;
         let item = Self {
             client,
@@ -74,17 +89,17 @@ impl Item {
     }
 
     /// The item's state.
-    pub(crate) async fn show(&self) -> Result<ItemProperties> {
+    pub async fn show(&self) -> Result<ItemProperties> {
         Ok(self.client.get::<Resource<ItemProperties>>(&self.path).await?.properties)
     }
 
     /// What ARM has no field for.
-    pub(crate) async fn status(&self) -> Result<ItemStatus> {
+    pub async fn status(&self) -> Result<ItemStatus> {
         Ok(self.client.get(&format!("/api/v1/items/{}", self.name)).await?)
     }
 
     /// Its recovery points, oldest first.
-    pub(crate) async fn points(&self) -> Result<Vec<Point>> {
+    pub async fn points(&self) -> Result<Vec<Point>> {
         let points: List<Resource<RecoveryPointProperties>> =
             self.client.get(&format!("{}/recoveryPoints", self.path)).await?;
         let mut found = Vec::new();
@@ -96,11 +111,7 @@ impl Item {
     }
 
     /// Waits until the item is as `wanted`.
-    pub(crate) async fn wait(
-        &self,
-        what: &str,
-        wanted: impl Fn(&ItemProperties) -> bool,
-    ) -> Result<ItemProperties> {
+    pub async fn wait(&self, what: &str, wanted: impl Fn(&ItemProperties) -> bool) -> Result<ItemProperties> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let item = match self.show().await {
@@ -125,7 +136,7 @@ impl Item {
     }
 
     /// Waits until a number of recovery points is there that were taken after a moment.
-    pub(crate) async fn wait_points(&self, after_ms: i64, count: usize) -> Result<Vec<Point>> {
+    pub async fn wait_points(&self, after_ms: i64, count: usize) -> Result<Vec<Point>> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let mut points = self.points().await?;
@@ -144,32 +155,32 @@ impl Item {
     }
 
     /// Begins an operation on the item and waits until its job ends well or waits for a person.
-    pub(crate) async fn run(&self, method: Method, verb: &str, body: &Value) -> Result<Job> {
+    pub async fn run(&self, method: Method, verb: &str, body: &Value) -> Result<Job> {
         let job = self.begin(method, verb, body).await?;
         self.finish(&job).await
     }
 
     /// Begins an operation and answers the job's name, as soon as the request is accepted.
-    pub(crate) async fn begin(&self, method: Method, verb: &str, body: &Value) -> Result<String> {
+    pub async fn begin(&self, method: Method, verb: &str, body: &Value) -> Result<String> {
         let path = if verb.is_empty() { self.path.clone() } else { format!("{}/{verb}", self.path) };
         self.client.begin(method, &path, Some(body)).await?.context("the operation is a job")
     }
 
     /// Continues a job that waits.
-    pub(crate) async fn resume(&self, job: &Job) -> Result<Job> {
+    pub async fn resume(&self, job: &Job) -> Result<Job> {
         self.begin_resume(job).await?;
         self.finish(&job.0.name).await
     }
 
     /// Continues a job that waits, and does not wait for its end.
-    pub(crate) async fn begin_resume(&self, job: &Job) -> Result<String> {
+    pub async fn begin_resume(&self, job: &Job) -> Result<String> {
         let path = format!("{}/replicationJobs/{}/resume", self.vault, job.0.name);
         self.client.begin(Method::POST, &path, Some(&json!({ "properties": {} }))).await?;
         Ok(job.0.name.clone())
     }
 
     /// Waits for a job, also through outages of the server.
-    pub(crate) async fn finish(&self, name: &str) -> Result<Job> {
+    pub async fn finish(&self, name: &str) -> Result<Job> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let job = self.client.get(&format!("{}/replicationJobs/{name}", self.vault)).await;
@@ -199,7 +210,7 @@ impl Item {
     }
 
     /// What is left of recovery VMs at the recovery site: domains and files.
-    pub(crate) async fn remains(&self, lab: &Lab) -> Result<Vec<String>> {
+    pub async fn remains(&self, lab: &Lab) -> Result<Vec<String>> {
         let site = lab.site(RECOVERY)?;
         let mut found = Vec::new();
         for vm in site.libvirt().domains().await? {
@@ -212,7 +223,7 @@ impl Item {
     }
 
     /// Whether the server refuses an operation because of the item's state.
-    pub(crate) async fn refuses(&self, verb: &str, body: &Value) -> Result<bool> {
+    pub async fn refuses(&self, verb: &str, body: &Value) -> Result<bool> {
         match self.begin(Method::POST, verb, body).await {
             Ok(_) => Ok(false),
             Err(error) => match error.downcast_ref::<ClientError>().and_then(ClientError::status) {

@@ -21,6 +21,7 @@ use tokio::process::Command;
 
 use crate::{
     DiskImage, GuestImages, LabFile, LabSite, LabVm, LedgerVm, Process, Site,
+    guest::Fill,
     ledger::{self, Ledger},
 };
 
@@ -268,19 +269,20 @@ impl Lab {
             network: Some(self.network(HOME)?),
             ..LedgerVm::new(name)
         };
-        self.boot(&vm, images).await
+        self.boot(&vm, images, &|_, _| Ok(())).await
     }
 
-    /// Makes one more guest at home, of whatever kind, starts it and has the server find it.
-    pub async fn add(&mut self, vm: &LedgerVm) -> Result<()> {
+    /// Makes one more guest at home, of whatever kind, starts it and has the server find it. `fill` as in
+    /// [`LedgerVm::create_with`].
+    pub async fn add(&mut self, vm: &LedgerVm, fill: Fill<'_>) -> Result<()> {
         let images = GuestImages::in_directory(&self.dir.join("guest"))?;
-        self.boot(vm, &images).await?;
+        self.boot(vm, &images, fill).await?;
         self.discover().await?;
         self.file.write(&self.dir)
     }
 
-    async fn boot(&mut self, vm: &LedgerVm, images: &GuestImages) -> Result<()> {
-        vm.create(&self.home, images).await?;
+    async fn boot(&mut self, vm: &LedgerVm, images: &GuestImages, fill: Fill<'_>) -> Result<()> {
+        vm.create_with(&self.home, images, fill).await?;
         self.home.libvirt().start(vm.id, false).await?;
         self.file.vms.push(LabVm {
             name: vm.name.clone(),

@@ -9,6 +9,7 @@ mod account;
 mod copies;
 pub mod demo;
 mod guest;
+mod images;
 mod item;
 pub mod kills;
 mod lab;
@@ -21,7 +22,9 @@ mod segment;
 mod site;
 
 pub use account::Account;
-pub use guest::{DiskImage, GuestImages, LedgerVm};
+pub use guest::{DiskImage, Fill, GuestImages, LedgerVm};
+pub use images::{Image, Images};
+pub use item::{Item, Job, Point};
 pub use lab::{HOME, Lab, LabAction, LabOptions, LabStatus, LedgerCopy, RECOVERY, SiteStatus};
 pub use lab_file::{LabFile, LabSite, LabVm};
 pub use link::relay;

@@ -9,6 +9,7 @@
 
 mod boots;
 mod crc;
+mod load;
 mod record;
 mod ring;
 mod settings;
@@ -23,7 +24,8 @@ fn main() -> ExitCode {
     let result = match std::env::args().nth(1).as_deref() {
         Some("run") => writer::run(),
         Some("status") => status::print(),
-        _ => Err(io::Error::other("usage: ledger run | ledger status")),
+        Some("load") => load::run(&std::env::args().skip(2).collect::<Vec<_>>()),
+        _ => Err(io::Error::other("usage: ledger run | ledger status | ledger load …")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -88,7 +88,7 @@ impl World {
 
     /// Makes a guest, and protects it with a copy frequency of five seconds; answers when it is protected.
     pub(crate) async fn protect(&mut self, vm: &LedgerVm) -> Result<()> {
-        self.lab.add(vm).await?;
+        self.lab.add(vm, &|_, _| Ok(())).await?;
         self.lab.ledger(&vm.name, LedgerCopy::Active, PATIENCE).await?;
         if self.cli(&["policy", "show", "often"]).code != 0 {
             let values = ["--copy-frequency", "5", "--retention", "24", "--app-consistent-frequency", "0"];

@@ -10,10 +10,9 @@ use uuid::Uuid;
 use super::{
     DemoReport, Narrator, PhaseReport,
     acknowledgements::{Watch, now_ms},
-    images::{Image, Images},
 };
 use crate::{
-    HOME, Lab, LabAction, LedgerCopy, RECOVERY,
+    HOME, Image, Images, Lab, LabAction, LedgerCopy, RECOVERY,
     item::{Item, Job, Point},
     ledger::{self, Ledger, Status},
 };

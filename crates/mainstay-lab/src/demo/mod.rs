@@ -1,7 +1,6 @@
 //! The demonstration: the whole journey on real VMs, every step proved by data that the guest itself wrote.
 
 mod acknowledgements;
-mod images;
 mod journey;
 
 use serde::{Deserialize, Serialize};

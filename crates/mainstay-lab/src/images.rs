@@ -15,7 +15,7 @@ use crate::{Lab, RECOVERY};
 const PIECE_BYTES: u64 = 4 << 20;
 
 /// Reads recovery points as the recovery site's agent does.
-pub(super) struct Images {
+pub struct Images {
     link: Arc<dyn Connect>,
     replica: Uuid,
     stop: CancellationToken,
@@ -23,7 +23,7 @@ pub(super) struct Images {
 }
 
 impl Images {
-    pub(super) fn open(lab: &Lab, replica: Uuid) -> Result<Self> {
+    pub fn open(lab: &Lab, replica: Uuid) -> Result<Self> {
         let identity = Identity::load(&lab.dir().join(RECOVERY).join("agent"))?;
         let link = ServerLink::new(&identity, &identity.endpoint)?;
         Ok(Self {
@@ -41,7 +41,7 @@ impl Images {
     }
 
     /// What a point's disks hold now, block by block.
-    pub(super) async fn read(&self, point: Uuid) -> Result<Image> {
+    pub async fn read(&self, point: Uuid) -> Result<Image> {
         let mount = self.mount(point).await?;
         let hasher = BlockHasher::new(self.key);
         let mut disks = Vec::new();
@@ -62,13 +62,13 @@ impl Images {
 
 /// What the disks of a VM hold at a moment: a keyed hash for each 4 KiB block. Read whole, so that it can be compared also
 /// when the point is long gone.
-pub(super) struct Image {
+pub struct Image {
     disks: Vec<Vec<BlockHash>>,
 }
 
 impl Image {
     /// Bytes of the blocks that differ from an earlier image; without one: that are not zero.
-    pub(super) fn bytes_changed_since(&self, earlier: Option<&Self>) -> u64 {
+    pub fn bytes_changed_since(&self, earlier: Option<&Self>) -> u64 {
         let mut blocks = 0;
         for (index, hashes) in self.disks.iter().enumerate() {
             let before = earlier.and_then(|earlier| earlier.disks.get(index));
