@@ -136,13 +136,16 @@ impl Replica {
                 consistency: Consistency::Crash,
                 definition: Some(Bytes::from_static(b"<domain/>")),
             },
+            before_partial: None,
         };
         let store = self.store.clone();
         let connect = move || {
             let store = store.clone();
             async move {
                 let (near, far) = tokio::io::duplex(1 << 20);
-                tokio::spawn(async move { serve_connection(Box::new(far), &store, &|_| true).await });
+                tokio::spawn(async move {
+                    serve_connection(Box::new(far), &store, &|_| Box::pin(std::future::ready(true))).await
+                });
                 Ok(Box::new(near) as BoxStream)
             }
         };

@@ -86,7 +86,7 @@ impl Stand {
 
     /// Runs `ledger load` in the copy of a guest that is in production. `time` is how long it takes by itself.
     pub(crate) async fn load(&self, vm: &str, words: &str, time: Duration) -> Result<Value> {
-        let (site, id) = self.lab.active_vm(vm).await?;
+        let (site, id) = self.lab.vm(vm, LedgerCopy::Active).await?;
         let arguments: Vec<&str> = ["load"].into_iter().chain(words.split(' ')).collect();
         let answer = ledger::run_in_guest_for(site, id, "/usr/bin/ledger", &arguments, time).await?;
         serde_json::from_str(&answer).with_context(|| format!("the answer of `ledger load {words}`"))

@@ -1,6 +1,6 @@
 //! The server's life: initialise, run, stop.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use hyper_util::{

@@ -92,7 +92,7 @@ proptest! {
             source.write(0, 0, noise(9, 1_000_000)).await;
             source.write(1, 0, noise(8, 777_777)).await;
             let mut left: Vec<Vec<std::ops::Range<u64>>> =
-                source.disks.iter().map(|(device, _)| vec![0..device.size()]).collect();
+                source.disks.iter().map(|(device, _)| std::iter::once(0..device.size()).collect()).collect();
             let mut rounds = rounds.iter();
             let slices = SendOptions { time_max: Some(Duration::ZERO), ..SendOptions::default() };
             let mut count = 0;
