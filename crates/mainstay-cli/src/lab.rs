@@ -19,7 +19,7 @@ pub(crate) struct LabDir {
 
 #[derive(Args)]
 pub(crate) struct ComponentArguments {
-    /// `server`, `agent:SITE`, `hypervisor:SITE` or `vm:NAME[@SITE]`; the sites are `home` and `recovery`.
+    /// `server`, `host:SITE` (its power), `agent:SITE`, `hypervisor:SITE` or `vm:NAME[@SITE]`; the sites are `home` and `recovery`.
     component: String,
     #[command(flatten)]
     lab: LabDir,

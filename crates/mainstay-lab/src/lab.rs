@@ -18,6 +18,7 @@ use nix::sys::signal::Signal;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::process::Command;
+use uuid::Uuid;
 
 use crate::{
     DiskImage, GuestImages, LabFile, LabSite, LabVm, LedgerVm, Process, Site,
@@ -218,11 +219,13 @@ impl Lab {
         fs::create_dir_all(&data_dir)?;
         site.account().give(&data_dir)?;
         let config = format!(
-            "data_dir = {data_dir:?}\nrun_dir = {:?}\nlibvirt_uri = {:?}\nserver = \"127.0.0.1:{link_port}\"\nnetworks = [\"mcast:{network}\"]\n",
+            "data_dir = {data_dir:?}\nrun_dir = {:?}\nlibvirt_uri = {:?}\nserver = \"127.0.0.1:{link_port}\"\nnetworks = [\"mcast:{network}\"]\nboot_id_file = {:?}\n",
             site.driver_directory_short(),
             site.uri(),
+            self.boot_id_file(name),
         );
         write(&self.agent_config(name), &config)?;
+        self.note_boot(name)?;
         write(&self.dir.join(name).join("link-port"), &link_port.to_string())?;
         let output = site
             .account()
@@ -446,9 +449,10 @@ impl Lab {
                     LabAction::Resume => site.signal(Signal::SIGCONT)?,
                 }
             }
+            Some(("host", site)) => self.act_on_host(action, site).await?,
             Some(("vm", name)) => self.act_on_vm(action, name).await?,
             _ => bail!(
-                "'{component}' is not a component; there are: server, agent:SITE, hypervisor:SITE, vm:NAME[@SITE]"
+                "'{component}' is not a component; there are: server, host:SITE, agent:SITE, hypervisor:SITE, vm:NAME[@SITE]"
             ),
         }
         self.note_pids();
@@ -467,6 +471,34 @@ impl Lab {
                 Some(site) => self.start_agent(site).await,
             },
         }
+    }
+
+    /// A host's power: without it agent, hypervisor and VMs are gone at once. Its start is a boot.
+    async fn act_on_host(&mut self, action: LabAction, site: &str) -> Result<()> {
+        match action {
+            LabAction::Kill => {
+                self.agent(site).end(Signal::SIGKILL).await?;
+                self.site(site)?.cut_power();
+                Ok(())
+            }
+            LabAction::Start => {
+                self.note_boot(site)?;
+                self.site(site)?.start().await?;
+                self.start_agent(site).await
+            }
+            LabAction::Stop | LabAction::Pause | LabAction::Resume => {
+                bail!("a host can be killed (its power is cut) and started (it boots)")
+            }
+        }
+    }
+
+    fn boot_id_file(&self, site: &str) -> PathBuf {
+        self.dir.join(site).join("boot-id")
+    }
+
+    /// The site's host has booted.
+    fn note_boot(&self, site: &str) -> Result<()> {
+        write(&self.boot_id_file(site), &Uuid::new_v4().to_string())
     }
 
     async fn act_on_vm(&self, action: LabAction, name: &str) -> Result<()> {

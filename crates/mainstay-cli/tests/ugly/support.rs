@@ -88,8 +88,19 @@ impl World {
 
     /// Makes a guest, and protects it with a copy frequency of five seconds; answers when it is protected.
     pub(crate) async fn protect(&mut self, vm: &LedgerVm) -> Result<()> {
+        self.add(vm).await?;
+        self.protect_added(vm).await
+    }
+
+    /// Makes a guest; answers when it writes.
+    pub(crate) async fn add(&mut self, vm: &LedgerVm) -> Result<()> {
         self.lab.add(vm, &|_, _| Ok(())).await?;
         self.lab.ledger(&vm.name, LedgerCopy::Active, PATIENCE).await?;
+        Ok(())
+    }
+
+    /// The second half of [`World::protect`].
+    pub(crate) async fn protect_added(&self, vm: &LedgerVm) -> Result<()> {
         if self.cli(&["policy", "show", "often"]).code != 0 {
             let values = ["--copy-frequency", "5", "--retention", "24", "--app-consistent-frequency", "0"];
             self.cli(&[&["policy", "create", "often"], &values[..]].concat()).expect(0);
