@@ -8,6 +8,9 @@ use tokio::net::{TcpListener, TcpStream};
 /// Connections relayed at once: an agent has a handful.
 const CONNECTIONS_MAX: usize = 256;
 
+/// Read at once in each direction: a frame, so that the relay is not what a transfer's speed is measured by.
+const BUFFER_BYTES: usize = 256 << 10;
+
 /// Relays connections until the process ends. Killing it is cutting the network.
 pub async fn relay(listen: SocketAddr, to: SocketAddr) -> Result<()> {
     let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
@@ -22,7 +25,8 @@ pub async fn relay(listen: SocketAddr, to: SocketAddr) -> Result<()> {
                 return;
             }
             // However a connection ends, both its ends see it end.
-            let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+            let _ = tokio::io::copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER_BYTES, BUFFER_BYTES)
+                .await;
         });
     }
 }
