@@ -75,7 +75,7 @@ pub(crate) async fn measure(dir: &Path, scale: Scale) -> Result<Vec<Figure>> {
             aim: 5.0,
             accept: 10.0,
             note: format!(
-                "median {}, largest {} s of {} samples in {} s ({late} later than 150 ms); {} MB/s written in random blocks, {} MB/s found changed",
+                "median {}, largest {} s of {} samples in {} s ({late} later than 150 ms); {} MB/s written in random pieces of 64 KiB, {} MB/s found changed",
                 short(median(&ages).unwrap_or(f64::NAN)),
                 short(percentile(&ages, 1.0).unwrap_or(f64::NAN)),
                 ages.len(),

@@ -23,6 +23,8 @@
 //! 64 blocks (256 KiB): one random 4 KiB read from a cold frame costs 0.3 ms to fetch, verify and expand,
 //! zstd gains almost nothing above that window, and headers are under 0.1 % of a full frame.
 
+use std::cell::RefCell;
+
 use bytes::Bytes;
 
 use crate::{BLOCK_BYTES, BLOCK_LENGTH, varint};
@@ -192,8 +194,7 @@ impl FrameBuilder {
         let packed = if self.payload.is_empty() {
             None
         } else {
-            zstd::bulk::compress(&self.payload, ZSTD_LEVEL)
-                .ok()
+            compress(&self.payload)
                 .filter(|packed| packed.len() <= self.payload.len() - self.payload.len() / 16)
         };
         let codec = u8::from(packed.is_some());
@@ -213,6 +214,20 @@ impl FrameBuilder {
         out[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum);
         Ok(Bytes::from(out))
     }
+}
+
+/// Compresses with this thread's compressor. Made anew for each frame, its tables would cost more than a small frame
+/// itself: over half a megabyte that the kernel hands out, clears and takes back.
+fn compress(payload: &[u8]) -> Option<Vec<u8>> {
+    thread_local! {
+        static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+    }
+    COMPRESSOR.with_borrow_mut(|compressor| {
+        if compressor.is_none() {
+            *compressor = zstd::bulk::Compressor::new(ZSTD_LEVEL).ok();
+        }
+        compressor.as_mut()?.compress(payload).ok()
+    })
 }
 
 fn checksum(frame: &[u8]) -> [u8; 16] {

@@ -4,8 +4,8 @@
 //! and sends only what the table contradicts. It also cuts dirty 64 KiB clusters down to the 4 KiB blocks
 //! that really changed.
 //!
-//! File (`docs/formats/hash-table.md`): a 4096-byte header, then one u64 per block ([`BlockHash`]); sparse,
-//! because "zeros" is encoded as 0. A session's new hashes are *staged* in a log beside the table and applied once
+//! File (`docs/formats/hash-table.md`): a 4096-byte header, then one u64 per block ([`BlockHash`]); sparse: a hole
+//! means what the table was created with, so that a table of any size is made at once. A session's new hashes are *staged* in a log beside the table and applied once
 //! its recovery point is committed, so the table never names content that no recovery point holds:
 //!
 //! 1. [`HashTable::stage`] while sending; 2. [`HashTable::prepare`] *before* asking the server to commit;
@@ -60,8 +60,26 @@ pub enum HashTableError {
 pub enum Fill {
     /// The replica is empty, so it holds zeros: nothing was ever sent.
     Zeros,
-    /// Nothing is known. Writes the whole file: 2 GiB per TiB of disk.
+    /// Nothing is known.
     Unknown,
+}
+
+impl Fill {
+    /// What each value is combined with (exclusive or) on its way to the file and back: what a hole means.
+    fn mask(self) -> u64 {
+        match self {
+            Self::Zeros => BlockHash::ZERO.0,
+            Self::Unknown => BlockHash::UNKNOWN.0,
+        }
+    }
+
+    /// The version of the format that has it.
+    fn version(self) -> u32 {
+        match self {
+            Self::Zeros => 1,
+            Self::Unknown => 2,
+        }
+    }
 }
 
 /// How a block compares with what the replica holds.
@@ -86,6 +104,8 @@ pub struct HashTable {
     file: File,
     key: HashKey,
     hasher: BlockHasher,
+    /// What a hole in the file means.
+    hole: Fill,
     described: Mutex<Described>,
     log: Mutex<Option<LogWriter>>,
 }
@@ -107,12 +127,10 @@ impl HashTable {
             file,
             key,
             hasher: BlockHasher::new(key),
+            hole: fill,
             described: Mutex::new(Described { size: disk_bytes, point: None }),
             log: Mutex::new(None),
         };
-        if fill == Fill::Unknown {
-            table.fill(0, table.blocks(), BlockHash::UNKNOWN)?;
-        }
         table.file.sync_all()?;
         table.write_header()?;
         sync_parent(path)?;
@@ -137,9 +155,9 @@ impl HashTable {
         if check.as_bytes()[..16] != header[CHECKED_BYTES..] {
             return Err(HashTableError::Damaged("header checksum"));
         }
-        if header[8..12] != 1u32.to_le_bytes() {
-            return Err(HashTableError::Damaged("version"));
-        }
+        let version = |fill: &Fill| header[8..12] == fill.version().to_le_bytes();
+        let hole = [Fill::Zeros, Fill::Unknown].into_iter().find(version);
+        let hole = hole.ok_or(HashTableError::Damaged("version"))?;
         let size = word(&header[16..24]);
         let mut key = [0; 32];
         key.copy_from_slice(&header[24..56]);
@@ -152,6 +170,7 @@ impl HashTable {
             file,
             key: HashKey(key),
             hasher: BlockHasher::new(HashKey(key)),
+            hole,
             described: Mutex::new(Described { size, point }),
             log: Mutex::new(None),
         };
@@ -200,7 +219,11 @@ impl HashTable {
         if disk_bytes < self.disk_bytes() {
             return Err(HashTableError::Shrink);
         }
+        let blocks = self.blocks();
         self.file.set_len(HEADER_BYTES + blocks_of(disk_bytes) * 8)?;
+        if self.hole != Fill::Zeros {
+            self.fill(blocks, blocks_of(disk_bytes) - blocks, BlockHash::ZERO)?;
+        }
         self.file.sync_all()?;
         lock(&self.described).size = disk_bytes;
         self.write_header()
@@ -214,7 +237,7 @@ impl HashTable {
         self.check(first, count)?;
         let mut bytes = vec![0; count as usize * 8];
         read_exact_at(&self.file, &mut bytes, HEADER_BYTES + first * 8)?;
-        Ok(bytes.chunks_exact(8).map(|hash| BlockHash(word(hash))).collect())
+        Ok(bytes.chunks_exact(8).map(|hash| BlockHash(word(hash) ^ self.hole.mask())).collect())
     }
 
     /// Compares contiguous blocks, the first of which is `first`, with what the replica holds. A partial
@@ -364,7 +387,8 @@ impl HashTable {
         read_log(&path, |record| match record {
             Record::Hashes(first, hashes) => {
                 inside(first, hashes.len() as u64)?;
-                let bytes: Vec<u8> = hashes.iter().flat_map(|hash| hash.0.to_le_bytes()).collect();
+                let mask = self.hole.mask();
+                let bytes: Vec<u8> = hashes.iter().flat_map(|hash| (hash.0 ^ mask).to_le_bytes()).collect();
                 write_all_at(&self.file, &bytes, HEADER_BYTES + first * 8)
             }
             Record::Zeros(first, count) => {
@@ -381,7 +405,7 @@ impl HashTable {
     }
 
     fn fill(&self, first: u64, count: u64, hash: BlockHash) -> io::Result<()> {
-        let bytes = hash.0.to_le_bytes().repeat(CHUNK_HASHES.min(count) as usize);
+        let bytes = (hash.0 ^ self.hole.mask()).to_le_bytes().repeat(CHUNK_HASHES.min(count) as usize);
         let end = first + count;
         let mut at = first;
         while at < end {
@@ -398,7 +422,7 @@ impl HashTable {
         {
             let described = lock(&self.described);
             header[..8].copy_from_slice(MAGIC);
-            header[8..12].copy_from_slice(&1u32.to_le_bytes());
+            header[8..12].copy_from_slice(&self.hole.version().to_le_bytes());
             header[12] = u8::from(described.point.is_some());
             header[16..24].copy_from_slice(&described.size.to_le_bytes());
             header[24..56].copy_from_slice(&self.key.0);

@@ -65,6 +65,26 @@ fn unknown_equals_nothing() {
 }
 
 #[test]
+fn a_table_that_knows_nothing_takes_no_space_and_learns_like_any_other() {
+    use std::os::unix::fs::MetadataExt as _;
+    let bench = bench();
+    let blocks = 1 << 20;
+    let table = HashTable::create(&bench.path, blocks * 4096, KEY, Fill::Unknown).unwrap();
+    let occupied = std::fs::metadata(&bench.path).unwrap().blocks() * 512;
+    assert!(occupied < 64 << 10, "{occupied} bytes are written");
+    let Verdict::Data(hash) = table.compare(7, &block(5)).unwrap()[0] else { panic!("not data") };
+    table.stage(id(1), 7, &[hash]).unwrap();
+    table.stage_zeros(id(1), 8, 2).unwrap();
+    table.commit(id(1), id(100)).unwrap();
+    table.grow((blocks + 2) * 4096).unwrap();
+    let table = HashTable::open(&bench.path).unwrap();
+    let verdicts = table.compare(6, &[block(5), block(5), block(0), block(0), block(0)].concat()).unwrap();
+    assert_eq!(verdicts, [Verdict::Data(hash), Verdict::Same, Verdict::Same, Verdict::Same, Verdict::Zero]);
+    // What grew is zeros, as in the replica.
+    assert_eq!(table.not_zero(blocks - 1, 3).unwrap(), vec![(blocks - 1, 1)]);
+}
+
+#[test]
 fn a_crash_at_every_byte_of_the_log_leaves_the_old_or_the_new_state() {
     let bench = bench();
     let table = HashTable::create(&bench.path, 100 * 4096, KEY, Fill::Zeros).unwrap();

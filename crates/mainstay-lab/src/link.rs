@@ -12,6 +12,9 @@ const CONNECTIONS_MAX: usize = 256;
 /// Pieces that a slow network carries in a second.
 const PIECES_PER_SECOND: u64 = 20;
 
+/// Read at once in each direction: a frame, so that the relay is not what a transfer's speed is measured by.
+const BUFFER_BYTES: usize = 256 << 10;
+
 /// Relays connections until the process ends. Killing it is cutting the network. `bytes_per_second` limits each
 /// direction of each connection.
 pub async fn relay(listen: SocketAddr, to: SocketAddr, bytes_per_second: Option<u64>) -> Result<()> {
@@ -28,7 +31,8 @@ pub async fn relay(listen: SocketAddr, to: SocketAddr, bytes_per_second: Option<
             }
             // However a connection ends, both its ends see it end.
             let Some(limit) = bytes_per_second else {
-                let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+                let _ = tokio::io::copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER_BYTES, BUFFER_BYTES)
+                    .await;
                 return;
             };
             let ((near_read, near_write), (far_read, far_write)) = (near.split(), far.split());

@@ -13,6 +13,9 @@ use serde_json::json;
 use crate::record::{Noise, RECORD_BYTES};
 use crate::verify::DISKS;
 
+/// What `churn` writes at one place: what an application's page or a file system's extent comes to. Blocks of 4 KiB would
+/// measure the emulated processor, not replication.
+const CHURN_BYTES: usize = 64 << 10;
 /// How much `churn` writes between two syncs: a database's group of commits, not its every page.
 const CHURN_SYNC_BYTES: u64 = 1 << 20;
 
@@ -80,19 +83,26 @@ impl Load {
         Ok(json!({ "blocks": blocks }))
     }
 
-    /// Writes blocks at random places at a rate, for some time; all of them reach the disk.
+    /// Writes pieces at random places at a rate, for some time; all of them reach the disk.
     fn churn(&mut self, bytes_per_second: u64, time: Duration) -> io::Result<serde_json::Value> {
         let begun = Instant::now();
         let (mut written, mut synced) = (0u64, 0u64);
+        let pieces = self.blocks * RECORD_BYTES as u64 / CHURN_BYTES as u64;
+        if pieces == 0 {
+            return Err(io::Error::other("the load file is too small for churn"));
+        }
+        let mut piece = vec![0; CHURN_BYTES];
         while begun.elapsed() < time {
             let due = (bytes_per_second as f64 * begun.elapsed().as_secs_f64()) as u64;
             if written >= due {
                 std::thread::sleep(Duration::from_millis(2));
                 continue;
             }
-            let (block, at) = (self.block(), self.place()?);
-            self.file.write_all_at(&block, at)?;
-            written += RECORD_BYTES as u64;
+            for word in piece.chunks_exact_mut(8) {
+                word.copy_from_slice(&self.noise.next().to_le_bytes());
+            }
+            self.file.write_all_at(&piece, self.noise.next() % pieces * CHURN_BYTES as u64)?;
+            written += CHURN_BYTES as u64;
             if written - synced >= CHURN_SYNC_BYTES {
                 self.file.sync_data()?;
                 synced = written;
@@ -132,13 +142,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut load = Load::open(directory.path()).unwrap();
         assert!(load.scatter(1).is_err());
-        load.blocks = 4;
-        load.fill(4).unwrap();
+        load.blocks = 32;
+        load.fill(32).unwrap();
         assert_eq!(load.scatter(9).unwrap()["blocks"], 9);
         let churned = load.churn(1 << 20, Duration::from_millis(100)).unwrap();
         assert!(churned["bytes"].as_u64().unwrap() > 0);
         let timed = load.latency(100, Duration::from_millis(100)).unwrap();
         assert!(!timed["micros"].as_array().unwrap().is_empty());
-        assert_eq!(std::fs::metadata(directory.path().join("load")).unwrap().len(), 4 * 4096);
+        assert_eq!(std::fs::metadata(directory.path().join("load")).unwrap().len(), 32 * 4096);
     }
 }

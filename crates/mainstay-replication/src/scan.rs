@@ -20,8 +20,9 @@ const EXTENT_WINDOW_BYTES: u64 = 1 << 30;
 const READ_BLOCKS: u64 = FRAME_BLOCKS_MAX as u64;
 /// Blocks of zeros compared with the table at once (1 GiB of disk, 2 MiB of table).
 const ZERO_BLOCKS: u64 = 1 << 18;
-/// Frames being compressed at once; two cores are what the smallest agent has.
-const FRAMES_COMPRESSING: usize = 2;
+/// Frames being compressed, or compressed and not yet taken, at once: enough that the cores have work while one frame is
+/// waited for in order, few enough to stay small (1 MiB of payload).
+const FRAMES_COMPRESSING: usize = 4;
 
 /// What is handed to the link.
 pub(crate) enum Output {
@@ -44,8 +45,18 @@ struct Piece {
 
 /// What must be sent of a piece, in order.
 enum Change {
-    Data { disk: usize, first: u64, hash: BlockHash, block: Bytes },
-    Zeros { disk: usize, first: u64, count: u64 },
+    /// Blocks one after the other, the last perhaps partial.
+    Data {
+        disk: usize,
+        first: u64,
+        hashes: Vec<BlockHash>,
+        content: Bytes,
+    },
+    Zeros {
+        disk: usize,
+        first: u64,
+        count: u64,
+    },
 }
 
 /// Runs to the end of all ranges or of the time, or until `output` is closed.
@@ -191,43 +202,50 @@ async fn build(
     let mut examined = Box::pin(examined.buffered(options.reads_in_flight.max(1)));
     let mut frame = FrameBuilder::new();
     while let Some((piece, changes)) = examined.try_next().await? {
+        let (mut changed, mut zeroed) = (0, 0);
         for change in changes {
-            let (disk, data) = match &change {
-                Change::Data { disk, .. } => (*disk, true),
-                Change::Zeros { disk, .. } => (*disk, false),
-            };
-            if frame.room() == 0 {
-                let full = std::mem::take(&mut frame);
-                if frames.send(full).await.is_err() {
-                    return Ok(());
+            match change {
+                Change::Data { disk, first, hashes, content } => {
+                    let (target, mut left, mut at) = (&job.disks[disk], content, first);
+                    while !left.is_empty() {
+                        if !room(&mut frame, &frames).await {
+                            return Ok(());
+                        }
+                        let length = left.len().min(frame.room() * BLOCK_BYTES as usize);
+                        frame.push_data(target.index, at, &left.split_to(length))?;
+                        at += (length as u64).div_ceil(BLOCK_BYTES);
+                    }
+                    target.table.stage(job.session, first, &hashes)?;
+                    changed += hashes.len() as u64 * BLOCK_BYTES;
                 }
-            }
-            let target = &job.disks[disk];
-            let bytes = match change {
-                Change::Data { first, hash, block, .. } => {
-                    frame.push_data(target.index, first, &block)?;
-                    target.table.stage(job.session, first, &[hash])?;
-                    BLOCK_BYTES
-                }
-                Change::Zeros { first, count, .. } => {
+                Change::Zeros { disk, first, count } => {
+                    let target = &job.disks[disk];
+                    if !room(&mut frame, &frames).await {
+                        return Ok(());
+                    }
                     frame.push_zero(target.index, first, count as u32)?;
                     target.table.stage_zeros(job.session, first, count)?;
-                    count * BLOCK_BYTES
+                    zeroed += count * BLOCK_BYTES;
                 }
-            };
-            progress.send_modify(|progress| {
-                let disk = &mut progress.disks[disk];
-                *(if data { &mut disk.changed_bytes } else { &mut disk.zeroed_bytes }) += bytes;
-            });
+            }
         }
-        let bytes = (piece.end - piece.first) * BLOCK_BYTES;
-        progress.send_modify(|progress| progress.disks[piece.disk].examined_bytes += bytes);
+        progress.send_modify(|progress| {
+            let disk = &mut progress.disks[piece.disk];
+            disk.changed_bytes += changed;
+            disk.zeroed_bytes += zeroed;
+            disk.examined_bytes += (piece.end - piece.first) * BLOCK_BYTES;
+        });
     }
     if !frame.is_empty() {
         // The receiving side closes only when it failed, and tells why itself.
         let _closed = frames.send(frame).await;
     }
     Ok(())
+}
+
+/// Hands a full frame over. False when the receiving side has closed, which it does only when it failed.
+async fn room(frame: &mut FrameBuilder, frames: &mpsc::Sender<FrameBuilder>) -> bool {
+    frame.room() > 0 || frames.send(std::mem::take(frame)).await.is_ok()
 }
 
 async fn examine(job: &SendJob, piece: Piece) -> Result<Vec<Change>, ReplicationError> {
@@ -255,8 +273,21 @@ async fn examine(job: &SendJob, piece: Piece) -> Result<Vec<Change>, Replication
                     Verdict::Same => {}
                     Verdict::Data(hash) => {
                         let end = data.len().min(at + BLOCK_BYTES as usize);
-                        let content = data.slice(at..end);
-                        changes.push(Change::Data { disk: index, first: block, hash, block: content });
+                        match changes.last_mut() {
+                            Some(Change::Data { first, hashes, content, .. })
+                                if *first + hashes.len() as u64 == block =>
+                            {
+                                hashes.push(hash);
+                                let start = (*first - piece.first) as usize * BLOCK_BYTES as usize;
+                                *content = data.slice(start..end);
+                            }
+                            _ => changes.push(Change::Data {
+                                disk: index,
+                                first: block,
+                                hashes: vec![hash],
+                                content: data.slice(at..end),
+                            }),
+                        }
                     }
                     Verdict::Zero => match changes.last_mut() {
                         Some(Change::Zeros { first, count, .. }) if *first + *count == block => *count += 1,

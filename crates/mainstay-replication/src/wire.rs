@@ -186,8 +186,9 @@ async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> Result<Message, Re
     if length > kind.limit() {
         return Err(ReplicationError::Protocol("message too long"));
     }
-    let mut payload = Vec::new();
-    // Grows with what really arrives, so that a header alone cannot make us allocate.
+    // Room for a frame at once; beyond it grows with what really arrives, so that a header alone cannot make us
+    // allocate much.
+    let mut payload = Vec::with_capacity((length as usize).min(FRAME_BYTES_MAX));
     (&mut *read).take(u64::from(length)).read_to_end(&mut payload).await?;
     if payload.len() != length as usize {
         return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
