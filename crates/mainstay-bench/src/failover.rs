@@ -4,7 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
-use mainstay_block::{BLOCK_BYTES, frame::FrameBuilder};
+use mainstay_block::{
+    BLOCK_BYTES,
+    frame::{Effort, FrameBuilder},
+};
 use mainstay_lab::{HOME, Item, Lab, LabAction, LedgerCopy, LedgerVm, RECOVERY};
 use mainstay_store::{Consistency, PointMeta, SessionSpec, Store, StoreOptions, local_storage};
 use uuid::Uuid;
@@ -149,7 +152,7 @@ async fn add_points(lab: &Lab, replica: Uuid, count: u64) -> Result<()> {
             random.noise(&mut block);
             frame.push_data(0, place, &block)?;
         }
-        session.append(1, frame.finish()?).await?;
+        session.append(1, frame.finish(Effort::Small)?).await?;
         let meta = PointMeta {
             time_ms: head.time_ms + number,
             consistency: Consistency::Crash,

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | 0 | 4 | magic `MSFR` |
 //! | 4 | 1 | version, 1 |
-//! | 5 | 1 | codec of the payload: 0 raw, 1 zstd |
+//! | 5 | 1 | codec of the payload: 0 raw, 1 zstd, 2 LZ4 |
 //! | 6 | 2 | number of runs, 1..=1024 |
 //! | 8 | 4 | bytes of the run table |
 //! | 12 | 4 | bytes of the payload as stored |
@@ -40,11 +40,24 @@ pub const FRAME_BYTES_MAX: usize = FRAME_HEADER_BYTES + FRAME_RUNS_MAX * 18 + FR
 
 const MAGIC: &[u8; 4] = b"MSFR";
 const VERSION: u8 = 1;
+const CODEC_RAW: u8 = 0;
+const CODEC_ZSTD: u8 = 1;
+const CODEC_LZ4: u8 = 2;
 const CHECKSUM_AT: usize = 20;
 /// The first block number that would not be addressable in bytes.
 const BLOCK_LIMIT: u64 = u64::MAX / BLOCK_BYTES;
-/// Level 1: over 500 MB/s per core; levels above cost more CPU than the link they save.
+/// Level 1: 230 to 500 MB/s per core, by content and processor; levels above cost more CPU than the link they save.
 const ZSTD_LEVEL: i32 = 1;
+
+/// How hard to compress.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Effort {
+    /// As small as zstd makes it: what the store keeps and a slow link carries.
+    #[default]
+    Small,
+    /// With LZ4, which takes about half the time and leaves about half as much again: where the link waits for the processor.
+    Fast,
+}
 
 /// What a run of blocks holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -175,7 +188,7 @@ impl FrameBuilder {
     ///
     /// # Errors
     /// [`FrameError::Malformed`] when nothing was pushed.
-    pub fn finish(self) -> Result<Bytes, FrameError> {
+    pub fn finish(self, effort: Effort) -> Result<Bytes, FrameError> {
         if self.runs.is_empty() {
             return Err(FrameError::Malformed("no runs"));
         }
@@ -194,10 +207,17 @@ impl FrameBuilder {
         let packed = if self.payload.is_empty() {
             None
         } else {
-            compress(&self.payload)
-                .filter(|packed| packed.len() <= self.payload.len() - self.payload.len() / 16)
+            match effort {
+                Effort::Small => compress(&self.payload),
+                Effort::Fast => Some(lz4_flex::block::compress(&self.payload)),
+            }
+            .filter(|packed| packed.len() <= self.payload.len() - self.payload.len() / 16)
         };
-        let codec = u8::from(packed.is_some());
+        let codec = match (&packed, effort) {
+            (None, _) => CODEC_RAW,
+            (Some(_), Effort::Small) => CODEC_ZSTD,
+            (Some(_), Effort::Fast) => CODEC_LZ4,
+        };
         let stored = packed.as_deref().unwrap_or(&self.payload);
         let mut out = Vec::with_capacity(FRAME_HEADER_BYTES + runs.len() + stored.len());
         out.extend_from_slice(MAGIC);
@@ -253,7 +273,7 @@ impl Header {
     fn parse(bytes: &[u8]) -> Result<Self, FrameError> {
         let short = FrameError::Length { found: bytes.len(), expected: FRAME_HEADER_BYTES };
         let header = bytes.get(..FRAME_HEADER_BYTES).ok_or(short)?;
-        if &header[..4] != MAGIC || header[4] != VERSION || header[5] > 1 {
+        if &header[..4] != MAGIC || header[4] != VERSION || header[5] > CODEC_LZ4 {
             return Err(FrameError::Unknown);
         }
         let short_at = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
@@ -276,7 +296,7 @@ impl Header {
         let plain = parsed.blocks * BLOCK_LENGTH;
         if parsed.blocks > FRAME_BLOCKS_MAX
             || parsed.stored_bytes > plain
-            || (parsed.codec == 0 && parsed.stored_bytes != plain)
+            || (parsed.codec == CODEC_RAW && parsed.stored_bytes != plain)
         {
             return Err(FrameError::Malformed("payload length"));
         }
@@ -367,7 +387,10 @@ impl Frame {
         let stored = bytes.slice(FRAME_HEADER_BYTES + header.runs_bytes..);
         let plain = header.blocks * BLOCK_LENGTH;
         let payload = match header.codec {
-            0 => stored,
+            CODEC_RAW => stored,
+            CODEC_LZ4 => {
+                Bytes::from(lz4_flex::block::decompress(&stored, plain).map_err(|_| FrameError::Payload)?)
+            }
             _ => Bytes::from(zstd::bulk::decompress(&stored, plain).map_err(|_| FrameError::Payload)?),
         };
         if payload.len() != plain {

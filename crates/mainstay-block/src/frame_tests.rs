@@ -7,7 +7,7 @@ fn runs() -> impl Strategy<Value = Vec<(u64, u16, u8, bool, u8)>> {
     proptest::collection::vec((0u64..1000, 0u16..2, 1u8..4, any::<bool>(), any::<u8>()), 1..20)
 }
 
-fn build(spec: &[(u64, u16, u8, bool, u8)]) -> (Vec<FrameRun>, Vec<u8>, Bytes) {
+fn build(spec: &[(u64, u16, u8, bool, u8)], effort: Effort) -> (Vec<FrameRun>, Vec<u8>, Bytes) {
     let mut builder = FrameBuilder::new();
     let (mut disk, mut end) = (0, 0);
     let mut data = Vec::new();
@@ -27,15 +27,19 @@ fn build(spec: &[(u64, u16, u8, bool, u8)]) -> (Vec<FrameRun>, Vec<u8>, Bytes) {
             data.extend_from_slice(&bytes);
         }
     }
-    (builder.runs.clone(), data, builder.finish().unwrap())
+    (builder.runs.clone(), data, builder.finish(effort).unwrap())
+}
+
+fn effort(is_fast: bool) -> Effort {
+    if is_fast { Effort::Fast } else { Effort::Small }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn what_goes_in_comes_out(spec in runs()) {
-        let (runs, data, bytes) = build(&spec);
+    fn what_goes_in_comes_out(spec in runs(), is_fast in any::<bool>()) {
+        let (runs, data, bytes) = build(&spec, effort(is_fast));
         prop_assert!(bytes.len() <= FRAME_BYTES_MAX);
         prop_assert_eq!(frame_length(&bytes).unwrap(), bytes.len());
         let frame = Frame::decode(&bytes).unwrap();
@@ -44,8 +48,8 @@ proptest! {
     }
 
     #[test]
-    fn every_flipped_bit_is_noticed(spec in runs(), at in any::<usize>(), bit in 0u8..8) {
-        let (_, _, bytes) = build(&spec);
+    fn every_flipped_bit_is_noticed(spec in runs(), is_fast in any::<bool>(), at in any::<usize>(), bit in 0u8..8) {
+        let (_, _, bytes) = build(&spec, effort(is_fast));
         let mut bytes = bytes.to_vec();
         let at = at % bytes.len();
         bytes[at] ^= 1 << bit;
@@ -55,10 +59,11 @@ proptest! {
     #[test]
     fn hostile_bytes_with_a_valid_checksum_never_panic(
         spec in runs(),
+        is_fast in any::<bool>(),
         edits in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..8),
         cut in any::<usize>(),
     ) {
-        let (_, _, bytes) = build(&spec);
+        let (_, _, bytes) = build(&spec, effort(is_fast));
         let mut bytes = bytes.to_vec();
         bytes.truncate(FRAME_HEADER_BYTES + cut % bytes.len());
         for (at, value) in edits {
@@ -90,14 +95,14 @@ fn incompressible_data_is_stored_raw_and_zeros_cost_nothing() {
         builder.push_data(3, at as u64 * 50, block).unwrap();
     }
     assert_eq!(builder.room(), 0);
-    let bytes = builder.finish().unwrap();
+    let bytes = builder.finish(Effort::Small).unwrap();
     assert_eq!(bytes[5], 0);
     assert!(bytes.len() < noise.len() + 300, "headers take {} bytes", bytes.len() - noise.len());
 
     let mut builder = FrameBuilder::new();
     builder.push_zero(0, 0, u32::MAX).unwrap();
     builder.push_zero(0, u64::from(u32::MAX), 5).unwrap();
-    assert!(builder.finish().unwrap().len() < 64);
+    assert!(builder.finish(Effort::Small).unwrap().len() < 64);
 }
 
 #[test]

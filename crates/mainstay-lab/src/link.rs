@@ -31,8 +31,9 @@ pub async fn relay(listen: SocketAddr, to: SocketAddr, bytes_per_second: Option<
             }
             // However a connection ends, both its ends see it end.
             let Some(limit) = bytes_per_second else {
-                let _ = tokio::io::copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER_BYTES, BUFFER_BYTES)
-                    .await;
+                let _ =
+                    tokio::io::copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER_BYTES, BUFFER_BYTES)
+                        .await;
                 return;
             };
             let ((near_read, near_write), (far_read, far_write)) = (near.split(), far.split());

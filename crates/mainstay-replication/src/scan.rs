@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
-use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder};
+use mainstay_block::frame::{Effort, FRAME_BLOCKS_MAX, FrameBuilder};
 use mainstay_block::hash_table::Verdict;
 use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of};
 use tokio::sync::{mpsc, watch};
@@ -23,6 +24,20 @@ const ZERO_BLOCKS: u64 = 1 << 18;
 /// Frames being compressed, or compressed and not yet taken, at once: enough that the cores have work while one frame is
 /// waited for in order, few enough to stay small (1 MiB of payload).
 const FRAMES_COMPRESSING: usize = 4;
+
+/// Bytes of a transfer after which its compression gives way to its speed: what is small is over before it matters.
+const SMALL_BYTES: u64 = 64 << 20;
+
+/// How hard to compress the next frame. Where the link does not hold frames up, the processor does; a limited link waits for
+/// its turn and nothing else.
+fn effort(options: &SendOptions, sent_bytes: u64, output: &mpsc::Sender<Output>) -> Effort {
+    let is_held_up = output.capacity() == 0;
+    if options.bytes_per_second.is_none() && sent_bytes > SMALL_BYTES && !is_held_up {
+        Effort::Fast
+    } else {
+        Effort::Small
+    }
+}
 
 /// What is handed to the link.
 pub(crate) enum Output {
@@ -309,13 +324,15 @@ async fn compress(
     output: &mpsc::Sender<Output>,
 ) -> Result<(), ReplicationError> {
     let mut throttle = Throttle::new(options.bytes_per_second);
+    let sent_bytes = AtomicU64::new(0);
     let frames = stream::unfold(frames, |mut frames| async move {
         let frame: Option<FrameBuilder> = frames.recv().await;
         frame.map(|frame| (frame, frames))
     });
     let encoded = frames.map(|frame| {
+        let effort = effort(options, sent_bytes.load(Ordering::Relaxed), output);
         async move {
-            let task = tokio::task::spawn_blocking(move || frame.finish()).await;
+            let task = tokio::task::spawn_blocking(move || frame.finish(effort)).await;
             Ok::<_, ReplicationError>(task.map_err(|error| ReplicationError::internal(&error))??)
         }
         .boxed()
@@ -324,6 +341,7 @@ async fn compress(
     while let Some(frame) = encoded.try_next().await? {
         let bytes = frame.len() as u64;
         throttle.spend(bytes).await;
+        sent_bytes.fetch_add(bytes, Ordering::Relaxed);
         if output.send(Output::Frame(frame)).await.is_err() {
             return Ok(());
         }

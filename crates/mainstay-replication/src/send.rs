@@ -8,13 +8,14 @@ use mainstay_block::BlockDevice;
 use mainstay_block::hash_table::HashTable;
 use mainstay_store::{DiskSpec, PointMeta};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::connect::unless_cancelled;
 use crate::link::Link;
 use crate::message::{CommitRequest, Hello, Purpose};
-use crate::scan::scan;
+use crate::scan::{Output, scan};
 use crate::wire::{Traffic, VERSION};
 use crate::{Connect, RefusalKind, ReplicationError};
 
@@ -174,6 +175,46 @@ impl SendJob {
     }
 }
 
+/// The scan of a job at work. Ends when it is dropped.
+struct Scanning {
+    task: JoinHandle<Result<(), ReplicationError>>,
+}
+
+impl Scanning {
+    fn start(
+        job: &SendJob,
+        options: &SendOptions,
+        progress: &watch::Sender<SendProgress>,
+        sink: mpsc::Sender<Output>,
+    ) -> Self {
+        let (job, options, progress) = (job.clone(), options.clone(), progress.clone());
+        Self { task: tokio::spawn(async move { scan(&job, &options, &progress, sink).await }) }
+    }
+
+    /// Answers when it fails, and never when it does not.
+    async fn failure(&mut self) -> ReplicationError {
+        match (&mut self.task).await {
+            Ok(Ok(())) => std::future::pending().await,
+            Ok(Err(error)) => error,
+            Err(error) => ReplicationError::internal(&error),
+        }
+    }
+
+    async fn stop(mut self) {
+        if !self.task.is_finished() {
+            self.task.abort();
+            // How it ended is of no interest any more, only that it has.
+            let _ = (&mut self.task).await;
+        }
+    }
+}
+
+impl Drop for Scanning {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 /// Sends what changed and makes it a recovery point; the hash tables then describe it.
 ///
 /// Broken connections are retried until `cancel`; the session goes on where the server is. If the server lost the
@@ -196,17 +237,17 @@ pub async fn replicate(
         progress.send_replace(job.progress());
         let mut link = Link::new(connect, job, options.window_bytes, &traffic);
         let (sink, source) = mpsc::channel(4);
+        // A task of its own: reading and comparing go on while a frame is encrypted and sent.
+        let mut scanning = Scanning::start(job, options, progress, sink);
         let done = unless_cancelled(cancel, async {
-            let scan = async {
-                scan(job, options, progress, sink).await?;
-                std::future::pending::<Result<(), ReplicationError>>().await
-            };
             tokio::select! {
                 point = link.run(source, cancel) => point,
-                failed = scan => Err(failed.err().unwrap_or(ReplicationError::Cancelled)),
+                error = scanning.failure() => Err(error),
             }
         })
         .await;
+        // It stages hashes: only when it is over can they be committed or abandoned.
+        scanning.stop().await;
         frames_resent += link.resent;
         let session = job.session;
         let error = match done {

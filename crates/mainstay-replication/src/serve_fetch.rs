@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
-use mainstay_block::frame::FrameBuilder;
+use mainstay_block::frame::{Effort, FrameBuilder};
 use mainstay_block::{BLOCK_BYTES, BlockDevice as _, ExtentKind, blocks_of, is_zero};
 use mainstay_store::{PointReader, Store, StoreError};
 use tokio::sync::mpsc;
@@ -167,7 +167,7 @@ async fn encode(reader: &PointReader, piece: Piece) -> Result<Vec<Bytes>, Replic
     if zero {
         let mut frame = FrameBuilder::new();
         frame.push_zero(disk, range.start, (range.end - range.start) as u32)?;
-        return Ok(vec![frame.finish()?]);
+        return Ok(vec![frame.finish(Effort::Small)?]);
     }
     let device = reader.disk(disk)?;
     let from = range.start * BLOCK_BYTES;
@@ -177,7 +177,7 @@ async fn encode(reader: &PointReader, piece: Piece) -> Result<Vec<Bytes>, Replic
         let mut frame = FrameBuilder::new();
         for (block, content) in (range.start..).zip(data.chunks(BLOCK_BYTES as usize)) {
             if frame.room() == 0 {
-                frames.push(std::mem::take(&mut frame).finish()?);
+                frames.push(std::mem::take(&mut frame).finish(Effort::Small)?);
             }
             if is_zero(content) {
                 frame.push_zero(disk, block, 1)?;
@@ -186,7 +186,7 @@ async fn encode(reader: &PointReader, piece: Piece) -> Result<Vec<Bytes>, Replic
             }
         }
         if !frame.is_empty() {
-            frames.push(frame.finish()?);
+            frames.push(frame.finish(Effort::Small)?);
         }
         Ok::<_, ReplicationError>(frames)
     });

@@ -117,7 +117,7 @@ mod tests {
         for at in 0..3u8 {
             let mut frame = frame::FrameBuilder::new();
             frame.push_data(0, u64::from(at), &[at + 1; 40]).unwrap();
-            builder.push(&frame.finish().unwrap(), 1);
+            builder.push(&frame.finish(frame::Effort::Small).unwrap(), 1);
         }
         let bytes = builder.finish();
         assert_eq!(verify(&bytes, ids[0], ids[1]), Ok(vec![]));

@@ -149,6 +149,9 @@ pub struct ReplicationRecord {
     pub last_app_point_ms: Option<i64>,
     /// When the last cycle began.
     pub last_cycle_ms: Option<i64>,
+    /// How long the last successful cycle took, milliseconds.
+    #[serde(default)]
+    pub last_cycle_length_ms: i64,
     /// When the next one is due at the earliest, after failures.
     pub not_before_ms: Option<i64>,
     /// Failed cycles in a row.

@@ -17,6 +17,8 @@ use uuid::Uuid;
 
 use crate::{Control, ControlError, db::ItemRecord, jobs::JobRequest};
 
+/// The reconcilers' tick, in milliseconds.
+const TICK_MS: i64 = super::TICK.as_millis() as i64;
 /// Cycles under way in all: each holds a capture open on some host and a transfer into the store.
 const CYCLES_MAX: usize = 16;
 
@@ -124,12 +126,13 @@ fn is_due(item: &ItemRecord, policy: &ReplicationPolicy, now_ms: i64) -> bool {
     if item.replication.not_before_ms.is_some_and(|not_before_ms| now_ms < not_before_ms) {
         return false;
     }
-    // Initial replication goes on at once after an interruption; deltas keep their rhythm.
+    // Initial replication goes on at once after an interruption; deltas keep their rhythm. The frequency is a promise about
+    // the recovery points' age, so a cycle begins early enough to be over in time: by as long as the last one took, but
+    // by half of the time at most, or a VM that is slow to replicate would do nothing else; and by the time until the next look.
+    let frequency_ms = i64::from(policy.copy_frequency_seconds) * 1000;
+    let ahead_ms = item.replication.last_cycle_length_ms.clamp(0, frequency_ms / 2) + TICK_MS;
     item.replication.last_point_ms.is_none()
-        || item
-            .replication
-            .last_cycle_ms
-            .is_none_or(|last_ms| now_ms - last_ms >= i64::from(policy.copy_frequency_seconds) * 1000)
+        || item.replication.last_cycle_ms.is_none_or(|last_ms| now_ms - last_ms >= frequency_ms - ahead_ms)
 }
 
 impl Control {
@@ -223,6 +226,7 @@ impl Control {
         metrics::counter!("mainstay_replication_bytes_changed").increment(replicated.bytes_changed);
         metrics::counter!("mainstay_replication_bytes_moved").increment(replicated.bytes_moved);
         metrics::counter!("mainstay_replication_cycles", "result" => "succeeded").increment(1);
+        let ended_ms = self.clock.now_ms();
         let recovered = self
             .change_item(id, |item| {
                 let record = &mut item.replication;
@@ -239,6 +243,7 @@ impl Control {
                     record.last_app_point_ms = Some(replicated.taken_at_ms);
                 }
                 record.last_cycle_ms = Some(started_ms);
+                record.last_cycle_length_ms = ended_ms - started_ms;
                 record.not_before_ms = None;
                 record.failures = 0;
                 record.bytes_changed += replicated.bytes_changed;

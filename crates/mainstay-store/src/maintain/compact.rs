@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use mainstay_block::BLOCK_BYTES;
-use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder, inspect};
+use mainstay_block::frame::{Effort, FRAME_BLOCKS_MAX, FrameBuilder, inspect};
 use uuid::Uuid;
 
 use crate::extent_map::{Entry, Location, overlay};
@@ -179,7 +179,7 @@ impl<'a> Rewrite<'a> {
         if frame.is_empty() {
             return Ok(Vec::new());
         }
-        let bytes = tokio::task::spawn_blocking(move || frame.finish()).await;
+        let bytes = tokio::task::spawn_blocking(move || frame.finish(Effort::Small)).await;
         let bytes = bytes.map_err(StoreError::internal)??;
         let runs = inspect(&bytes)?;
         let shared = &self.store.shared;

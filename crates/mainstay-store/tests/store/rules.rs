@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::support::{Disks, Dying, REPLICA, Write, apply, capture, meta, options, read, spec};
 use bytes::Bytes;
 use futures::TryStreamExt as _;
-use mainstay_block::frame::FrameBuilder;
+use mainstay_block::frame::{Effort, FrameBuilder};
 use mainstay_store::{PointMeta, SessionSpec, Store, StoreError, StoreOptions, local_storage};
 use object_store::memory::InMemory;
 use object_store::{ObjectStore as _, ObjectStoreExt as _, PutPayload};
@@ -98,7 +98,10 @@ async fn sessions_are_numbered_resumable_and_idempotent() {
     let mut outside = FrameBuilder::new();
     outside.push_zero(0, 98, 1).unwrap();
     let older = store.begin(spec(2, Some(point), &disks, false)).await.unwrap();
-    assert!(matches!(older.append(1, outside.finish().unwrap()).await, Err(StoreError::Invalid(_))));
+    assert!(matches!(
+        older.append(1, outside.finish(Effort::Small).unwrap()).await,
+        Err(StoreError::Invalid(_))
+    ));
     let newer = store.begin(spec(3, Some(point), &disks, false)).await.unwrap();
     assert!(matches!(older.append(1, frames[0].clone()).await, Err(StoreError::NoSession(_))));
     newer.abort();
@@ -240,7 +243,7 @@ async fn space_stays_near_what_changed() {
                 let data: Vec<u8> = (0..512).flat_map(|_| random().to_le_bytes()).collect();
                 builder.push_data(0, *block, &data).unwrap();
             }
-            frames.push(builder.finish().unwrap());
+            frames.push(builder.finish(Effort::Small).unwrap());
         }
         // 6 bytes in 8 are random: what zstd makes of that is the anchor, taken from the frames themselves.
         parent = Some(capture(&store, spec(at, parent, &disks, false), &frames).await.unwrap());

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use mainstay_block::BLOCK_BYTES;
-use mainstay_block::frame::FrameBuilder;
+use mainstay_block::frame::{Effort, FrameBuilder};
 use mainstay_store::{Consistency, DiskSpec, PointMeta, SessionSpec, Store, StoreError, StoreOptions};
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -179,7 +179,7 @@ pub(crate) fn apply(disks: &mut Disks, writes: &[Write]) -> Vec<Bytes> {
         }
         let blocks = (to - from).div_ceil(BLOCK_BYTES as usize);
         if !builder.accepts(write.disk, write.block) || builder.room() < blocks {
-            frames.push(std::mem::take(&mut builder).finish().unwrap());
+            frames.push(std::mem::take(&mut builder).finish(Effort::Small).unwrap());
         }
         match write.seed {
             Some(_) => builder.push_data(write.disk, write.block, part).unwrap(),
@@ -187,7 +187,7 @@ pub(crate) fn apply(disks: &mut Disks, writes: &[Write]) -> Vec<Bytes> {
         }
     }
     if !builder.is_empty() {
-        frames.push(builder.finish().unwrap());
+        frames.push(builder.finish(Effort::Small).unwrap());
     }
     frames
 }
