@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use mainstay_lab::{HOME, Images, Job, LedgerCopy, LedgerVm, RECOVERY};
+use mainstay_lab::{HOME, Images, Job, LedgerCopy, RECOVERY};
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -18,14 +18,7 @@ const VM: &str = "returning";
 pub(crate) async fn measure(dir: &Path, scale: Scale) -> Result<Vec<Figure>> {
     let (file_mib, blocks) = scale.pick((256, 4096), (32, 512));
     Stand::with(dir, async |stand| {
-        stand
-            .guest(LedgerVm {
-                disk_mib: file_mib * 2,
-                options: "ledger.rate=5 ledger.ring_mib=4".to_owned(),
-                ..LedgerVm::new(VM)
-            })
-            .await?;
-        stand.load(VM, &format!("fill {file_mib}"), Duration::from_secs(1)).await?;
+        stand.filled_guest(VM, 5, file_mib, file_mib * 2).await?;
         let filled_ms = now_ms();
         let item = protect(&stand.lab, VM, 5).await?;
         point_after(&item, filled_ms).await?;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use mainstay_lab::{Item, LabAction, LedgerVm};
+use mainstay_lab::{Item, LabAction};
 use reqwest::Method;
 use serde_json::json;
 
@@ -59,14 +59,7 @@ pub(crate) async fn measure(dir: &Path, scale: Scale) -> Result<Vec<Figure>> {
     let rounds = scale.pick(4, 1);
     let time = Duration::from_secs(scale.pick(20, 11));
     Stand::with(dir, async |stand| {
-        stand
-            .guest(LedgerVm {
-                disk_mib: FILE_MIB * 4,
-                options: "ledger.rate=1 ledger.ring_mib=4".to_owned(),
-                ..LedgerVm::new(VM)
-            })
-            .await?;
-        stand.load(VM, &format!("fill {FILE_MIB}"), Duration::from_secs(1)).await?;
+        stand.filled_guest(VM, 1, FILE_MIB, FILE_MIB * 4).await?;
         let mut phases = Phases::default();
         for round in 1..=rounds {
             phases.unprotected.add(latencies(stand, time).await?);

@@ -6,7 +6,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use mainstay_lab::LedgerVm;
 
 use crate::{
     figure::{Figure, median, percentile, short},
@@ -27,14 +26,7 @@ pub(crate) async fn measure(dir: &Path, scale: Scale) -> Result<Vec<Figure>> {
     let time = Duration::from_secs(scale.pick(95, 20));
     let file_mib = scale.pick(512, 128);
     Stand::with(dir, async |stand| {
-        stand
-            .guest(LedgerVm {
-                disk_mib: file_mib * 2,
-                options: "ledger.rate=5 ledger.ring_mib=4".to_owned(),
-                ..LedgerVm::new(VM)
-            })
-            .await?;
-        stand.load(VM, &format!("fill {file_mib}"), Duration::from_secs(1)).await?;
+        stand.filled_guest(VM, 5, file_mib, file_mib * 2).await?;
         let item = protect(&stand.lab, VM, COPY_FREQUENCY_SECONDS).await?;
         let load_time = WARM_UP + time + Duration::from_secs(5);
         let words = format!("churn {CHURN_KIB_PER_SECOND} {}", load_time.as_secs());

@@ -84,6 +84,20 @@ impl Stand {
         Ok(())
     }
 
+    /// Makes a guest that commits `rate` records a second and has a file of `file_mib` MiB of noise on its first disk.
+    pub(crate) async fn filled_guest(
+        &mut self,
+        name: &str,
+        rate: u32,
+        file_mib: u64,
+        disk_mib: u64,
+    ) -> Result<()> {
+        let options = format!("ledger.rate={rate} ledger.ring_mib=4");
+        self.guest(LedgerVm { disk_mib, options, ..LedgerVm::new(name) }).await?;
+        self.load(name, &format!("fill {file_mib}"), Duration::from_secs(1)).await?;
+        Ok(())
+    }
+
     /// Runs `ledger load` in the copy of a guest that is in production. `time` is how long it takes by itself.
     pub(crate) async fn load(&self, vm: &str, words: &str, time: Duration) -> Result<Value> {
         let (site, id) = self.lab.vm(vm, LedgerCopy::Active).await?;

@@ -4,7 +4,7 @@
 use std::{path::Path, time::Duration};
 
 use anyhow::{Result, ensure};
-use mainstay_lab::{HOME, Images, Lab, LedgerVm};
+use mainstay_lab::{HOME, Images, Lab};
 
 use crate::{
     figure::Figure,
@@ -20,14 +20,7 @@ pub(crate) async fn measure(dir: &Path, scale: Scale) -> Result<Vec<Figure>> {
     // One block of sixteen is written: neither side can profit from neighbours that happen to be written too.
     let (file_mib, blocks) = scale.pick((256, 4096), (32, 512));
     Stand::with(dir, async |stand| {
-        stand
-            .guest(LedgerVm {
-                disk_mib: file_mib * 2,
-                options: "ledger.rate=1 ledger.ring_mib=4".to_owned(),
-                ..LedgerVm::new(VM)
-            })
-            .await?;
-        stand.load(VM, &format!("fill {file_mib}"), Duration::from_secs(1)).await?;
+        stand.filled_guest(VM, 1, file_mib, file_mib * 2).await?;
         let item = protect(&stand.lab, VM, COPY_FREQUENCY_SECONDS).await?;
         let images = Images::open(&stand.lab, item.status().await?.id.parse()?)?;
 

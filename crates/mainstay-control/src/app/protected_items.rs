@@ -100,7 +100,7 @@ impl Control {
             recovery_fabric: mapping.recovery_fabric,
             recovery_provider,
             vm: request.vm,
-            autostart: vm.autostart,
+            autostart: false,
             former_home: None,
             policy: policy.name,
             state: ItemState::new(),

@@ -118,7 +118,9 @@ impl StepAction for CheckPrerequisites {
             done =
                 done.warning(JobError::new(&finding.code, finding.message.clone(), finding.remedy.clone()));
         }
-        Ok(done)
+        // Read now: what was discovered may be half a minute old, and from the next step on protection has changed it.
+        let autostart = examined.vm.autostart;
+        Ok(done.changing(move |item| item.autostart = autostart))
     }
 }
 
