@@ -33,10 +33,11 @@ pub(crate) fn run(repository: &Path) -> Result<()> {
 
 /// Runs the tests that take too long for every change.
 pub(crate) fn soak(repository: &Path) -> Result<()> {
-    cargo(
-        repository,
-        &["test", "--package", "mainstay-cli", "--test", "kills", "--", "--ignored", "--nocapture"],
-    )
+    for (test, filter) in [("ugly", "firmware"), ("kills", "kills")] {
+        let words = ["test", "--workspace", "--test", test, "--", "--ignored", "--nocapture", filter];
+        cargo(repository, &words)?;
+    }
+    Ok(())
 }
 
 fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
