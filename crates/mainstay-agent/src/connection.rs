@@ -8,7 +8,7 @@ use mainstay_provider::{Site, serve_site};
 use mainstay_replication::{BoxStream, Connect};
 use rand::Rng as _;
 use rustls::{ClientConfig, pki_types::ServerName};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{io::BufReader, net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
@@ -22,6 +22,8 @@ const DATA_PROTOCOL: &[u8] = b"mainstay-data/1";
 const DIAL_MAX: Duration = Duration::from_secs(10);
 /// First pause after a lost connection; doubles up to the longest.
 const RETRY_MIN: Duration = Duration::from_millis(100);
+/// Holds two TLS records.
+const READ_BUFFER_BYTES: usize = 32 << 10;
 /// Longest pause.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
@@ -53,6 +55,8 @@ impl ServerLink {
         let dialled = timeout(DIAL_MAX, async {
             let stream = TcpStream::connect(&self.address).await?;
             stream.set_nodelay(true)?;
+            // The TLS library reads in pieces of 4 KiB, each a system call.
+            let stream = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
             TlsConnector::from(tls.clone()).connect(self.name.clone(), stream).await
         });
         let stream = dialled

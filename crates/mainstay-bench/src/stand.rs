@@ -47,6 +47,7 @@ impl Stand {
     /// Brings a lab up in a directory, has it used, and takes it down whatever happened.
     pub(crate) async fn with<T>(dir: &Path, work: impl AsyncFnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let options = LabOptions {
+            has_relays: false,
             vms: 0,
             disk_mib: 64,
             format: DiskImage::Qcow2,

@@ -57,6 +57,8 @@ pub enum Effort {
     Small,
     /// With LZ4, which takes about half the time and leaves about half as much again: where the link waits for the processor.
     Fast,
+    /// Not at all: where compression was seen to gain little and the processors are wanted.
+    None,
 }
 
 /// What a run of blocks holds.
@@ -110,7 +112,32 @@ pub enum FrameError {
 #[derive(Debug, Default)]
 pub struct FrameBuilder {
     runs: Vec<FrameRun>,
-    payload: Vec<u8>,
+    payload: Payload,
+}
+
+/// The blocks of all data runs.
+#[derive(Debug)]
+enum Payload {
+    Copied(Vec<u8>),
+    /// A frame full of contiguous blocks, as most of a first transfer is, stays where it was read.
+    Whole(Bytes),
+}
+
+impl Default for Payload {
+    fn default() -> Self {
+        Self::Copied(Vec::new())
+    }
+}
+
+impl std::ops::Deref for Payload {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Copied(bytes) => bytes,
+            Self::Whole(bytes) => bytes,
+        }
+    }
 }
 
 impl FrameBuilder {
@@ -127,6 +154,11 @@ impl FrameBuilder {
         FRAME_BLOCKS_MAX - self.payload.len() / BLOCK_LENGTH
     }
 
+    /// Bytes of the data blocks, before compression.
+    pub fn payload_bytes(&self) -> usize {
+        self.payload.len()
+    }
+
     /// Whether nothing was pushed yet.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
@@ -134,7 +166,7 @@ impl FrameBuilder {
 
     /// Whether a run at this place keeps the order.
     pub fn accepts(&self, disk: u16, block: u64) -> bool {
-        self.runs.last().is_none_or(|last| (disk, block) >= (last.disk, last.block + u64::from(last.count)))
+        is_after(&self.runs, disk, block)
     }
 
     /// Adds whole blocks; a partial last block (the end of a disk) is padded with zeros. Joins the run
@@ -147,9 +179,30 @@ impl FrameBuilder {
         if count == 0 || count > self.room() {
             return Err(FrameError::Malformed("no room for the blocks"));
         }
-        self.push_run(FrameRun { disk, block, count: count as u32, kind: RunKind::Data })?;
-        self.payload.extend_from_slice(data);
-        self.payload.resize(self.payload.len().next_multiple_of(BLOCK_LENGTH), 0);
+        // Room means that no whole frame is kept, so there is only what was copied.
+        let Payload::Copied(payload) = &mut self.payload else {
+            return Err(FrameError::Malformed("no room for the blocks"));
+        };
+        push_run(&mut self.runs, FrameRun { disk, block, count: count as u32, kind: RunKind::Data })?;
+        payload.extend_from_slice(data);
+        payload.resize(payload.len().next_multiple_of(BLOCK_LENGTH), 0);
+        Ok(())
+    }
+
+    /// As [`Self::push_data`], without a copy where the blocks fill the frame.
+    ///
+    /// # Errors
+    /// As [`Self::push_data`].
+    pub fn push_bytes(&mut self, disk: u16, block: u64, data: Bytes) -> Result<(), FrameError> {
+        if data.len() < FRAME_BLOCKS_MAX * BLOCK_LENGTH || !self.payload.is_empty() {
+            return self.push_data(disk, block, &data);
+        }
+        if data.len() > FRAME_BLOCKS_MAX * BLOCK_LENGTH || self.room() == 0 {
+            return Err(FrameError::Malformed("no room for the blocks"));
+        }
+        let count = FRAME_BLOCKS_MAX as u32;
+        push_run(&mut self.runs, FrameRun { disk, block, count, kind: RunKind::Data })?;
+        self.payload = Payload::Whole(data);
         Ok(())
     }
 
@@ -161,26 +214,7 @@ impl FrameBuilder {
         if count == 0 || self.runs.len() >= FRAME_RUNS_MAX {
             return Err(FrameError::Malformed("no room for the run"));
         }
-        self.push_run(FrameRun { disk, block, count, kind: RunKind::Zero })
-    }
-
-    fn push_run(&mut self, run: FrameRun) -> Result<(), FrameError> {
-        if !self.accepts(run.disk, run.block) {
-            return Err(FrameError::Malformed("runs out of order"));
-        }
-        if run.block.checked_add(u64::from(run.count)).is_none_or(|end| end > BLOCK_LIMIT) {
-            return Err(FrameError::Malformed("block out of range"));
-        }
-        if let Some(last) = self.runs.last_mut()
-            && (last.disk, last.kind) == (run.disk, run.kind)
-            && last.block + u64::from(last.count) == run.block
-            && let Some(count) = last.count.checked_add(run.count)
-        {
-            last.count = count;
-        } else {
-            self.runs.push(run);
-        }
-        Ok(())
+        push_run(&mut self.runs, FrameRun { disk, block, count, kind: RunKind::Zero })
     }
 
     /// Compresses where that gains at least a sixteenth, checksums, and returns the bytes. CPU-bound:
@@ -204,50 +238,97 @@ impl FrameBuilder {
             disk = run.disk;
             end = run.block + u64::from(run.count);
         }
-        let packed = if self.payload.is_empty() {
-            None
-        } else {
-            match effort {
-                Effort::Small => compress(&self.payload),
-                Effort::Fast => Some(lz4_flex::block::compress(&self.payload)),
-            }
-            .filter(|packed| packed.len() <= self.payload.len() - self.payload.len() / 16)
-        };
-        let codec = match (&packed, effort) {
-            (None, _) => CODEC_RAW,
-            (Some(_), Effort::Small) => CODEC_ZSTD,
-            (Some(_), Effort::Fast) => CODEC_LZ4,
-        };
-        let stored = packed.as_deref().unwrap_or(&self.payload);
-        let mut out = Vec::with_capacity(FRAME_HEADER_BYTES + runs.len() + stored.len());
-        out.extend_from_slice(MAGIC);
-        out.extend_from_slice(&[VERSION, codec]);
-        out.extend_from_slice(&(self.runs.len() as u16).to_le_bytes());
-        out.extend_from_slice(&(runs.len() as u32).to_le_bytes());
-        out.extend_from_slice(&(stored.len() as u32).to_le_bytes());
-        out.extend_from_slice(&((self.payload.len() / BLOCK_LENGTH) as u16).to_le_bytes());
-        out.extend_from_slice(&[0; 2]);
-        out.extend_from_slice(&[0; 16]);
-        out.extend_from_slice(&runs);
-        out.extend_from_slice(stored);
+        let out = PACKER.with_borrow_mut(|packer| {
+            let packed = packer.pack(&self.payload, effort);
+            let packed = packed.filter(|packed| packed.len() <= self.payload.len() - self.payload.len() / 16);
+            let codec = match (&packed, effort) {
+                (None, _) | (_, Effort::None) => CODEC_RAW,
+                (Some(_), Effort::Small) => CODEC_ZSTD,
+                (Some(_), Effort::Fast) => CODEC_LZ4,
+            };
+            let stored = packed.unwrap_or(&self.payload);
+            let mut out = Vec::with_capacity(FRAME_HEADER_BYTES + runs.len() + stored.len());
+            out.extend_from_slice(MAGIC);
+            out.extend_from_slice(&[VERSION, codec]);
+            out.extend_from_slice(&(self.runs.len() as u16).to_le_bytes());
+            out.extend_from_slice(&(runs.len() as u32).to_le_bytes());
+            out.extend_from_slice(&(stored.len() as u32).to_le_bytes());
+            out.extend_from_slice(&((self.payload.len() / BLOCK_LENGTH) as u16).to_le_bytes());
+            out.extend_from_slice(&[0; 2]);
+            out.extend_from_slice(&[0; 16]);
+            out.extend_from_slice(&runs);
+            out.extend_from_slice(stored);
+            out
+        });
+        let mut out = out;
         let sum = checksum(&out);
         out[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum);
         Ok(Bytes::from(out))
     }
 }
 
-/// Compresses with this thread's compressor. Made anew for each frame, its tables would cost more than a small frame
-/// itself: over half a megabyte that the kernel hands out, clears and takes back.
-fn compress(payload: &[u8]) -> Option<Vec<u8>> {
-    thread_local! {
-        static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
+/// Whether a run at this place keeps the order.
+fn is_after(runs: &[FrameRun], disk: u16, block: u64) -> bool {
+    runs.last().is_none_or(|last| (disk, block) >= (last.disk, last.block + u64::from(last.count)))
+}
+
+fn push_run(runs: &mut Vec<FrameRun>, run: FrameRun) -> Result<(), FrameError> {
+    if !is_after(runs, run.disk, run.block) {
+        return Err(FrameError::Malformed("runs out of order"));
     }
-    COMPRESSOR.with_borrow_mut(|compressor| {
-        if compressor.is_none() {
-            *compressor = zstd::bulk::Compressor::new(ZSTD_LEVEL).ok();
+    if run.block.checked_add(u64::from(run.count)).is_none_or(|end| end > BLOCK_LIMIT) {
+        return Err(FrameError::Malformed("block out of range"));
+    }
+    if let Some(last) = runs.last_mut()
+        && (last.disk, last.kind) == (run.disk, run.kind)
+        && last.block + u64::from(last.count) == run.block
+        && let Some(count) = last.count.checked_add(run.count)
+    {
+        last.count = count;
+    } else {
+        runs.push(run);
+    }
+    Ok(())
+}
+
+/// What a thread needs to compress. Made anew for each frame it would cost more than a small frame itself: a megabyte
+/// that the kernel hands out, clears and takes back.
+#[derive(Default)]
+struct Packer {
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+    lz4: lz4_flex::block::CompressTable,
+    packed: Vec<u8>,
+}
+
+thread_local! {
+    static PACKER: RefCell<Packer> = RefCell::default();
+}
+
+impl Packer {
+    /// Nothing when there is nothing to compress, or the compressor fails: raw is always possible.
+    fn pack(&mut self, payload: &[u8], effort: Effort) -> Option<&[u8]> {
+        if payload.is_empty() {
+            return None;
         }
-        compressor.as_mut()?.compress(payload).ok()
-    })
+        let room = lz4_flex::block::get_maximum_output_size(payload.len())
+            .max(zstd::zstd_safe::compress_bound(payload.len()));
+        if self.packed.len() < room {
+            self.packed.resize(room, 0);
+        }
+        let length = match effort {
+            Effort::None => return None,
+            Effort::Small => {
+                if self.zstd.is_none() {
+                    self.zstd = zstd::bulk::Compressor::new(ZSTD_LEVEL).ok();
+                }
+                self.zstd.as_mut()?.compress_to_buffer(payload, self.packed.as_mut_slice()).ok()?
+            }
+            Effort::Fast => {
+                lz4_flex::block::compress_into_with_table(payload, &mut self.packed, &mut self.lz4).ok()?
+            }
+        };
+        self.packed.get(..length)
+    }
 }
 
 fn checksum(frame: &[u8]) -> [u8; 16] {

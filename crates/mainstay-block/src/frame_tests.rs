@@ -30,16 +30,16 @@ fn build(spec: &[(u64, u16, u8, bool, u8)], effort: Effort) -> (Vec<FrameRun>, V
     (builder.runs.clone(), data, builder.finish(effort).unwrap())
 }
 
-fn effort(is_fast: bool) -> Effort {
-    if is_fast { Effort::Fast } else { Effort::Small }
+fn efforts() -> impl Strategy<Value = Effort> {
+    prop_oneof![Just(Effort::Small), Just(Effort::Fast), Just(Effort::None)]
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn what_goes_in_comes_out(spec in runs(), is_fast in any::<bool>()) {
-        let (runs, data, bytes) = build(&spec, effort(is_fast));
+    fn what_goes_in_comes_out(spec in runs(), effort in efforts()) {
+        let (runs, data, bytes) = build(&spec, effort);
         prop_assert!(bytes.len() <= FRAME_BYTES_MAX);
         prop_assert_eq!(frame_length(&bytes).unwrap(), bytes.len());
         let frame = Frame::decode(&bytes).unwrap();
@@ -48,8 +48,8 @@ proptest! {
     }
 
     #[test]
-    fn every_flipped_bit_is_noticed(spec in runs(), is_fast in any::<bool>(), at in any::<usize>(), bit in 0u8..8) {
-        let (_, _, bytes) = build(&spec, effort(is_fast));
+    fn every_flipped_bit_is_noticed(spec in runs(), effort in efforts(), at in any::<usize>(), bit in 0u8..8) {
+        let (_, _, bytes) = build(&spec, effort);
         let mut bytes = bytes.to_vec();
         let at = at % bytes.len();
         bytes[at] ^= 1 << bit;
@@ -59,11 +59,11 @@ proptest! {
     #[test]
     fn hostile_bytes_with_a_valid_checksum_never_panic(
         spec in runs(),
-        is_fast in any::<bool>(),
+        effort in efforts(),
         edits in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..8),
         cut in any::<usize>(),
     ) {
-        let (_, _, bytes) = build(&spec, effort(is_fast));
+        let (_, _, bytes) = build(&spec, effort);
         let mut bytes = bytes.to_vec();
         bytes.truncate(FRAME_HEADER_BYTES + cut % bytes.len());
         for (at, value) in edits {
@@ -103,6 +103,33 @@ fn incompressible_data_is_stored_raw_and_zeros_cost_nothing() {
     builder.push_zero(0, 0, u32::MAX).unwrap();
     builder.push_zero(0, u64::from(u32::MAX), 5).unwrap();
     assert!(builder.finish(Effort::Small).unwrap().len() < 64);
+}
+
+#[test]
+fn a_whole_frame_is_taken_without_a_copy_and_is_the_same_frame() {
+    let data = Bytes::from(vec![7; FRAME_BLOCKS_MAX * BLOCK_LENGTH]);
+    let mut whole = FrameBuilder::new();
+    whole.push_zero(0, 0, 9).unwrap();
+    whole.push_bytes(0, 9, data.clone()).unwrap();
+    assert!(matches!(whole.payload, Payload::Whole(_)));
+    assert_eq!(whole.room(), 0);
+    assert!(whole.push_bytes(0, 100, data.clone()).is_err());
+    assert!(whole.push_data(0, 100, &data[..1]).is_err());
+    let mut copied = FrameBuilder::new();
+    copied.push_zero(0, 0, 9).unwrap();
+    copied.push_bytes(0, 9, data.slice(..BLOCK_LENGTH)).unwrap();
+    copied.push_bytes(0, 10, data.slice(BLOCK_LENGTH..)).unwrap();
+    for effort in [Effort::Small, Effort::Fast, Effort::None] {
+        let mut again = FrameBuilder::new();
+        again.push_zero(0, 0, 9).unwrap();
+        again.push_data(0, 9, &data).unwrap();
+        let expected = again.finish(effort).unwrap();
+        let mut whole = FrameBuilder::new();
+        whole.push_zero(0, 0, 9).unwrap();
+        whole.push_bytes(0, 9, data.clone()).unwrap();
+        assert_eq!(whole.finish(effort).unwrap(), expected);
+    }
+    assert_eq!(copied.finish(Effort::Small).unwrap(), whole.finish(Effort::Small).unwrap());
 }
 
 #[test]

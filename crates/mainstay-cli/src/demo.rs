@@ -65,6 +65,7 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<Exit> {
         None => std::env::temp_dir().join(format!("mainstay-demo-{}", std::process::id())),
     };
     let options = LabOptions {
+        has_relays: true,
         vms: 1,
         disk_mib: arguments.disk_size,
         format: DiskImage::Qcow2,

@@ -159,6 +159,7 @@ pub(crate) async fn run(command: LabCommand) -> anyhow::Result<Exit> {
     match command {
         LabCommand::Up { lab, vms, disk_size, disk_format, guest_options } => {
             let options = LabOptions {
+                has_relays: true,
                 vms,
                 disk_mib: disk_size,
                 format: match disk_format {

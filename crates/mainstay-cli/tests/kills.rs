@@ -11,6 +11,7 @@ async fn kills_change_nothing_but_time() {
     let rounds = std::env::var("MAINSTAY_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
     let dir = std::env::temp_dir().join(format!("mainstay-kills-{}", std::process::id()));
     let options = LabOptions {
+        has_relays: true,
         vms: 1,
         disk_mib: 64,
         format: DiskImage::Qcow2,

@@ -44,6 +44,8 @@ pub struct LabOptions {
     pub disk_mib: u64,
     /// The format of the disks.
     pub format: DiskImage,
+    /// Whether the agents reach the server through relays, so that the network of a site can be cut or made slow.
+    pub has_relays: bool,
     /// More words for the guests' kernel command line.
     pub guest_options: String,
     /// The `mainstay` binary.
@@ -143,7 +145,7 @@ impl Lab {
         let mut lab = Self { dir, file, home, recovery };
         lab.start_server().await?;
         for name in [HOME, RECOVERY] {
-            lab.add_site(name).await?;
+            lab.add_site(name, options.has_relays).await?;
         }
         for number in 1..=options.vms {
             lab.add_vm(&format!("vm{number}"), options, &images).await?;
@@ -205,7 +207,7 @@ impl Lab {
         .path()
     }
 
-    async fn add_site(&mut self, name: &str) -> Result<()> {
+    async fn add_site(&mut self, name: &str, has_relay: bool) -> Result<()> {
         self.site(name)?.start().await?;
         let client = self.client()?;
         let path = format!("{}/replicationFabrics/{name}", self.vault_path());
@@ -213,20 +215,24 @@ impl Lab {
         let key: mainstay_api::v1::RegistrationKey =
             client.post(&format!("/api/v1/fabrics/{name}/registrationKeys"), &json!({})).await?;
         let site = self.site(name)?;
-        let link_port = free_port()?;
+        let link_port = if has_relay { Some(free_port()?) } else { None };
+        // Empty: what registration answers.
+        let server = link_port.map(|port| format!("127.0.0.1:{port}")).unwrap_or_default();
         let network = network(free_port()?);
         let data_dir = self.dir.join(name).join("agent");
         fs::create_dir_all(&data_dir)?;
         site.account().give(&data_dir)?;
         let config = format!(
-            "data_dir = {data_dir:?}\nrun_dir = {:?}\nlibvirt_uri = {:?}\nserver = \"127.0.0.1:{link_port}\"\nnetworks = [\"mcast:{network}\"]\nboot_id_file = {:?}\n",
+            "data_dir = {data_dir:?}\nrun_dir = {:?}\nlibvirt_uri = {:?}\nserver = {server:?}\nnetworks = [\"mcast:{network}\"]\nboot_id_file = {:?}\n",
             site.driver_directory_short(),
             site.uri(),
             self.boot_id_file(name),
         );
         write(&self.agent_config(name), &config)?;
         self.note_boot(name)?;
-        write(&self.dir.join(name).join("link-port"), &link_port.to_string())?;
+        if let Some(port) = link_port {
+            write(&self.link_port(name), &port.to_string())?;
+        }
         let output = site
             .account()
             .command(&program(&self.dir).to_string_lossy())
@@ -249,7 +255,9 @@ impl Lab {
             agent_pid: 0,
             network: format!("mcast:{network}"),
         });
-        self.heal(name).await?;
+        if has_relay {
+            self.connect(name, None).await?;
+        }
         self.start_agent(name).await?;
         self.wait_connected(name).await
     }
@@ -381,7 +389,14 @@ impl Lab {
     /// Cuts the network between a site and the server.
     pub async fn cut(&self, site: &str) -> Result<()> {
         self.site(site)?;
+        if !self.link_port(site).exists() {
+            bail!("site {site} has no relay between its agent and the server; the lab was made without them");
+        }
         self.link(site).end(Signal::SIGKILL).await
+    }
+
+    fn link_port(&self, site: &str) -> PathBuf {
+        self.dir.join(site).join("link-port")
     }
 
     /// Brings the network between a site and the server back, at full speed.
@@ -408,7 +423,8 @@ impl Lab {
     }
 
     async fn connect(&self, site: &str, bytes_per_second: Option<u64>) -> Result<()> {
-        let port = fs::read_to_string(self.dir.join(site).join("link-port"))?;
+        let port = fs::read_to_string(self.link_port(site))
+            .with_context(|| format!("the port of the relay of site {site}"))?;
         let config: toml::Table = fs::read_to_string(self.dir.join("server.toml"))?.parse()?;
         let to = config
             .get("agent_listen")

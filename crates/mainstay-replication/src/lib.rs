@@ -14,6 +14,7 @@
 //! pipelined, bounded by a window.
 
 mod connect;
+mod effort;
 mod error;
 mod fetch;
 mod link;

@@ -1,17 +1,17 @@
 //! From changed ranges to frames: read, compare, build, compress.
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
-use mainstay_block::frame::{Effort, FRAME_BLOCKS_MAX, FrameBuilder};
+use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder};
 use mainstay_block::hash_table::Verdict;
 use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Duration, Instant};
 
+use crate::effort::{Cost, Made, Pace};
 use crate::throttle::Throttle;
 use crate::{ReplicationError, SendDisk, SendJob, SendOptions, SendProgress};
 
@@ -24,20 +24,6 @@ const ZERO_BLOCKS: u64 = 1 << 18;
 /// Frames being compressed, or compressed and not yet taken, at once: enough that the cores have work while one frame is
 /// waited for in order, few enough to stay small (1 MiB of payload).
 const FRAMES_COMPRESSING: usize = 4;
-
-/// Bytes of a transfer after which its compression gives way to its speed: what is small is over before it matters.
-const SMALL_BYTES: u64 = 64 << 20;
-
-/// How hard to compress the next frame. Where the link does not hold frames up, the processor does; a limited link waits for
-/// its turn and nothing else.
-fn effort(options: &SendOptions, sent_bytes: u64, output: &mpsc::Sender<Output>) -> Effort {
-    let is_held_up = output.capacity() == 0;
-    if options.bytes_per_second.is_none() && sent_bytes > SMALL_BYTES && !is_held_up {
-        Effort::Fast
-    } else {
-        Effort::Small
-    }
-}
 
 /// What is handed to the link.
 pub(crate) enum Output {
@@ -222,12 +208,19 @@ async fn build(
             match change {
                 Change::Data { disk, first, hashes, content } => {
                     let (target, mut left, mut at) = (&job.disks[disk], content, first);
+                    // What fills a frame gets one of its own, which saves a copy of it.
+                    if left.len() == FRAME_BLOCKS_MAX * BLOCK_BYTES as usize
+                        && frame.payload_bytes() > 0
+                        && frames.send(std::mem::take(&mut frame)).await.is_err()
+                    {
+                        return Ok(());
+                    }
                     while !left.is_empty() {
                         if !room(&mut frame, &frames).await {
                             return Ok(());
                         }
                         let length = left.len().min(frame.room() * BLOCK_BYTES as usize);
-                        frame.push_data(target.index, at, &left.split_to(length))?;
+                        frame.push_bytes(target.index, at, left.split_to(length))?;
                         at += (length as u64).div_ceil(BLOCK_BYTES);
                     }
                     target.table.stage(job.session, first, &hashes)?;
@@ -324,24 +317,29 @@ async fn compress(
     output: &mpsc::Sender<Output>,
 ) -> Result<(), ReplicationError> {
     let mut throttle = Throttle::new(options.bytes_per_second);
-    let sent_bytes = AtomicU64::new(0);
+    let pace = Mutex::new(Pace::default());
+    let lock = || pace.lock().unwrap_or_else(PoisonError::into_inner);
     let frames = stream::unfold(frames, |mut frames| async move {
         let frame: Option<FrameBuilder> = frames.recv().await;
         frame.map(|frame| (frame, frames))
     });
     let encoded = frames.map(|frame| {
-        let effort = effort(options, sent_bytes.load(Ordering::Relaxed), output);
+        let effort = lock().effort(options.bytes_per_second.is_some(), output.capacity() == 0);
         async move {
-            let task = tokio::task::spawn_blocking(move || frame.finish(effort)).await;
-            Ok::<_, ReplicationError>(task.map_err(|error| ReplicationError::internal(&error))??)
+            let plain_bytes = frame.payload_bytes() as u64;
+            let task = tokio::task::spawn_blocking(move || Cost::of(|| frame.finish(effort))).await;
+            let (frame, cost) = task.map_err(|error| ReplicationError::internal(&error))?;
+            let frame = frame?;
+            let made = Made { effort, plain_bytes, frame_bytes: frame.len() as u64, cost };
+            Ok::<_, ReplicationError>((frame, made))
         }
         .boxed()
     });
     let mut encoded = Box::pin(encoded.buffered(FRAMES_COMPRESSING));
-    while let Some(frame) = encoded.try_next().await? {
-        let bytes = frame.len() as u64;
+    while let Some((frame, made)) = encoded.try_next().await? {
+        let bytes = made.frame_bytes;
         throttle.spend(bytes).await;
-        sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        lock().record(made);
         if output.send(Output::Frame(frame)).await.is_err() {
             return Ok(());
         }

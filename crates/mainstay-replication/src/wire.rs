@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use mainstay_block::frame::FRAME_BYTES_MAX;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -244,7 +244,7 @@ async fn write_all(
     header: &[u8],
     payload: &[u8],
 ) -> std::io::Result<()> {
-    write.write_all(header).await?;
-    write.write_all(payload).await?;
+    // Both in one write: with TLS each write is a record and a system call.
+    write.write_all_buf(&mut Buf::chain(header, payload)).await?;
     write.flush().await
 }

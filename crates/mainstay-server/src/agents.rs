@@ -8,13 +8,12 @@ use mainstay_model::{Health, ItemId, ProviderId};
 use mainstay_provider::{RemoteSite, Site};
 use mainstay_replication::{Access, serve_connection};
 use rustls::ServerConfig;
-use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::server::TlsStream;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     authority::{CONTROL_PROTOCOL, DATA_PROTOCOL, certificate_provider},
-    listener::listen,
+    listener::{Secured, listen},
 };
 
 /// Connections of agents at once: each agent has one for control and a few for data.
@@ -40,7 +39,7 @@ pub(crate) async fn serve(
     listen(listener, tls, CONNECTIONS_MAX, stop, serve).await;
 }
 
-async fn serve_peer(stream: TlsStream<TcpStream>, control: Arc<Control>) {
+async fn serve_peer(stream: Secured, control: Arc<Control>) {
     let Some(provider) = peer(&stream) else {
         return tracing::warn!("a certificate of ours does not name a host");
     };
@@ -62,16 +61,11 @@ async fn serve_peer(stream: TlsStream<TcpStream>, control: Arc<Control>) {
     }
 }
 
-fn peer(stream: &TlsStream<TcpStream>) -> Option<ProviderId> {
+fn peer(stream: &Secured) -> Option<ProviderId> {
     certificate_provider(stream.get_ref().1.peer_certificates()?.first()?)
 }
 
-async fn serve_control(
-    stream: TlsStream<TcpStream>,
-    provider: ProviderId,
-    name: String,
-    control: Arc<Control>,
-) {
+async fn serve_control(stream: Secured, provider: ProviderId, name: String, control: Arc<Control>) {
     let (site, run) = RemoteSite::connect(stream);
     let site: Arc<dyn Site> = site;
     control.sites.insert(provider, site.clone());
@@ -96,7 +90,7 @@ async fn serve_control(
 }
 
 /// Serves a data connection. A host may touch the replicas of the items that it is a side of, and no others.
-async fn serve_data(stream: TlsStream<TcpStream>, provider: ProviderId, control: Arc<Control>) {
+async fn serve_data(stream: Secured, provider: ProviderId, control: Arc<Control>) {
     let authorize = |access: Access| {
         let control = control.clone();
         async move { control.may_touch(provider, ItemId(access.replica)).await }.boxed()

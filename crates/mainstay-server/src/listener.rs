@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use rustls::ServerConfig;
 use tokio::{
+    io::BufReader,
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     time::timeout,
@@ -16,6 +17,10 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// Pause after a failed accept (out of file descriptors), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// A connection after its handshake. Buffered underneath: the TLS library reads in pieces of 4 KiB, each a system call.
+pub(crate) type Secured = TlsStream<BufReader<TcpStream>>;
+const READ_BUFFER_BYTES: usize = 32 << 10;
+
 /// Hands every connection to `serve` until `stop`, at most `connections_max` of them at once; returns when all have
 /// ended. `serve` ends its connection when it sees `stop`, or is dropped if it was still in the handshake.
 pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
@@ -23,7 +28,7 @@ pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
     tls: Arc<ServerConfig>,
     connections_max: usize,
     stop: CancellationToken,
-    serve: impl Fn(TlsStream<TcpStream>) -> F + Clone + Send + 'static,
+    serve: impl Fn(Secured) -> F + Clone + Send + 'static,
 ) {
     let acceptor = TlsAcceptor::from(tls);
     let places = Arc::new(Semaphore::new(connections_max));
@@ -61,11 +66,11 @@ pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
     tasks.wait().await;
 }
 
-async fn shake_hands(stream: TcpStream, acceptor: TlsAcceptor) -> Option<TlsStream<TcpStream>> {
+async fn shake_hands(stream: TcpStream, acceptor: TlsAcceptor) -> Option<Secured> {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
-    match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
+    match timeout(HANDSHAKE_MAX, acceptor.accept(BufReader::with_capacity(READ_BUFFER_BYTES, stream))).await {
         Ok(Ok(stream)) => Some(stream),
         Ok(Err(error)) => {
             tracing::debug!(%error, "a handshake failed");

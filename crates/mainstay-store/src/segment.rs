@@ -4,8 +4,9 @@
 //! frames. Then per frame its offset u32, length u32; then the trailer (32 bytes): number of frames u32, number of
 //! data blocks u32, first 16 bytes of the BLAKE3 over header, index and the two numbers, magic again.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use mainstay_block::frame;
+use object_store::PutPayload;
 use uuid::Uuid;
 
 const MAGIC: &[u8; 8] = b"MSSEGMT1";
@@ -14,52 +15,56 @@ const TRAILER_BYTES: usize = 32;
 /// No segment is longer: offsets are u32, and one segment is held in memory while it is written.
 pub(crate) const SEGMENT_BYTES_MAX: usize = 128 << 20;
 
-/// Collects frames.
+/// Collects frames, without copying them.
 #[derive(Debug)]
 pub(crate) struct SegmentBuilder {
     pub(crate) id: Uuid,
-    bytes: BytesMut,
+    /// Header, then frames.
+    parts: Vec<Bytes>,
+    length: usize,
     frames: Vec<(u32, u32)>,
     pub(crate) blocks: u32,
 }
 
 impl SegmentBuilder {
     pub(crate) fn new(replica: Uuid, id: Uuid, session: Uuid) -> Self {
-        let mut bytes = BytesMut::with_capacity(1 << 16);
+        let mut bytes = Vec::with_capacity(HEADER_BYTES);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&1u32.to_le_bytes());
         bytes.extend_from_slice(&[0; 4]);
         for id in [replica, id, session] {
             bytes.extend_from_slice(id.as_bytes());
         }
-        Self { id, bytes, frames: Vec::new(), blocks: 0 }
+        Self { id, length: bytes.len(), parts: vec![bytes.into()], frames: Vec::new(), blocks: 0 }
     }
 
     /// Appends a verified frame with this many data blocks; returns its offset and length.
-    pub(crate) fn push(&mut self, frame: &[u8], blocks: u32) -> (u32, u32) {
-        let place = (self.bytes.len() as u32, frame.len() as u32);
-        self.bytes.extend_from_slice(frame);
+    pub(crate) fn push(&mut self, frame: Bytes, blocks: u32) -> (u32, u32) {
+        let place = (self.length as u32, frame.len() as u32);
+        self.length += frame.len();
+        self.parts.push(frame);
         self.frames.push(place);
         self.blocks += blocks;
         place
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.bytes.len()
+        self.length
     }
 
-    pub(crate) fn finish(mut self) -> Bytes {
-        let index_at = self.bytes.len();
+    pub(crate) fn finish(mut self) -> PutPayload {
+        let mut tail = Vec::with_capacity(self.frames.len() * 8 + TRAILER_BYTES);
         for (offset, length) in &self.frames {
-            self.bytes.extend_from_slice(&offset.to_le_bytes());
-            self.bytes.extend_from_slice(&length.to_le_bytes());
+            tail.extend_from_slice(&offset.to_le_bytes());
+            tail.extend_from_slice(&length.to_le_bytes());
         }
-        self.bytes.extend_from_slice(&(self.frames.len() as u32).to_le_bytes());
-        self.bytes.extend_from_slice(&self.blocks.to_le_bytes());
-        let sum = checksum(&self.bytes[..HEADER_BYTES], &self.bytes[index_at..]);
-        self.bytes.extend_from_slice(&sum);
-        self.bytes.extend_from_slice(MAGIC);
-        self.bytes.freeze()
+        tail.extend_from_slice(&(self.frames.len() as u32).to_le_bytes());
+        tail.extend_from_slice(&self.blocks.to_le_bytes());
+        let sum = checksum(&self.parts[0], &tail);
+        tail.extend_from_slice(&sum);
+        tail.extend_from_slice(MAGIC);
+        self.parts.push(tail.into());
+        self.parts.into_iter().collect()
     }
 }
 
@@ -117,9 +122,9 @@ mod tests {
         for at in 0..3u8 {
             let mut frame = frame::FrameBuilder::new();
             frame.push_data(0, u64::from(at), &[at + 1; 40]).unwrap();
-            builder.push(&frame.finish(frame::Effort::Small).unwrap(), 1);
+            builder.push(frame.finish(frame::Effort::Small).unwrap(), 1);
         }
-        let bytes = builder.finish();
+        let bytes = Bytes::from(builder.finish());
         assert_eq!(verify(&bytes, ids[0], ids[1]), Ok(vec![]));
         assert!(verify(&bytes, ids[1], ids[1]).is_err());
         // Bytes 12..16 are reserved but checked as well.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use mainstay_block::frame::{self, RunKind};
 use mainstay_block::{BLOCK_BYTES, blocks_of};
+use object_store::PutPayload;
 use tokio::sync::{Semaphore, watch};
 use uuid::Uuid;
 
@@ -189,7 +190,7 @@ impl Session {
             let builder = state.builder.take();
             let mut builder = builder.unwrap_or_else(|| self.new_segment(&mut state));
             let blocks: u32 = runs.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.count).sum();
-            let (offset, length) = builder.push(&bytes, blocks);
+            let (offset, length) = builder.push(bytes, blocks);
             let mut index = 0u16;
             for run in runs {
                 let place = (run.kind == RunKind::Data).then_some(Location {
@@ -283,8 +284,8 @@ impl Session {
         let bytes = builder.finish();
         {
             let mut state = lock(&inner.state);
-            state.segments.insert(id, SegmentInfo { blocks, bytes: bytes.len() as u32 });
-            state.counters.stored_bytes += bytes.len() as u64;
+            state.segments.insert(id, SegmentInfo { blocks, bytes: bytes.content_length() as u32 });
+            state.counters.stored_bytes += bytes.content_length() as u64;
         }
         let owner = Arc::clone(inner);
         tokio::spawn(async move {
@@ -350,9 +351,9 @@ impl SessionInner {
         self.progress.send_modify(|seen| seen.failed = Some(error));
     }
 
-    async fn upload(&self, id: Uuid, bytes: Bytes) -> Result<(), StoreError> {
+    async fn upload(&self, id: Uuid, bytes: PutPayload) -> Result<(), StoreError> {
         let options = &self.shared.options;
-        if !(options.has_room)(bytes.len() as u64) {
+        if !(options.has_room)(bytes.content_length() as u64) {
             return Err(StoreError::Full);
         }
         let key = keys::segment(self.spec.replica, id);

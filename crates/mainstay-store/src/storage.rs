@@ -110,8 +110,8 @@ impl Storage {
         Ok(bytes)
     }
 
-    pub(crate) async fn put(&self, key: &Path, bytes: Bytes) -> Result<(), StoreError> {
-        let put = self.inner.put(key, PutPayload::from(bytes)).await;
+    pub(crate) async fn put(&self, key: &Path, bytes: impl Into<PutPayload>) -> Result<(), StoreError> {
+        let put = self.inner.put(key, bytes.into()).await;
         put.map(|_| ()).map_err(|error| StoreError::storage(key, error))
     }
 

@@ -56,6 +56,7 @@ impl World {
         // Not beneath a test's own directory: the lab's machines may run as another account, which must get through.
         let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
         let options = LabOptions {
+            has_relays: true,
             vms: 0,
             disk_mib: 64,
             format: DiskImage::Qcow2,

@@ -27,13 +27,17 @@ pub(crate) enum Reply {
 /// What a request waits for, and what has come of it.
 pub(crate) enum Wanted {
     Nothing,
-    Data { buffer: BytesMut, received: u64 },
+    /// The buffer has room for all and grows as answers come; it is not cleared first, as mostly they come in order.
+    Data {
+        buffer: BytesMut,
+        received: u64,
+    },
     Status(Vec<(u32, Vec<(u32, u32)>)>),
 }
 
 impl Wanted {
     pub(crate) fn read(length: u64) -> Self {
-        Self::Data { buffer: BytesMut::zeroed(length as usize), received: 0 }
+        Self::Data { buffer: BytesMut::with_capacity(length as usize), received: 0 }
     }
 }
 
@@ -56,7 +60,9 @@ impl Pending {
             (Some(error), _) => Err(NbdError::Remote(error)),
             (None, Wanted::Nothing) => Ok(Reply::Done),
             (None, Wanted::Status(contexts)) => Ok(Reply::Status(contexts)),
-            (None, Wanted::Data { buffer, received }) if received == u64::from(length) => {
+            (None, Wanted::Data { buffer, received })
+                if received == u64::from(length) && buffer.len() == length as usize =>
+            {
                 Ok(Reply::Data(buffer.freeze()))
             }
             (None, Wanted::Data { .. }) => Err(NbdError::protocol("a read was answered in part")),
@@ -94,8 +100,8 @@ async fn read_one(source: &mut Source, structured: bool, shared: &Shared) -> Res
                 if structured {
                     return Err(NbdError::protocol("a read was answered with a simple reply"));
                 }
-                source.read_exact(buffer).await?;
-                *received = buffer.len() as u64;
+                read_into(source, buffer, pending.length as usize).await?;
+                *received = u64::from(pending.length);
             }
             pending.finish();
             Ok(())
@@ -134,14 +140,20 @@ async fn read_chunk(
         CHUNK_NONE if length == 0 => Ok(()),
         CHUNK_OFFSET_DATA if length > 8 => {
             let offset = source.read_u64().await?;
-            let place = place(pending, offset, u64::from(length - 8))?;
-            source.read_exact(place).await?;
+            let (buffer, begin, end) = place(pending, offset, u64::from(length - 8))?;
+            if begin == buffer.len() {
+                return read_into(source, buffer, end - begin).await;
+            }
+            buffer.resize(buffer.len().max(end), 0);
+            source.read_exact(&mut buffer[begin..end]).await?;
             Ok(())
         }
         CHUNK_OFFSET_HOLE if length == 12 => {
             let offset = source.read_u64().await?;
             let hole_bytes = source.read_u32().await?;
-            place(pending, offset, u64::from(hole_bytes))?.fill(0);
+            let (buffer, begin, end) = place(pending, offset, u64::from(hole_bytes))?;
+            buffer.resize(buffer.len().max(end), 0);
+            buffer[begin..end].fill(0);
             Ok(())
         }
         CHUNK_BLOCK_STATUS
@@ -173,14 +185,25 @@ async fn read_chunk(
     }
 }
 
-/// Where in the buffer a chunk belongs.
-fn place(pending: &mut Pending, offset: u64, length: u64) -> Result<&mut [u8], NbdError> {
+/// Appends exactly so many bytes to a buffer that has room for them.
+async fn read_into(source: &mut Source, buffer: &mut BytesMut, length: usize) -> Result<(), NbdError> {
+    let mut source = source.take(length as u64);
+    while source.limit() > 0 {
+        if source.read_buf(buffer).await? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+    }
+    Ok(())
+}
+
+/// The buffer, and where in it a chunk belongs.
+fn place(pending: &mut Pending, offset: u64, length: u64) -> Result<(&mut BytesMut, usize, usize), NbdError> {
     let wrong = || NbdError::protocol("data outside of what was asked for");
     let Wanted::Data { buffer, received } = &mut pending.wanted else { return Err(wrong()) };
     let begin = offset.checked_sub(pending.offset).ok_or_else(wrong)?;
     let end = begin.checked_add(length).filter(|end| *end <= u64::from(pending.length)).ok_or_else(wrong)?;
     *received += length;
-    Ok(&mut buffer[begin as usize..end as usize])
+    Ok((buffer, begin as usize, end as usize))
 }
 
 /// The protocol's error numbers are Linux's.

@@ -168,7 +168,7 @@ impl<'a> Rewrite<'a> {
             }
             let end = data.len().min(at + room.min(FRAME_BLOCKS_MAX) * BLOCK_BYTES as usize);
             let block = first + at as u64 / BLOCK_BYTES;
-            self.frame.push_data(disk, block, &data[at..end])?;
+            self.frame.push_bytes(disk, block, data.slice(at..end))?;
             at = end;
         }
         Ok(placed)
@@ -188,7 +188,7 @@ impl<'a> Rewrite<'a> {
             self.holds.push(shared.storage.hold(&keys::segment(self.replica, id)));
             SegmentBuilder::new(self.replica, id, Uuid::nil())
         });
-        let (offset, length) = segment.push(&bytes, runs.iter().map(|run| run.count).sum());
+        let (offset, length) = segment.push(bytes, runs.iter().map(|run| run.count).sum());
         let (mut index, mut placed) = (0, Vec::with_capacity(runs.len()));
         for run in runs {
             let place = Location { segment: segment.id, offset, length, index };
@@ -206,8 +206,8 @@ impl<'a> Rewrite<'a> {
         let Some(segment) = self.segment.take() else { return Ok(()) };
         let (id, blocks) = (segment.id, segment.blocks);
         let bytes = segment.finish();
-        self.bytes += bytes.len() as u64;
-        self.segments.insert(id, SegmentInfo { blocks, bytes: bytes.len() as u32 });
+        self.bytes += bytes.content_length() as u64;
+        self.segments.insert(id, SegmentInfo { blocks, bytes: bytes.content_length() as u32 });
         self.store.shared.storage.put(&keys::segment(self.replica, id), bytes).await
     }
 
