@@ -397,8 +397,8 @@ impl HashTable {
             }
             Record::Prepared(_) | Record::Committed(_) => Ok(()),
         })?;
-        self.file.sync_all()?;
         lock(&self.described).point = Some(point);
+        // Hashes and header become durable together: whatever a crash leaves of them, the log still says all of it.
         self.write_header()?;
         remove_if_there(&path)?;
         Ok(())

@@ -180,18 +180,20 @@ impl LedgerVm {
             }
             None => String::new(),
         };
-        let (firmware, secure_boot, tpm) = if self.has_uefi_and_tpm {
+        // UEFI firmware keeps tens of MiB for itself, and needs room for kernel and initramfs twice while it loads them.
+        let (memory_mib, firmware, secure_boot, tpm) = if self.has_uefi_and_tpm {
             (
+                512,
                 " firmware='efi'",
                 "<firmware><feature enabled='no' name='secure-boot'/></firmware>",
                 "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>",
             )
         } else {
-            ("", "", "")
+            (192, "", "", "")
         };
         Ok(format!(
             "<domain type='{domain_type}'><name>{name}</name><uuid>{id}</uuid>\
-             <memory unit='MiB'>192</memory><vcpu>1</vcpu>\
+             <memory unit='MiB'>{memory_mib}</memory><vcpu>1</vcpu>\
              <os{firmware}><type arch='x86_64' machine='q35'>hvm</type>{secure_boot}<kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
              <cmdline>console=ttyS0 quiet panic=1 {options}</cmdline></os>\
              <features><acpi/></features><clock offset='utc'/><on_reboot>restart</on_reboot><devices>{disks}{interface}{tpm}\

@@ -96,8 +96,10 @@ impl Inner {
     pub(super) async fn replicate(&self, order: &Replicate, work: &Work) -> Result<Replicated, SiteError> {
         let mut record = self.record(order.item)?;
         check_generation(&record, order.generation)?;
-        record.generation = order.generation;
-        self.records.put_item(&record)?;
+        if record.generation != order.generation {
+            record.generation = order.generation;
+            self.records.put_item(&record)?;
+        }
         let mut sum = Sum::default();
         let mut slice = Slice {
             session: order.session,

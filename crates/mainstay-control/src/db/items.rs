@@ -1,6 +1,6 @@
 //! Replicated items as stored.
 
-use mainstay_model::{CycleError, Generation, ItemId, ItemState, PointId, ProviderId, VmId};
+use mainstay_model::{CycleError, Generation, ItemId, ItemState, Location, PointId, ProviderId, VmId};
 use mainstay_provider::NicPlan;
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
@@ -178,6 +178,22 @@ impl ItemRecord {
     /// A host is the active side after all, or again.
     pub fn withdraw_stand_down(&mut self, provider: ProviderId) {
         self.stand_downs.retain(|order| order.provider != provider);
+    }
+
+    /// The host of the active side.
+    pub fn active_provider(&self) -> ProviderId {
+        match self.state.phase.active_location() {
+            Location::Primary => self.primary_provider,
+            Location::Recovery => self.recovery_provider,
+        }
+    }
+
+    /// The copy of the VM that is active; `None` while the active side has none.
+    pub fn active_vm(&self) -> Option<VmId> {
+        match self.state.phase.active_location() {
+            Location::Primary => Some(self.vm),
+            Location::Recovery => self.recovery_vm.map(|copy| copy.vm),
+        }
     }
 
     /// Keys of the replicated disks, in the order of the store.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mainstay_model::{Health, ItemId, Location, ProviderId};
+use mainstay_model::{Health, ItemId, ProviderId};
 use mainstay_provider::{AnswerWaiting, Discovery, NoProgress, VirtualMachine, call};
 
 use crate::{Control, ControlError, db::DiskRecord};
@@ -46,11 +46,7 @@ impl Control {
             if item.state.running.is_some_and(|running| !running.operation.lets_replication_run()) {
                 continue;
             }
-            let active = match item.state.phase.active_location() {
-                Location::Primary => item.primary_provider,
-                Location::Recovery => item.recovery_provider,
-            };
-            let may_start = active == provider;
+            let may_start = item.active_provider() == provider;
             let answer = AnswerWaiting { item: *id, generation: item.state.generation, may_start };
             let site = self.sites.get(provider)?;
             let (code, severity, text) = match call(&*site, answer, &NoProgress).await {
@@ -83,12 +79,8 @@ impl Control {
         for item in self.db.items().await? {
             let home = discovery.inventory.vms.iter().find(|vm| vm.id == item.vm);
             let name = home.map_or(&item.vm_name, |vm| &vm.name);
-            let active = match (item.state.phase.active_location(), item.recovery_vm) {
-                (Location::Recovery, Some(copy)) => {
-                    discovery.inventory.vms.iter().find(|vm| vm.id == copy.vm)
-                }
-                _ => home,
-            };
+            let active = item.active_vm().unwrap_or(item.vm);
+            let active = discovery.inventory.vms.iter().find(|vm| vm.id == active);
             let disks = with_sizes(&item.disks, active);
             if *name == item.vm_name && disks == item.disks {
                 continue;

@@ -28,21 +28,11 @@ struct CheckPrerequisites;
 impl StepAction for CheckPrerequisites {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
-        let (provider, vm) = match item.state.phase.active_location() {
-            Location::Primary => (item.primary_provider, item.vm),
-            Location::Recovery => match item.recovery_vm {
-                Some(copy) => (item.recovery_provider, copy.vm),
-                None => {
-                    return Err(JobError::new(
-                        "NoRecoveryVm",
-                        "the item has no recovery VM",
-                        "Please report this.",
-                    ));
-                }
-            },
+        let Some(vm) = item.active_vm() else {
+            return Err(JobError::new("NoRecoveryVm", "the item has no recovery VM", "Please report this."));
         };
         // What is committed must exist: afterwards there is nothing else. Whether it runs is the administrator's affair.
-        let power = step.call(provider, ReadPower { vm }, Patience::RESTART).await?;
+        let power = step.call(item.active_provider(), ReadPower { vm }, Patience::RESTART).await?;
         let done = Done::default();
         if power == PowerState::Running {
             return Ok(done);

@@ -70,10 +70,7 @@ async fn replicate(
     patience: Patience,
     compare_all: bool,
 ) -> Result<Replicated, SiteError> {
-    let provider = match item.state.phase.active_location() {
-        mainstay_model::Location::Primary => item.primary_provider,
-        mainstay_model::Location::Recovery => item.recovery_provider,
-    };
+    let provider = item.active_provider();
     let mut retry = Retry::new(patience);
     loop {
         // A transfer whose answer was lost may have become a point: each try is a session of its own, on top of the

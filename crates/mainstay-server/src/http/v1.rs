@@ -12,7 +12,7 @@ use mainstay_control::{
     app::{Role, TokenRecord},
     db::ItemRecord,
 };
-use mainstay_model::{ItemId, Location};
+use mainstay_model::ItemId;
 use mainstay_provider::{NoProgress, ReadConsole, call as call_site};
 use serde_json::json as value;
 
@@ -38,11 +38,10 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         (&Method::GET, ["items", id]) => json(&item_status(call, id).await?),
         (&Method::GET, ["items", id, "console"]) => {
             let item = find_item(call, id).await?;
-            let (provider, vm) = match (item.state.phase.active_location(), item.recovery_vm) {
-                (Location::Recovery, Some(copy)) => (item.recovery_provider, copy.vm),
-                _ => (item.primary_provider, item.vm),
-            };
-            let site = control.sites.get(provider).map_err(ControlError::from)?;
+            let vm = item
+                .active_vm()
+                .ok_or_else(|| ControlError::not_found("active copy of", item.vm_name.as_str()))?;
+            let site = control.sites.get(item.active_provider()).map_err(ControlError::from)?;
             let command =
                 call_site(&*site, ReadConsole { vm }, &NoProgress).await.map_err(ControlError::from)?;
             json(&Console { command })
