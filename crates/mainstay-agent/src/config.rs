@@ -27,6 +27,9 @@ pub struct AgentConfig {
     /// Seconds for which a capture looks at new ranges before the transfer goes on with a capture of its own: an open
     /// capture blocks the administrator's snapshots and fills scratch space.
     pub capture_seconds_max: u64,
+    /// How much the agent's threads stand back behind the host's guests when both want the processor: 0 not at all, 19 wholly
+    /// (`nice`). Where the processor is idle it makes no difference.
+    pub nice: u8,
     /// A file that names the host's present boot.
     pub boot_id_file: PathBuf,
     /// Address of the server's agent endpoint, `HOST:PORT`; empty = what registration answered.
@@ -43,6 +46,7 @@ impl Default for AgentConfig {
             isolated_networks: Vec::new(),
             hydration_bytes_per_second: 0,
             capture_seconds_max: 60,
+            nice: 10,
             boot_id_file: PathBuf::from("/proc/sys/kernel/random/boot_id"),
             server: String::new(),
         }
@@ -57,6 +61,9 @@ impl AgentConfig {
 
     /// Says what is wrong with the settings although each can be read.
     pub fn check(&self) -> Result<(), String> {
+        if self.nice > 19 {
+            return Err(format!("nice is {}, but 19 is the most", self.nice));
+        }
         for name in self.networks.iter().chain(&self.isolated_networks) {
             check_network(name)?;
         }
@@ -97,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn networks_are_checked() {
+    fn values_are_checked() {
         let check = |text: &str| AgentConfig::parse(text).unwrap().check();
         let good = "networks = ['bridge:br0']\nisolated_networks = ['bridge:lab', 'mcast:239.1.2.3:4000']";
         assert_eq!(check(good), Ok(()));
@@ -109,5 +116,8 @@ mod tests {
         let both = check("networks = ['bridge:lab']\nisolated_networks = ['bridge:lab']").unwrap_err();
         assert!(both.contains("bridge:lab"), "{both}");
         assert!(AgentConfig::parse("isolated = []").is_err());
+        assert_eq!(check("nice = 19"), Ok(()));
+        assert!(check("nice = 20").unwrap_err().contains("20"));
+        assert!(AgentConfig::parse("nice = -1").is_err());
     }
 }

@@ -8,9 +8,11 @@ mod config;
 mod connection;
 mod host_site;
 mod identity;
+mod priority;
 pub mod records;
 
 pub use config::AgentConfig;
 pub use connection::{ServerLink, run};
 pub use host_site::{HostOptions, HostSite};
 pub use identity::{Identity, RegistrationKey, register};
+pub use priority::stand_back;

@@ -70,8 +70,8 @@ pub struct Client {
 /// How long a single request may take; long work is a job and answers at once.
 const REQUEST_MAX: Duration = Duration::from_secs(60);
 
-/// Percent-encodes a segment of a path.
-pub(crate) fn encode(segment: &str) -> String {
+/// Percent-encodes a segment of a path, or a value of a query.
+pub fn encode_segment(segment: &str) -> String {
     let mut text = String::new();
     for byte in segment.bytes() {
         match byte {
@@ -112,6 +112,30 @@ impl Client {
         read(path, &body)
     }
 
+    /// Reads a listing, all pages of it.
+    pub async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, ClientError> {
+        self.list_first(path, usize::MAX).await
+    }
+
+    /// Reads the beginning of a listing, as many pages as `count` needs.
+    pub async fn list_first<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        count: usize,
+    ) -> Result<Vec<T>, ClientError> {
+        let mut page: arm::List<T> = self.get(path).await?;
+        let mut found = page.value;
+        while let Some(next) = page.next_link.filter(|_| found.len() < count) {
+            // The server names itself as we do; whatever name it knows, the token goes where it was meant to go.
+            let next = next.split_once("://").map_or(next.as_str(), |(_, rest)| rest);
+            let at = next.find('/').unwrap_or(next.len());
+            page = self.get(&next[at..]).await?;
+            found.append(&mut page.value);
+        }
+        found.truncate(count);
+        Ok(found)
+    }
+
     /// Sends a body and reads the answer.
     pub async fn post<T: DeserializeOwned>(
         &self,
@@ -147,8 +171,11 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<(Option<String>, Vec<u8>), ClientError> {
-        let separator = if path.contains('?') { '&' } else { '?' };
-        let url = format!("{}{path}{separator}api-version={}", self.url, arm::API_VERSION);
+        let mut url = format!("{}{path}", self.url);
+        if !path.contains("api-version=") {
+            let separator = if path.contains('?') { '&' } else { '?' };
+            url.push_str(&format!("{separator}api-version={}", arm::API_VERSION));
+        }
         let mut request = self.http.request(method, url);
         if !self.token.is_empty() {
             request = request.bearer_auth(&self.token);
@@ -204,10 +231,10 @@ impl crate::v1::Vault {
     pub fn path(&self) -> String {
         format!(
             "/subscriptions/{}/resourceGroups/{}/providers/{}/vaults/{}",
-            encode(&self.subscription),
-            encode(&self.resource_group),
+            encode_segment(&self.subscription),
+            encode_segment(&self.resource_group),
             arm::NAMESPACE,
-            encode(&self.name)
+            encode_segment(&self.name)
         )
     }
 }

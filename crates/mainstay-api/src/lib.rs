@@ -8,4 +8,4 @@ pub mod arm;
 mod client;
 pub mod v1;
 
-pub use client::{Client, ClientError, Connection};
+pub use client::{Client, ClientError, Connection, encode_segment};

@@ -139,6 +139,10 @@ pub(crate) async fn run(invocation: AgentInvocation) -> anyhow::Result<Exit> {
 }
 
 async fn run_agent(config: &AgentConfig) -> anyhow::Result<Exit> {
+    // Guests come first; without it the agent does its work all the same.
+    if let Err(error) = mainstay_agent::stand_back(config.nice) {
+        tracing::warn!(%error, nice = config.nice, "the agent's priority cannot be lowered");
+    }
     let identity = Identity::load(&config.data_dir)?;
     let address = if config.server.is_empty() { &identity.endpoint } else { &config.server };
     let link = ServerLink::new(&identity, address)?;

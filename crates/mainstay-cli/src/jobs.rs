@@ -74,8 +74,8 @@ pub(crate) enum JobCommand {
 pub(crate) async fn run(session: &Session, command: JobCommand) -> anyhow::Result<Exit> {
     match command {
         JobCommand::List { limit, json } => {
-            let mut jobs: Vec<Job> = session.list("/replicationJobs").await?;
-            jobs.truncate(limit);
+            let path = format!("{}/replicationJobs", session.vault);
+            let jobs: Vec<Job> = session.client.list_first(&path, limit).await?;
             if json {
                 output::json(&jobs)?;
                 return Ok(Exit::Done);

@@ -9,7 +9,7 @@ use mainstay_api::{
     v1::{RegistrationKey, Token, TokenRequest},
 };
 use reqwest::Method;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::{
     exit::{Exit, NotFoundError, UsageError},
@@ -153,7 +153,8 @@ pub(crate) async fn host(session: &Session, command: HostCommand) -> anyhow::Res
         }
         HostCommand::Refresh { host } => {
             let host = find_host(session, &host).await?;
-            let _: Value = session.client.post(&format!("{}/refreshProvider", host.id), &json!({})).await?;
+            let path = format!("{}/refreshProvider", host.id);
+            session.client.begin(Method::POST, &path, None::<&()>).await?;
         }
         HostCommand::Remove { host } => {
             let host = find_host(session, &host).await?;

@@ -78,8 +78,7 @@ impl Session {
         &self,
         path: &str,
     ) -> anyhow::Result<Vec<Resource<P>>> {
-        let list: List<Resource<P>> = self.client.get(&format!("{}{path}", self.vault)).await?;
-        Ok(list.value)
+        Ok(self.client.list(&format!("{}{path}", self.vault)).await?)
     }
 
     /// A replicated item by its name, its VM's name, or its ARM id.

@@ -3,7 +3,7 @@
 
 use anyhow::{Context as _, Result};
 use mainstay_api::{
-    arm::{ItemProperties, List, Resource},
+    arm::{ItemProperties, Resource},
     v1::ItemStatus,
 };
 use mainstay_kvm::{libvirt::XmlKind, recovery_mark};
@@ -94,8 +94,8 @@ impl Lab {
     async fn guest_by_item(&self, copies: &[Copy<'_>], name: &str) -> Option<String> {
         let client = self.client().ok()?;
         let path = format!("{}/replicationProtectedItems", self.vault_path());
-        let items: List<Resource<ItemProperties>> = client.get(&path).await.ok()?;
-        let item = items.value.into_iter().find(|item| {
+        let items: Vec<Resource<ItemProperties>> = client.list(&path).await.ok()?;
+        let item = items.into_iter().find(|item| {
             item.id.eq_ignore_ascii_case(name)
                 || item.name.eq_ignore_ascii_case(name)
                 || item.properties.friendly_name == name

@@ -309,7 +309,8 @@ impl Lab {
         let providers: List<Resource<ProviderProperties>> =
             client.get(&format!("{}/replicationRecoveryServicesProviders", self.vault_path())).await?;
         for provider in providers.value {
-            let _: Value = client.post(&format!("{}/refreshProvider", provider.id), &json!({})).await?;
+            let path = format!("{}/refreshProvider", provider.id);
+            client.begin(reqwest::Method::POST, &path, None::<&()>).await?;
         }
         let containers: List<Resource<Value>> = client
             .get(&format!("{}/replicationFabrics/{HOME}/replicationProtectionContainers", self.vault_path()))

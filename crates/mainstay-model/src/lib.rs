@@ -1,6 +1,7 @@
 //! The pure domain of site recovery: what the states are, which moves are legal and how the numbers
 //! are computed. No I/O, no clock, no randomness: time and identifiers are arguments.
 
+mod configuration;
 mod health;
 mod ids;
 mod job;
@@ -9,6 +10,7 @@ mod protected_item;
 mod replication_policy;
 mod retention;
 
+pub use configuration::ConfigurationChange;
 pub use health::{
     CycleError, Evidence, Health, HealthError, replication_health, retry_delay_seconds, rpo_seconds,
 };

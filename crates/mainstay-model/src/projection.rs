@@ -1,7 +1,7 @@
 //! How an item's state is told to clients of the Site Recovery API: names and texts as recorded there.
 //! Where the record is silent the name is our choice; such lines say so.
 
-use crate::{ItemState, Location, Operation, Phase, TestFailoverState};
+use crate::{ConfigurationChange, ItemState, Location, Operation, Phase, TestFailoverState};
 
 /// `protectionState` and `protectionStateDescription`.
 pub fn protection_state(state: &ItemState) -> (&'static str, &'static str) {
@@ -114,6 +114,37 @@ pub fn friendly_name(operation: Operation) -> &'static str {
         Operation::Resynchronize => "Resynchronize",
         Operation::UpdateProperties => "Update the virtual machine",
         Operation::DisableProtection => "Disable replication",
+    }
+}
+
+/// How a change of configuration is told as a job: `scenarioName`, `friendlyName`, `targetInstanceType`. Only those of
+/// creating policies and sites are recorded; the others are our choice, in their manner.
+pub fn configuration_job(change: ConfigurationChange) -> (&'static str, &'static str, &'static str) {
+    match change {
+        ConfigurationChange::CreatePolicy => {
+            ("AddProtectionProfile", "Create replication policy", "ProtectionProfile")
+        }
+        ConfigurationChange::UpdatePolicy => {
+            ("UpdateProtectionProfile", "Edit replication policy", "ProtectionProfile")
+        }
+        ConfigurationChange::DeletePolicy => {
+            ("RemoveProtectionProfile", "Delete replication policy", "ProtectionProfile")
+        }
+        ConfigurationChange::CreateFabric => ("CreateSite", "Create a site", "Server"),
+        ConfigurationChange::DeleteFabric => ("DeleteSite", "Delete a site", "Server"),
+        ConfigurationChange::AssociatePolicy => {
+            ("AssociateProtectionProfile", "Associate replication policy", "ProtectionProfile")
+        }
+        ConfigurationChange::DissociatePolicy => {
+            ("DissociateProtectionProfile", "Dissociate replication policy", "ProtectionProfile")
+        }
+        ConfigurationChange::RefreshProvider => ("RefreshDra", "Refresh server", "Server"),
+        ConfigurationChange::RemoveProvider => ("UnregisterDra", "Delete server", "Server"),
+        ConfigurationChange::DiscoverProtectableItem => {
+            ("DiscoverProtectableItem", "Discover virtual machines", "Server")
+        }
+        ConfigurationChange::CheckConsistency => ("CheckConsistency", "Check consistency", "Server"),
+        ConfigurationChange::RefreshVaultHealth => ("RefreshVaultHealth", "Refresh vault health", "Other"),
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mainstay_control::{
     Control, ControlError, ManualClock,
-    app::{REGISTRATION_KEY_HOURS, Role},
+    app::{REGISTRATION_KEY_HOURS, Requester, Role},
     db::Db,
 };
 use mainstay_store::{Store, StoreOptions, local_storage};
@@ -21,7 +21,7 @@ async fn control(dir: &std::path::Path, clock: &Arc<ManualClock>) -> anyhow::Res
 async fn a_registration_key_works_for_five_days_and_not_longer() {
     let (dir, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::default()));
     let control = control(dir.path(), &clock).await.unwrap();
-    control.create_fabric("home").await.unwrap();
+    control.create_fabric("home", Requester("test".to_owned())).await.unwrap();
     let (_, secret) = control.create_registration_key("home").await.unwrap();
     clock.advance_ms(REGISTRATION_KEY_HOURS * HOUR_MS - 1);
     let first = control.register_host(&secret.0, "kvm1", "1").await.unwrap();

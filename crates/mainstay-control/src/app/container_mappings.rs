@@ -1,11 +1,12 @@
 //! Container mappings: which policy protects the VMs of a fabric, and towards which fabric.
 
+use mainstay_model::ConfigurationChange;
 use serde::{Deserialize, Serialize};
 
-use super::check_name;
+use super::{Requester, check_name};
 use crate::{
     Control, ControlError,
-    db::{Resource, ResourceKind},
+    db::{ConfigurationJob, Resource, ResourceKind},
 };
 
 /// A mapping of a fabric's container to a recovery fabric under a policy.
@@ -37,7 +38,8 @@ impl Control {
         name: &str,
         policy: &str,
         recovery_fabric: Option<&str>,
-    ) -> Result<ContainerMappingRecord, ControlError> {
+        by: Requester,
+    ) -> Result<ConfigurationJob, ControlError> {
         check_name("container mapping", name)?;
         let fabric = self.fabric(fabric).await?;
         let policy = self.policy(policy).await?;
@@ -71,10 +73,12 @@ impl Control {
             recovery_fabric: recovery_fabric.name,
             policy: policy.name,
         };
+        let job = self.configuration_job(ConfigurationChange::AssociatePolicy, &record.policy, by);
         let mut transaction = self.db.begin().await?;
         transaction.put_resource(&record).await?;
+        transaction.put_configuration_job(&job).await?;
         transaction.commit().await?;
-        Ok(record)
+        Ok(job)
     }
 
     /// All mappings.
@@ -93,7 +97,12 @@ impl Control {
     }
 
     /// Removes a mapping that no item uses.
-    pub async fn remove_container_mapping(&self, fabric: &str, name: &str) -> Result<(), ControlError> {
+    pub async fn remove_container_mapping(
+        &self,
+        fabric: &str,
+        name: &str,
+        by: Requester,
+    ) -> Result<ConfigurationJob, ControlError> {
         let mapping = self.container_mapping(fabric, name).await?;
         let items = self.db.items().await?;
         let user = items.iter().find(|item| {
@@ -109,6 +118,9 @@ impl Control {
         }
         let mut transaction = self.db.begin().await?;
         transaction.remove_resource::<ContainerMappingRecord>(&Resource::name(&mapping)).await?;
-        Ok(transaction.commit().await?)
+        let job = self.configuration_job(ConfigurationChange::DissociatePolicy, &mapping.policy, by);
+        transaction.put_configuration_job(&job).await?;
+        transaction.commit().await?;
+        Ok(job)
     }
 }

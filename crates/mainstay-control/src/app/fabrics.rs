@@ -1,12 +1,13 @@
 //! Fabrics: the sites. Each has one protection container, named after it.
 
+use mainstay_model::ConfigurationChange;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{ProviderRecord, check_name};
+use super::{ProviderRecord, Requester, check_name};
 use crate::{
     Control, ControlError,
-    db::{Resource, ResourceKind},
+    db::{ConfigurationJob, Resource, ResourceKind},
 };
 
 /// A site.
@@ -36,18 +37,19 @@ impl Resource for FabricRecord {
 }
 
 impl Control {
-    /// Makes a fabric, or answers the present one of that name.
-    pub async fn create_fabric(&self, name: &str) -> Result<FabricRecord, ControlError> {
+    /// Makes a fabric, unless there is one of that name.
+    pub async fn create_fabric(&self, name: &str, by: Requester) -> Result<ConfigurationJob, ControlError> {
         check_name("fabric", name)?;
         let mut transaction = self.db.begin().await?;
-        if let Some(present) = transaction.resource(name).await? {
-            return Ok(present);
+        if transaction.resource::<FabricRecord>(name).await?.is_none() {
+            let fabric =
+                FabricRecord { name: name.to_owned(), id: Uuid::new_v4(), created_ms: self.clock.now_ms() };
+            transaction.put_resource(&fabric).await?;
         }
-        let fabric =
-            FabricRecord { name: name.to_owned(), id: Uuid::new_v4(), created_ms: self.clock.now_ms() };
-        transaction.put_resource(&fabric).await?;
+        let job = self.configuration_job(ConfigurationChange::CreateFabric, name, by);
+        transaction.put_configuration_job(&job).await?;
         transaction.commit().await?;
-        Ok(fabric)
+        Ok(job)
     }
 
     /// A fabric by name.
@@ -61,7 +63,7 @@ impl Control {
     }
 
     /// Removes a fabric that nothing depends on.
-    pub async fn remove_fabric(&self, name: &str) -> Result<(), ControlError> {
+    pub async fn remove_fabric(&self, name: &str, by: Requester) -> Result<ConfigurationJob, ControlError> {
         let fabric = self.fabric(name).await?;
         let is_named = |other: &str| other.eq_ignore_ascii_case(&fabric.name);
         if let Some(item) = self
@@ -93,6 +95,9 @@ impl Control {
             }
         }
         transaction.remove_resource::<FabricRecord>(name).await?;
-        Ok(transaction.commit().await?)
+        let job = self.configuration_job(ConfigurationChange::DeleteFabric, name, by);
+        transaction.put_configuration_job(&job).await?;
+        transaction.commit().await?;
+        Ok(job)
     }
 }

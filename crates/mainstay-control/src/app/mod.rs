@@ -1,6 +1,7 @@
 //! What can be asked of the control plane, one file per resource. Methods of [`crate::Control`] that answer with records
 //! or say why not; who may ask is decided before, how it is shown after.
 
+mod configuration;
 mod container_mappings;
 mod fabrics;
 mod jobs;

@@ -1,12 +1,12 @@
 //! Replication policies as named resources.
 
-use mainstay_model::ReplicationPolicy;
+use mainstay_model::{ConfigurationChange, ReplicationPolicy};
 use serde::{Deserialize, Serialize};
 
-use super::check_name;
+use super::{Requester, check_name};
 use crate::{
     Control, ControlError,
-    db::{Resource, ResourceKind},
+    db::{ConfigurationJob, Resource, ResourceKind},
 };
 
 /// A named policy.
@@ -32,15 +32,22 @@ impl Control {
         &self,
         name: &str,
         policy: ReplicationPolicy,
-    ) -> Result<PolicyRecord, ControlError> {
+        by: Requester,
+    ) -> Result<ConfigurationJob, ControlError> {
         check_name("policy", name)?;
         policy.validate()?;
         let record = PolicyRecord { name: name.to_owned(), policy };
         let mut transaction = self.db.begin().await?;
+        let change = match transaction.resource::<PolicyRecord>(name).await? {
+            Some(_) => ConfigurationChange::UpdatePolicy,
+            None => ConfigurationChange::CreatePolicy,
+        };
+        let job = self.configuration_job(change, name, by);
         transaction.put_resource(&record).await?;
+        transaction.put_configuration_job(&job).await?;
         transaction.commit().await?;
         self.changed.notify_waiters();
-        Ok(record)
+        Ok(job)
     }
 
     /// A policy by name.
@@ -54,7 +61,7 @@ impl Control {
     }
 
     /// Removes a policy that nothing uses.
-    pub async fn remove_policy(&self, name: &str) -> Result<(), ControlError> {
+    pub async fn remove_policy(&self, name: &str, by: Requester) -> Result<ConfigurationJob, ControlError> {
         self.policy(name).await?;
         if let Some(item) = self.db.items().await?.iter().find(|item| item.policy.eq_ignore_ascii_case(name))
         {
@@ -73,6 +80,9 @@ impl Control {
             }
         }
         transaction.remove_resource::<PolicyRecord>(name).await?;
-        Ok(transaction.commit().await?)
+        let job = self.configuration_job(ConfigurationChange::DeletePolicy, name, by);
+        transaction.put_configuration_job(&job).await?;
+        transaction.commit().await?;
+        Ok(job)
     }
 }

@@ -1,8 +1,8 @@
 //! Replicated items: protecting a VM, and every verb on what is protected.
 
 use mainstay_model::{
-    Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId, VmId,
-    replication_health, rpo_seconds,
+    Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId, ReplicationPolicy,
+    VmId, replication_health, rpo_seconds,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -316,21 +316,30 @@ impl Control {
         &self,
         item: &ItemRecord,
     ) -> Result<(Health, Vec<HealthError>, Option<i64>), ControlError> {
-        let now_ms = self.clock.now_ms();
         let policy = self.policy(&item.policy).await?;
+        Ok(self.item_health_under(item, &policy.policy))
+    }
+
+    /// As [`Self::item_health`], for who has read the policy.
+    pub fn item_health_under(
+        &self,
+        item: &ItemRecord,
+        policy: &ReplicationPolicy,
+    ) -> (Health, Vec<HealthError>, Option<i64>) {
+        let now_ms = self.clock.now_ms();
         let evidence = Evidence {
             last_point_ms: item.replication.last_point_ms,
             replicating_since_ms: Some(item.created_ms),
             last_error: item.replication.last_error.clone(),
             is_agent_connected: self.sites.is_connected(item.primary_provider),
         };
-        let (health, errors) = replication_health(&item.state, &policy.policy, &evidence, now_ms);
+        let (health, errors) = replication_health(&item.state, policy, &evidence, now_ms);
         let rpo = if item.state.phase.is_replicating() {
             rpo_seconds(evidence.last_point_ms, now_ms)
         } else {
             None
         };
-        Ok((health, errors, rpo))
+        (health, errors, rpo)
     }
 }
 

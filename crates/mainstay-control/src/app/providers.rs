@@ -1,14 +1,17 @@
 //! Recovery services providers: the agents of registered hosts, and the keys that register them.
 
-use mainstay_model::ProviderId;
+use mainstay_model::{ConfigurationChange, ProviderId};
 use mainstay_provider::{Discover, Discovery, NoProgress, call};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::tokens::{TokenSecret, digest, new_secret};
+use super::{
+    Requester,
+    tokens::{TokenSecret, digest, new_secret},
+};
 use crate::{
     Control, ControlError,
-    db::{Resource, ResourceKind},
+    db::{ConfigurationJob, Resource, ResourceKind},
 };
 
 /// A registered host's agent.
@@ -127,6 +130,22 @@ impl Control {
         Ok(record)
     }
 
+    /// Asks all hosts, or those of a fabric, what is on them. Hosts that are away are left as they were last seen.
+    pub async fn refresh_providers(
+        &self,
+        fabric: Option<&str>,
+        change: ConfigurationChange,
+        by: Requester,
+    ) -> Result<ConfigurationJob, ControlError> {
+        for provider in self.providers().await? {
+            let is_meant = fabric.is_none_or(|fabric| provider.fabric.eq_ignore_ascii_case(fabric));
+            if is_meant && self.sites.is_connected(provider.id) {
+                self.refresh_provider(provider.id).await?;
+            }
+        }
+        self.record_configuration(change, fabric.unwrap_or("vault"), by).await
+    }
+
     /// All registered hosts.
     pub async fn providers(&self) -> Result<Vec<ProviderRecord>, ControlError> {
         Ok(self.db.resources().await?)
@@ -141,7 +160,11 @@ impl Control {
     }
 
     /// Removes a registered host; its certificate stops to work.
-    pub async fn remove_provider(&self, id: ProviderId) -> Result<(), ControlError> {
+    pub async fn remove_provider(
+        &self,
+        id: ProviderId,
+        by: Requester,
+    ) -> Result<ConfigurationJob, ControlError> {
         let provider = self.provider(id).await?;
         let items = self.db.items().await?;
         if let Some(item) =
@@ -154,7 +177,21 @@ impl Control {
         }
         let mut transaction = self.db.begin().await?;
         transaction.remove_resource::<ProviderRecord>(&id.to_string()).await?;
-        Ok(transaction.commit().await?)
+        let job = self.configuration_job(ConfigurationChange::RemoveProvider, &provider.name, by);
+        transaction.put_configuration_job(&job).await?;
+        transaction.commit().await?;
+        Ok(job)
+    }
+
+    /// As [`Self::refresh_provider`], at somebody's request; the job tells that it was done.
+    pub async fn refresh_provider_for(
+        &self,
+        id: ProviderId,
+        by: Requester,
+    ) -> Result<ConfigurationJob, ControlError> {
+        let provider = self.provider(id).await?;
+        self.refresh_provider(id).await?;
+        self.record_configuration(ConfigurationChange::RefreshProvider, &provider.name, by).await
     }
 
     /// Asks a host what is on it and keeps the answer.

@@ -212,6 +212,26 @@ impl Db {
         row.map(|row| read(&row)).transpose()
     }
 
+    /// At most `count` items, by fabric and name, after the one of the given fabric and name (in lower case).
+    pub async fn items_after(
+        &self,
+        place: Option<&(String, String)>,
+        count: usize,
+    ) -> Result<Vec<ItemRecord>, DbError> {
+        let none = (String::new(), String::new());
+        let (fabric, name) = place.unwrap_or(&none);
+        let rows = sqlx::query(
+            "SELECT id, version, document FROM items WHERE fabric > $1 OR (fabric = $1 AND name > $2)
+             ORDER BY fabric, name LIMIT $3",
+        )
+        .bind(fabric)
+        .bind(name)
+        .bind(i64::try_from(count).unwrap_or(i64::MAX))
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(read).collect()
+    }
+
     /// All items, by fabric and name.
     pub async fn items(&self) -> Result<Vec<ItemRecord>, DbError> {
         let rows = sqlx::query("SELECT id, version, document FROM items ORDER BY fabric, name")

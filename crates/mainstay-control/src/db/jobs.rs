@@ -1,13 +1,13 @@
 //! Jobs as stored: the step log is part of the job's document, so that a step's entry, the job's state and the item's
 //! state are written in one transaction.
 
-use mainstay_model::{Ending, ItemId, JobId, Operation, StepState};
+use mainstay_model::{ConfigurationChange, Ending, ItemId, JobId, Operation, StepState, projection};
 use mainstay_provider::{ErrorKind, Progress, SiteError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sqlx::Row as _;
+use sqlx::{QueryBuilder, Row as _, Sqlite, sqlite::SqliteRow};
 
-use super::{Db, DbError, Transaction, decode, encode};
+use super::{Comparison, Db, DbError, Transaction, decode, encode};
 
 /// How a job stands, for searching; follows from the step log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,7 +28,10 @@ impl JobState {
             Self::InProgress => "InProgress",
             Self::Suspended => "Suspended",
             Self::Cancelling => "Cancelling",
-            Self::Ended(_) => "Ended",
+            Self::Ended(Ending::Succeeded) => "Succeeded",
+            // Told apart by the job itself: to a client both are failures.
+            Self::Ended(Ending::Failed | Ending::Stuck) => "Failed",
+            Self::Ended(Ending::Cancelled) => "Cancelled",
         }
     }
 }
@@ -134,16 +137,133 @@ impl From<SiteError> for JobError {
     }
 }
 
-/// The searchable part of a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct JobSummary {
+/// A change of configuration, told as a job that has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigurationJob {
     /// Identifier.
     pub id: JobId,
-    /// How it stands.
-    pub state: JobState,
+    /// What was done.
+    pub change: ConfigurationChange,
+    /// Name of what was changed.
+    pub object: String,
+    /// Who asked.
+    pub requested_by: String,
+    /// When, milliseconds since the Unix epoch.
+    pub time_ms: i64,
 }
 
-/// Jobs answered by one listing at most; older ones are reached by filters.
+/// Any job.
+#[derive(Clone, Debug, PartialEq)]
+pub enum JobEntry {
+    /// Of a replicated item.
+    Item(Box<JobRecord>),
+    /// Of the configuration.
+    Configuration(ConfigurationJob),
+}
+
+impl JobEntry {
+    /// Identifier.
+    pub fn id(&self) -> JobId {
+        match self {
+            Self::Item(job) => job.id,
+            Self::Configuration(job) => job.id,
+        }
+    }
+
+    /// Whether nothing more will come of it.
+    pub fn has_ended(&self) -> bool {
+        match self {
+            Self::Item(job) => matches!(job.state, JobState::Ended(_)),
+            Self::Configuration(_) => true,
+        }
+    }
+
+    /// When it was accepted, milliseconds since the Unix epoch.
+    pub fn created_ms(&self) -> i64 {
+        match self {
+            Self::Item(job) => job.created_ms,
+            Self::Configuration(job) => job.time_ms,
+        }
+    }
+}
+
+/// What jobs can be searched by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobColumn {
+    /// The state, in a client's words.
+    State,
+    /// The scenario's name.
+    Scenario,
+    /// The name of what it is about.
+    Object,
+    /// When it was accepted, milliseconds since the Unix epoch.
+    Created,
+}
+
+impl JobColumn {
+    fn sql(self) -> &'static str {
+        match self {
+            Self::State => "state",
+            Self::Scenario => "scenario",
+            Self::Object => "object",
+            Self::Created => "created_ms",
+        }
+    }
+}
+
+/// Which jobs are wanted.
+#[derive(Clone, Debug, PartialEq)]
+pub enum JobCondition {
+    /// Everything within; nothing within = every job.
+    All(Vec<Self>),
+    /// At least one within.
+    Any(Vec<Self>),
+    /// A text column compared; case does not count.
+    Text(JobColumn, Comparison, String),
+    /// A time compared.
+    Time(JobColumn, Comparison, i64),
+}
+
+impl JobCondition {
+    fn push(&self, query: &mut QueryBuilder<Sqlite>) {
+        match self {
+            Self::All(parts) => push_joined(query, parts, " AND ", "1 = 1"),
+            Self::Any(parts) => push_joined(query, parts, " OR ", "1 = 0"),
+            Self::Text(column, comparison, value) => {
+                // States are written as they are, so that their index is of use.
+                let (open, close) = if *column == JobColumn::State { ("", "") } else { ("LOWER(", ")") };
+                query.push(format!("{open}{}{close} {} ", column.sql(), comparison.sql()));
+                let value = if *column == JobColumn::State { value.clone() } else { value.to_lowercase() };
+                query.push_bind(value);
+            }
+            Self::Time(column, comparison, value) => {
+                query.push(format!("{} {} ", column.sql(), comparison.sql())).push_bind(*value);
+            }
+        }
+    }
+}
+
+fn push_joined(query: &mut QueryBuilder<Sqlite>, parts: &[JobCondition], word: &str, without: &str) {
+    if parts.is_empty() {
+        query.push(without);
+    }
+    for (index, part) in parts.iter().enumerate() {
+        query.push(if index > 0 { word } else { "" }).push("(");
+        part.push(query);
+        query.push(")");
+    }
+}
+
+/// A place in the list of jobs, which is ordered by time and identifier, newest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JobPlace {
+    /// When the job was accepted.
+    pub created_ms: i64,
+    /// Its identifier.
+    pub id: JobId,
+}
+
+/// Jobs answered by one listing at most.
 const LIST_MAX: i64 = 1000;
 
 impl Db {
@@ -156,26 +276,76 @@ impl Db {
         row.map(|row| read(&row)).transpose()
     }
 
-    /// The newest jobs, newest first.
+    /// The newest jobs of items, newest first.
     pub async fn jobs(&self) -> Result<Vec<JobRecord>, DbError> {
-        let rows = sqlx::query("SELECT id, document FROM jobs ORDER BY created_ms DESC, id DESC LIMIT $1")
-            .bind(LIST_MAX)
-            .fetch_all(&self.pool)
-            .await?;
+        let rows = sqlx::query(
+            "SELECT id, document FROM jobs WHERE kind = 'Item' ORDER BY created_ms DESC, id DESC LIMIT $1",
+        )
+        .bind(LIST_MAX)
+        .fetch_all(&self.pool)
+        .await?;
         rows.iter().map(read).collect()
     }
 
     /// All jobs that are not over, oldest first.
     pub async fn open_jobs(&self) -> Result<Vec<JobRecord>, DbError> {
         let rows =
-            sqlx::query("SELECT id, document FROM jobs WHERE state <> 'Ended' ORDER BY created_ms, id")
+            sqlx::query("SELECT id, document FROM jobs WHERE state IN ('InProgress', 'Suspended', 'Cancelling') ORDER BY created_ms, id")
                 .fetch_all(&self.pool)
                 .await?;
         rows.iter().map(read).collect()
     }
 }
 
+impl Db {
+    /// Reads a job of any kind.
+    pub async fn job_entry(&self, id: JobId) -> Result<Option<JobEntry>, DbError> {
+        let row = sqlx::query("SELECT id, kind, document FROM jobs WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(|row| read_entry(&row)).transpose()
+    }
+
+    /// Jobs of all kinds, newest first: at most `count` of those that fulfil a condition, after a place.
+    pub async fn job_entries(
+        &self,
+        condition: &JobCondition,
+        after: Option<JobPlace>,
+        count: usize,
+    ) -> Result<Vec<JobEntry>, DbError> {
+        let mut query = QueryBuilder::new("SELECT id, kind, document FROM jobs WHERE (");
+        condition.push(&mut query);
+        query.push(")");
+        if let Some(place) = after {
+            query.push(" AND (created_ms < ").push_bind(place.created_ms);
+            query.push(" OR (created_ms = ").push_bind(place.created_ms);
+            query.push(" AND id < ").push_bind(place.id.to_string()).push("))");
+        }
+        query.push(" ORDER BY created_ms DESC, id DESC LIMIT ");
+        query.push_bind(i64::try_from(count).unwrap_or(i64::MAX));
+        let rows = query.build().fetch_all(&self.pool).await?;
+        rows.iter().map(read_entry).collect()
+    }
+}
+
 impl Transaction {
+    /// Writes a change of configuration, which has happened in the same transaction.
+    pub async fn put_configuration_job(&mut self, job: &ConfigurationJob) -> Result<(), DbError> {
+        sqlx::query(
+            "INSERT INTO jobs (id, kind, item, state, scenario, object, created_ms, document)
+             VALUES ($1, 'Configuration', '', 'Succeeded', $2, $3, $4, $5)",
+        )
+        .bind(job.id.to_string())
+        .bind(projection::configuration_job(job.change).0)
+        .bind(&job.object)
+        .bind(job.time_ms)
+        .bind(encode("job", &job.id.to_string(), job)?)
+        .execute(&mut *self.inner)
+        .await?;
+        Ok(())
+    }
+
     /// Reads a job.
     pub async fn job(&mut self, id: JobId) -> Result<Option<JobRecord>, DbError> {
         let row = sqlx::query("SELECT id, document FROM jobs WHERE id = $1")
@@ -188,12 +358,15 @@ impl Transaction {
     /// Writes a job.
     pub async fn put_job(&mut self, job: &JobRecord) -> Result<(), DbError> {
         sqlx::query(
-            "INSERT INTO jobs (id, item, state, created_ms, document) VALUES ($1, $2, $3, $4, $5)
+            "INSERT INTO jobs (id, kind, item, state, scenario, object, created_ms, document)
+             VALUES ($1, 'Item', $2, $3, $4, $5, $6, $7)
              ON CONFLICT (id) DO UPDATE SET state = excluded.state, document = excluded.document",
         )
         .bind(job.id.to_string())
         .bind(job.item.to_string())
         .bind(job.state.key())
+        .bind(projection::scenario_name(job.operation))
+        .bind(&job.vm_name)
         .bind(job.created_ms)
         .bind(encode("job", &job.id.to_string(), job)?)
         .execute(&mut *self.inner)
@@ -202,6 +375,15 @@ impl Transaction {
     }
 }
 
-fn read(row: &sqlx::sqlite::SqliteRow) -> Result<JobRecord, DbError> {
+fn read_entry(row: &SqliteRow) -> Result<JobEntry, DbError> {
+    match row.try_get("kind")? {
+        "Configuration" => {
+            Ok(JobEntry::Configuration(decode("job", row.try_get("id")?, row.try_get("document")?)?))
+        }
+        _ => read(row).map(Box::new).map(JobEntry::Item),
+    }
+}
+
+fn read(row: &SqliteRow) -> Result<JobRecord, DbError> {
     decode("job", row.try_get("id")?, row.try_get("document")?)
 }

@@ -7,6 +7,7 @@
 mod events;
 mod items;
 mod jobs;
+mod query;
 mod resources;
 
 use std::{path::Path, time::Duration};
@@ -20,7 +21,10 @@ pub use events::{AuditRecord, EventRecord};
 pub use items::{
     DiskRecord, FailoverRecord, ItemRecord, ReplicationRecord, StandDownRecord, TargetRecord, VmCopy,
 };
-pub use jobs::{JobError, JobRecord, JobState, JobSummary, StepRecord};
+pub use jobs::{
+    ConfigurationJob, JobColumn, JobCondition, JobEntry, JobError, JobPlace, JobRecord, JobState, StepRecord,
+};
+pub use query::Comparison;
 pub use resources::{Resource, ResourceKind};
 
 /// Why the database refused.
@@ -90,6 +94,14 @@ const MIGRATIONS: &[&str] = &["
     CREATE INDEX events_time ON events (time_ms);
     CREATE TABLE audit (id TEXT PRIMARY KEY, time_ms BIGINT NOT NULL, document TEXT NOT NULL);
     CREATE INDEX audit_time ON audit (time_ms);
+", "
+    ALTER TABLE jobs ADD COLUMN kind TEXT NOT NULL DEFAULT 'Item';
+    ALTER TABLE jobs ADD COLUMN scenario TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN object TEXT NOT NULL DEFAULT '';
+    DROP INDEX jobs_created;
+    CREATE INDEX jobs_created ON jobs (created_ms, id);
+    DROP INDEX jobs_state;
+    CREATE INDEX jobs_state ON jobs (state, created_ms, id);
 "];
 
 impl Db {

@@ -10,7 +10,7 @@ use mainstay_api::arm::{
 };
 use mainstay_control::{
     app::{ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord},
-    db::{EventRecord, ItemRecord, JobError, JobRecord, JobState, StepRecord},
+    db::{ConfigurationJob, EventRecord, ItemRecord, JobEntry, JobError, JobRecord, JobState, StepRecord},
     jobs::{Task, job_log, tasks},
 };
 use mainstay_model::{Ending, Health, StepState, projection};
@@ -50,6 +50,10 @@ impl Ids<'_> {
 
     pub(super) fn container(&self, fabric: &FabricRecord) -> String {
         format!("{}/replicationProtectionContainers/{}", self.fabric(&fabric.name), fabric.container())
+    }
+
+    pub(super) fn container_mapping(&self, fabric: &FabricRecord, name: &str) -> String {
+        format!("{}/replicationProtectionContainerMappings/{name}", self.container(fabric))
     }
 
     pub(super) fn protectable_item(&self, fabric: &FabricRecord, vm: impl std::fmt::Display) -> String {
@@ -167,7 +171,7 @@ pub(super) fn container_mapping(
     record: &ContainerMappingRecord,
 ) -> Resource<ContainerMappingProperties> {
     resource(
-        format!("{}/replicationProtectionContainerMappings/{}", ids.container(source), record.name),
+        ids.container_mapping(source, &record.name),
         "replicationFabrics/replicationProtectionContainers/replicationProtectionContainerMappings",
         ContainerMappingProperties {
             target_protection_container_id: ids.container(target),
@@ -364,6 +368,7 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
                 source_vm_cpu_count: record.target.vcpus.map(i64::from),
                 use_managed_disks: "false".to_owned(),
                 last_recovery_point_received: last_point,
+                azure: arm::AzureItemDetails::default(),
             },
             recovery_container_id: ids.container(recovery_fabric),
         },
@@ -384,6 +389,7 @@ fn item_disks(record: &ItemRecord) -> Vec<ItemDisk> {
             vhd_name: disk.key.clone(),
             max_size_mb: mebibytes(disk.size_bytes).to_string(),
             lun_id: index.to_string(),
+            azure: arm::AzureDiskDetails::default(),
         })
         .collect()
 }
@@ -432,6 +438,52 @@ pub(super) fn recovery_point(item_id: &str, point: &PointInfo) -> Resource<Recov
         RecoveryPointProperties {
             recovery_point_time: time_text(i64::try_from(point.time_ms).unwrap_or(i64::MAX)),
             recovery_point_type: kind.to_owned(),
+        },
+    )
+}
+
+pub(super) fn job_entry(ids: &Ids<'_>, entry: &JobEntry) -> Resource<JobProperties> {
+    match entry {
+        JobEntry::Item(record) => job(ids, record),
+        JobEntry::Configuration(record) => configuration_job(ids, record),
+    }
+}
+
+fn configuration_job(ids: &Ids<'_>, record: &ConfigurationJob) -> Resource<JobProperties> {
+    let (scenario, friendly_name, target) = projection::configuration_job(record.change);
+    let time = time_text(record.time_ms);
+    let task = JobTask {
+        task_id: format!("{scenario}Task"),
+        name: format!("{scenario}Task"),
+        start_time: Some(time.clone()),
+        end_time: Some(time.clone()),
+        allowed_actions: Vec::new(),
+        friendly_name: friendly_name.to_owned(),
+        state: "Succeeded".to_owned(),
+        state_description: "Completed".to_owned(),
+        task_type: "TaskDetails".to_owned(),
+        custom_details: None,
+        group_task_custom_details: None,
+        errors: Vec::new(),
+    };
+    resource(
+        ids.job(record.id),
+        "replicationJobs",
+        JobProperties {
+            activity_id: record.id.to_string(),
+            scenario_name: scenario.to_owned(),
+            friendly_name: friendly_name.to_owned(),
+            state: "Succeeded".to_owned(),
+            state_description: "Completed".to_owned(),
+            tasks: vec![task],
+            errors: Vec::new(),
+            start_time: Some(time.clone()),
+            end_time: Some(time),
+            allowed_actions: Vec::new(),
+            target_object_id: record.object.clone(),
+            target_object_name: record.object.clone(),
+            target_instance_type: target.to_owned(),
+            custom_details: json!({ "instanceType": "AsrJobDetails", "affectedObjectDetails": {} }),
         },
     )
 }
@@ -596,12 +648,16 @@ pub(super) fn operation_error(record: &JobRecord) -> Option<arm::Error> {
     })
 }
 
-pub(super) fn event(ids: &Ids<'_>, record: &EventRecord) -> Resource<EventProperties> {
-    let severity = match record.severity {
+/// How bad an event is, in the service's words.
+pub(super) fn severity(severity: Health) -> &'static str {
+    match severity {
         Health::Normal => "OK",
         Health::Warning => "Warning",
         Health::Critical => "Critical",
-    };
+    }
+}
+
+pub(super) fn event(ids: &Ids<'_>, record: &EventRecord) -> Resource<EventProperties> {
     resource(
         format!("{}/replicationEvents/{}", ids.0.id(), record.id),
         "replicationEvents",
@@ -610,7 +666,7 @@ pub(super) fn event(ids: &Ids<'_>, record: &EventRecord) -> Resource<EventProper
             description: record.description.clone(),
             event_type: record.kind.clone(),
             affected_object_friendly_name: record.affected_object.clone(),
-            severity: severity.to_owned(),
+            severity: severity(record.severity).to_owned(),
             time_of_occurrence: time_text(record.time_ms),
             fabric_id: (!record.fabric.is_empty()).then(|| ids.fabric(&record.fabric)),
             health_errors: Vec::new(),

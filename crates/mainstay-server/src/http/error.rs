@@ -48,6 +48,18 @@ impl ApiError {
         )
     }
 
+    pub(super) fn invalid_page() -> Self {
+        Self::bad_request(
+            "InvalidSkipToken",
+            "the skip token is not one that this server gave",
+            "Begin the listing anew, or use nextLink as it was answered.",
+        )
+    }
+
+    pub(super) fn is_not_found(&self) -> bool {
+        self.status == StatusCode::NOT_FOUND
+    }
+
     pub(super) fn internal(message: String) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message, "See the server's log.")
     }

@@ -2,26 +2,26 @@
 
 use std::time::Duration;
 
-use axum::response::{IntoResponse as _, Response};
-use hyper::{Method, StatusCode};
+use axum::response::Response;
+use hyper::Method;
 use mainstay_api::arm::{
     ApplyRecoveryPointInput, CommentsInput, EnableProtectionInput, FailoverDetails, FailoverInput,
-    ItemProperties, Request, Resource, UpdateItemInput,
+    HYPERV_REPLICA_AZURE, ItemProperties, Request, Resource, UpdateItemInput,
 };
 use mainstay_control::{
     ControlError,
-    app::{EnableRequest, FabricRecord},
+    app::{EnableRequest, FabricRecord, PolicyRecord},
     db::{ItemRecord, JobRecord, TargetRecord},
     workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
 };
-use mainstay_model::{PointId, ProviderId};
+use mainstay_model::{PointId, ProviderId, projection};
 use mainstay_provider::{MacPolicy, NicPlan};
 
 use super::{
-    Call,
+    Call, PAGE_LENGTH,
     convert::{self, Ids, ItemView, last_segment},
     error::ApiError,
-    json, list,
+    json, list, page,
 };
 
 pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
@@ -33,22 +33,8 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     }
     let name = call.segments.get(5).map_or("", String::as_str);
     match (&call.method, path.as_slice()) {
-        (&Method::GET, [_]) => {
-            let items = call.control().db.items().await.map_err(ControlError::from)?;
-            let mut shown = Vec::new();
-            for item in items.iter().filter(|item| item.fabric.eq_ignore_ascii_case(&fabric.name)) {
-                shown.push(show(call, item).await?);
-            }
-            list(shown)
-        }
+        (&Method::GET, [_]) => show_page(call, Some(&fabric)).await,
         (&Method::PUT, [_, _]) => enable(call, &fabric, name).await,
-        // The result of an operation that removed its item, or of any other.
-        (&Method::GET, [_, _, "operationresults", _]) => {
-            match call.control().item_named(&fabric.name, name).await {
-                Err(ControlError::NotFound { .. }) => Ok(StatusCode::NO_CONTENT.into_response()),
-                item => json(&show(call, &item?).await?),
-            }
-        }
         _ => {
             let item = call.control().item_named(&fabric.name, name).await?;
             on_item(call, &fabric, &item, &path[2..]).await
@@ -61,11 +47,53 @@ pub(super) async fn list_all(call: &Call) -> Result<Response, ApiError> {
     if call.method != Method::GET || call.segments.len() != 1 {
         return Err(ApiError::no_such_path());
     }
+    show_page(call, None).await
+}
+
+/// A page of items: those of a fabric, or all, that pass the filter, after the one that the page's token names.
+async fn show_page(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {
+    let filter = call.filter()?;
+    // Where the page before ended: also found again when that item is gone.
+    let mut place = match call.query("skiptoken").map(|token| token.split_once('/')) {
+        None => None,
+        Some(Some((fabric, name))) => Some((fabric.to_owned(), name.to_owned())),
+        Some(None) => return Err(ApiError::invalid_page()),
+    };
+    let around = Around::read(call).await?;
     let mut shown = Vec::new();
-    for item in call.control().db.items().await.map_err(ControlError::from)? {
-        shown.push(show(call, &item).await?);
+    loop {
+        let items =
+            call.control().db.items_after(place.as_ref(), PAGE_LENGTH).await.map_err(ControlError::from)?;
+        if items.is_empty() {
+            return page(shown, None);
+        }
+        for item in &items {
+            if shown.len() == PAGE_LENGTH {
+                let next = place.map(|(fabric, name)| call.next_page(&format!("{fabric}%2F{name}")));
+                return page(shown, next);
+            }
+            place = Some((item.fabric.to_lowercase(), item.name.to_lowercase()));
+            let is_here = fabric.is_none_or(|fabric| fabric.name.eq_ignore_ascii_case(&item.fabric));
+            let passes = filter.as_ref().map(|filter| filter.matches(&|field| item_field(item, field)));
+            if is_here && passes.transpose()?.unwrap_or(true) {
+                shown.push(show_with(call, item, &around).await?);
+            }
+        }
     }
-    list(shown)
+}
+
+/// What items can be filtered by: the names of the service's query parameters.
+fn item_field(item: &ItemRecord, field: &str) -> Option<String> {
+    Some(match field {
+        "sourcefabricname" => item.fabric.clone(),
+        "recoveryfabricname" => item.recovery_fabric.clone(),
+        "instancetype" => HYPERV_REPLICA_AZURE.to_owned(),
+        "friendlyname" => item.vm_name.clone(),
+        "policyname" => item.policy.clone(),
+        "protectionstate" => projection::protection_state(&item.state).0.to_owned(),
+        "activelocation" => projection::active_location(item.state.phase.active_location()).to_owned(),
+        _ => return None,
+    })
 }
 
 async fn on_item(
@@ -141,7 +169,7 @@ async fn on_item(
         (&Method::POST, ["repairreplication"]) => control.resynchronize(item, by).await?,
         _ => return Err(ApiError::no_such_path()),
     };
-    Ok(call.accepted(&job, &id))
+    Ok(call.accepted(job.id, &id))
 }
 
 async fn enable(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Response, ApiError> {
@@ -186,15 +214,44 @@ async fn enable(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Respon
         },
     };
     let job = control.enable_protection(request, call.who.clone()).await?;
-    Ok(call.accepted(&job, &Ids(&call.api.vault).item(fabric, name)))
+    Ok(call.accepted(job.id, &Ids(&call.api.vault).item(fabric, name)))
+}
+
+/// What is read once for a whole page of items.
+struct Around {
+    fabrics: Vec<FabricRecord>,
+    policies: Vec<PolicyRecord>,
+}
+
+impl Around {
+    async fn read(call: &Call) -> Result<Self, ApiError> {
+        Ok(Self { fabrics: call.control().fabrics().await?, policies: call.control().policies().await? })
+    }
+
+    fn fabric(&self, name: &str) -> Result<&FabricRecord, ControlError> {
+        let found = self.fabrics.iter().find(|fabric| fabric.name.eq_ignore_ascii_case(name));
+        found.ok_or_else(|| ControlError::not_found("fabric", name))
+    }
+
+    fn policy(&self, name: &str) -> Result<&PolicyRecord, ControlError> {
+        let found = self.policies.iter().find(|policy| policy.name.eq_ignore_ascii_case(name));
+        found.ok_or_else(|| ControlError::not_found("policy", name))
+    }
 }
 
 /// The resource of an item, as of now.
-pub(super) async fn show(call: &Call, item: &ItemRecord) -> Result<Resource<ItemProperties>, ApiError> {
+async fn show(call: &Call, item: &ItemRecord) -> Result<Resource<ItemProperties>, ApiError> {
+    show_with(call, item, &Around::read(call).await?).await
+}
+
+async fn show_with(
+    call: &Call,
+    item: &ItemRecord,
+    around: &Around,
+) -> Result<Resource<ItemProperties>, ApiError> {
     let control = call.control();
-    let (health, errors, rpo_seconds) = control.item_health(item).await?;
-    let fabric = control.fabric(&item.fabric).await?;
-    let recovery_fabric = control.fabric(&item.recovery_fabric).await?;
+    let policy = around.policy(&item.policy)?;
+    let (health, errors, rpo_seconds) = control.item_health_under(item, &policy.policy);
     let job: Option<JobRecord> = match item.state.running {
         Some(running) => Some(control.job(running.job).await?),
         None => None,
@@ -207,8 +264,8 @@ pub(super) async fn show(call: &Call, item: &ItemRecord) -> Result<Resource<Item
     };
     let view = ItemView {
         record: item,
-        fabric: &fabric,
-        recovery_fabric: &recovery_fabric,
+        fabric: around.fabric(&item.fabric)?,
+        recovery_fabric: around.fabric(&item.recovery_fabric)?,
         health,
         errors: &errors,
         rpo_seconds,

@@ -3,14 +3,18 @@
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::OperationStatus;
-use mainstay_control::{ControlError, db::JobState};
+use mainstay_control::{
+    ControlError,
+    db::{Comparison, EventRecord, JobColumn, JobCondition, JobEntry, JobPlace, JobState},
+};
 use mainstay_model::{Ending, JobId};
 
 use super::{
-    Call,
+    Call, PAGE_LENGTH,
     convert::{self, Ids, time_text},
     error::ApiError,
-    json, list,
+    filter::{Filter, unknown_field},
+    json, list, page,
 };
 
 pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
@@ -19,11 +23,9 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     let control = call.control();
     let ids = Ids(&call.api.vault);
     match (&call.method, path.as_slice()) {
-        (&Method::GET, ["replicationjobs"]) => {
-            list(control.jobs().await?.iter().map(|job| convert::job(&ids, job)).collect())
-        }
-        (&Method::GET, ["replicationjobs", name] | ["replicationjobs", name, "operationresults", _]) => {
-            json(&convert::job(&ids, &control.job(job_id(name)?).await?))
+        (&Method::GET, ["replicationjobs"]) => list_jobs(call).await,
+        (&Method::GET, ["replicationjobs", name]) => {
+            json(&convert::job_entry(&ids, &control.job_entry(job_id(name)?).await?))
         }
         (&Method::POST, ["replicationjobs", name, verb]) => {
             let id = job_id(name)?;
@@ -33,25 +35,142 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
                 "restart" => control.restart_job(id).await?,
                 _ => return Err(ApiError::no_such_path()),
             };
-            Ok(call.accepted(&job, &ids.job(job.id)))
+            Ok(call.accepted(job.id, &ids.job(job.id)))
         }
         (&Method::GET, ["replicationoperationstatus", name]) => {
             json(&operation_status(call, job_id(name)?).await?)
         }
         (&Method::GET, ["replicationevents"]) => {
+            let filter = call.filter()?;
+            let mut shown = Vec::new();
+            for event in control.db.events().await.map_err(ControlError::from)? {
+                let field = |name: &str| event_field(&event, name);
+                if filter.as_ref().map_or(Ok(true), |filter| filter.matches(&field))? {
+                    shown.push(convert::event(&ids, &event));
+                }
+            }
+            list(shown)
+        }
+        (&Method::GET, ["replicationevents", name]) => {
             let events = control.db.events().await.map_err(ControlError::from)?;
-            list(events.iter().map(|event| convert::event(&ids, event)).collect())
+            let event = events.iter().find(|event| event.id.eq_ignore_ascii_case(name));
+            let event = event.ok_or_else(|| ControlError::not_found("event", *name))?;
+            json(&convert::event(&ids, event))
         }
         _ => Err(ApiError::no_such_path()),
     }
+}
+
+/// The job that an operation is.
+pub(super) async fn find(call: &Call, operation: &str) -> Result<JobEntry, ApiError> {
+    Ok(call.control().job_entry(job_id(operation)?).await?)
 }
 
 fn job_id(name: &str) -> Result<JobId, ApiError> {
     name.parse().map_err(|_| ControlError::not_found("job", name).into())
 }
 
+/// What events can be filtered by: the names of the service's query parameters.
+fn event_field(event: &EventRecord, field: &str) -> Option<String> {
+    Some(match field {
+        "eventcode" => event.code.clone(),
+        "eventtype" => event.kind.clone(),
+        "severity" => convert::severity(event.severity).to_owned(),
+        "fabricname" => event.fabric.clone(),
+        "affectedobjectfriendlyname" => event.affected_object.clone(),
+        _ => return None,
+    })
+}
+
+async fn list_jobs(call: &Call) -> Result<Response, ApiError> {
+    let condition = call.filter()?.as_ref().map(job_condition).transpose()?;
+    let after = call.query("skiptoken").map(|token| {
+        let (created_ms, id) = token.split_once('.')?;
+        Some(JobPlace { created_ms: created_ms.parse().ok()?, id: id.parse().ok()? })
+    });
+    let after = after.map(|place| place.ok_or_else(ApiError::invalid_page)).transpose()?;
+    let condition = condition.unwrap_or(JobCondition::All(Vec::new()));
+    // One more than is shown tells whether there is another page.
+    let mut entries = call.control().job_entries(&condition, after, PAGE_LENGTH + 1).await?;
+    let has_more = entries.len() > PAGE_LENGTH;
+    entries.truncate(PAGE_LENGTH);
+    let next = entries
+        .last()
+        .filter(|_| has_more)
+        .map(|last| call.next_page(&format!("{}.{}", last.created_ms(), last.id())));
+    let ids = Ids(&call.api.vault);
+    page(entries.iter().map(|entry| convert::job_entry(&ids, entry)).collect(), next)
+}
+
+const JOB_FIELDS: &str = "JobStatus, JobName, ObjectName, StartTime, EndTime";
+const JOB_STATES: [&str; 6] = ["InProgress", "Suspended", "Cancelling", "Succeeded", "Failed", "Cancelled"];
+
+/// A filter of jobs as the database takes it. Field names are those of the service's query parameters; there `StartTime`
+/// and `EndTime` are the ends of a span of time, so `eq` means from and until.
+fn job_condition(filter: &Filter) -> Result<JobCondition, ApiError> {
+    let all = |parts: &[Filter]| parts.iter().map(job_condition).collect::<Result<Vec<_>, _>>();
+    let (field, comparison, value) = match filter {
+        Filter::All(parts) => return Ok(JobCondition::All(all(parts)?)),
+        Filter::Any(parts) => return Ok(JobCondition::Any(all(parts)?)),
+        Filter::Compare { field, comparison, value } => (field, *comparison, value),
+    };
+    let time = |comparison| {
+        let text = value.trim_start_matches("datetime");
+        let time: jiff::Timestamp = text.parse().map_err(|_| {
+            ApiError::bad_request(
+                "InvalidFilter",
+                format!("'{value}' is not a time"),
+                "Write it as 2026-01-31T23:59:59Z.",
+            )
+        })?;
+        Ok(JobCondition::Time(JobColumn::Created, comparison, time.as_millisecond()))
+    };
+    let is_equality = matches!(comparison, Comparison::Equal | Comparison::NotEqual);
+    let text = |column, value: &str| {
+        if is_equality {
+            return Ok(JobCondition::Text(column, comparison, value.to_owned()));
+        }
+        let message = format!("'{field}' has no order");
+        Err(ApiError::bad_request("InvalidFilter", message, "Compare it with eq or ne."))
+    };
+    match field.to_lowercase().as_str() {
+        "jobstatus" | "state" => {
+            let known = JOB_STATES.into_iter().find(|state| state.eq_ignore_ascii_case(value));
+            let known = known.ok_or_else(|| {
+                ApiError::bad_request(
+                    "InvalidFilter",
+                    format!("'{value}' is not a state of jobs"),
+                    format!("States are: {}.", JOB_STATES.join(", ")),
+                )
+            })?;
+            text(JobColumn::State, known)
+        }
+        "jobname" | "scenarioname" => text(JobColumn::Scenario, value),
+        "objectname" | "targetobjectname" => text(JobColumn::Object, value),
+        "starttime" if comparison == Comparison::Equal => time(Comparison::GreaterOrEqual),
+        "endtime" if comparison == Comparison::Equal => time(Comparison::LessOrEqual),
+        "starttime" | "endtime" => time(comparison),
+        _ => Err(unknown_field(field, JOB_FIELDS)),
+    }
+}
+
 async fn operation_status(call: &Call, id: JobId) -> Result<OperationStatus, ApiError> {
-    let job = call.control().job(id).await?;
+    let job = match call.control().job_entry(id).await? {
+        JobEntry::Item(job) => job,
+        JobEntry::Configuration(job) => {
+            let time = Some(time_text(job.time_ms));
+            return Ok(OperationStatus {
+                id: None,
+                name: job.id.to_string(),
+                status: "Succeeded".to_owned(),
+                start_time: time.clone(),
+                end_time: time,
+                percent_complete: None,
+                properties: None,
+                error: None,
+            });
+        }
+    };
     // A suspended job is still the operation in progress. `Canceled` with one l: the SDKs wait for ever for the other.
     let status = match job.state {
         JobState::InProgress | JobState::Suspended | JobState::Cancelling => "InProgress",

@@ -5,10 +5,13 @@
 
 mod convert;
 mod error;
+mod filter;
 mod items;
 mod jobs;
 mod resources;
 mod v1;
+mod vault_health;
+mod vaults;
 
 use std::sync::Arc;
 
@@ -24,8 +27,9 @@ use mainstay_api::arm;
 use mainstay_control::{
     Control, ControlError,
     app::{Requester, Role, VaultRecord},
-    db::{AuditRecord, JobRecord},
+    db::AuditRecord,
 };
+use mainstay_model::JobId;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
@@ -60,6 +64,8 @@ struct Call {
     method: Method,
     /// Segments of the path below the vault (or below `/api/v1`), as sent, percent-decoded.
     segments: Vec<String>,
+    /// Pairs of the query, percent-decoded; names in lower case.
+    query: Vec<(String, String)>,
     body: Vec<u8>,
     who: Requester,
     /// `https://HOST` as the client knows the server.
@@ -76,6 +82,36 @@ impl Call {
 
     fn control(&self) -> &Arc<Control> {
         &self.api.control
+    }
+
+    /// A value of the query. OData's own names begin with `$`, which some clients leave out.
+    fn query(&self, name: &str) -> Option<&str> {
+        let found = self.query.iter().find(|(found, _)| found.trim_start_matches('$') == name);
+        found.map(|(_, value)| value.as_str()).filter(|value| !value.is_empty())
+    }
+
+    /// What the listing is limited to.
+    fn filter(&self) -> Result<Option<filter::Filter>, ApiError> {
+        self.query("filter").map(filter::parse).transpose()
+    }
+
+    /// The address of the next page of this listing.
+    fn next_page(&self, token: &str) -> String {
+        let path: Vec<String> =
+            self.segments.iter().map(|segment| mainstay_api::encode_segment(segment)).collect();
+        let query: String = self
+            .query
+            .iter()
+            .filter(|(name, _)| !matches!(name.trim_start_matches('$'), "skiptoken" | "api-version"))
+            .map(|(name, value)| format!("&{name}={}", mainstay_api::encode_segment(value)))
+            .collect();
+        format!(
+            "{}{}/{}?api-version={}{query}&$skipToken={token}",
+            self.base_url,
+            self.api.vault.id(),
+            path.join("/"),
+            self.api_version
+        )
     }
 
     /// Reads the body; `null` and an empty body are an empty object.
@@ -101,24 +137,22 @@ impl Call {
     }
 
     /// The answer to work that has become a job.
-    fn accepted(&self, job: &JobRecord, resource: &str) -> Response {
+    fn accepted(&self, job: JobId, resource: &str) -> Response {
         let operation = format!(
             "{}{}/replicationOperationStatus/{}?api-version={}",
             self.base_url,
             self.api.vault.id(),
-            job.id,
+            job,
             self.api_version
         );
-        let location = format!(
-            "{}{resource}/operationresults/{}?api-version={}",
-            self.base_url, job.id, self.api_version
-        );
+        let location =
+            format!("{}{resource}/operationresults/{job}?api-version={}", self.base_url, self.api_version);
         Response::builder()
             .status(StatusCode::ACCEPTED)
             .header("Azure-AsyncOperation", operation)
             .header(header::LOCATION, location)
             .header(header::RETRY_AFTER, "1")
-            .header("x-ms-request-id", job.id.to_string())
+            .header("x-ms-request-id", job.to_string())
             .body(Body::empty())
             .unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response())
     }
@@ -132,6 +166,14 @@ fn json(value: &impl serde::Serialize) -> Result<Response, ApiError> {
 fn list<T: serde::Serialize>(value: Vec<T>) -> Result<Response, ApiError> {
     json(&arm::List { value, next_link: None })
 }
+
+/// A page of a listing; see [`Call::next_page`].
+fn page<T: serde::Serialize>(value: Vec<T>, next_link: Option<String>) -> Result<Response, ApiError> {
+    json(&arm::List { value, next_link })
+}
+
+/// Items of a page whose length the client does not ask for.
+const PAGE_LENGTH: usize = 100;
 
 async fn handle(State(api): State<Arc<Api>>, request: Request) -> Response {
     let method = request.method().clone();
@@ -188,18 +230,21 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
     }
     let host = parts.headers.get(header::HOST).and_then(|value| value.to_str().ok());
     let base_url = host.map_or_else(|| api.base_url.clone(), |host| format!("https://{host}"));
-    let api_version = parts
-        .uri
-        .query()
-        .into_iter()
-        .flat_map(|query| query.split('&'))
-        .find_map(|pair| pair.strip_prefix("api-version="))
+    let query = parse_query(parts.uri.query().unwrap_or_default()).ok_or_else(|| {
+        ApiError::bad_request("InvalidQuery", "the query is not valid percent-encoded UTF-8", "")
+    })?;
+    let api_version = query.iter().find(|(name, _)| name == "api-version");
+    // It comes back in addresses: nothing but what a version consists of.
+    let api_version = api_version
+        .map(|(_, version)| version.as_str())
+        .filter(|version| version.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.')))
         .unwrap_or(arm::API_VERSION)
         .to_owned();
     let mut call = Call {
         api,
         method: parts.method,
         segments,
+        query,
         body: body.to_vec(),
         who: Requester(token.label),
         base_url,
@@ -230,17 +275,35 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
                 return Err(ControlError::not_found("vault", *vault).into());
             }
             call.segments.drain(..8);
+            if let ([.., "operationresults", name], &Method::GET) = (lower.as_slice(), &call.method) {
+                call.segments.truncate(call.segments.len() - 2);
+                let resource = format!("{}/{}", call.api.vault.id(), call.segments.join("/"));
+                let job = jobs::find(&call, name).await?;
+                if !job.has_ended() {
+                    return Ok(call.accepted(job.id(), &resource));
+                }
+                // The result is the resource as it is now; where it is gone there is no content.
+                return match vault_dispatch(&call).await {
+                    Err(error) if error.is_not_found() => Ok(StatusCode::NO_CONTENT.into_response()),
+                    answer => answer,
+                };
+            }
             vault_dispatch(&call).await
         }
-        _ => Err(ApiError::no_such_path()),
+        path => vaults::dispatch(&call, path),
     }
 }
 
 async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
     let path = call.path();
     match path.first().map(String::as_str) {
+        None => vaults::vault(call),
         Some("replicationjobs" | "replicationoperationstatus" | "replicationevents") => {
             jobs::dispatch(call).await
+        }
+        Some("replicationvaulthealth") => {
+            let rest: Vec<&str> = path.iter().skip(1).map(String::as_str).collect();
+            vault_health::dispatch(call, &rest).await
         }
         Some("replicationprotecteditems") => items::list_all(call).await,
         Some("replicationfabrics")
@@ -299,6 +362,17 @@ fn bearer(headers: &hyper::HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
 }
 
+/// Pairs of a query, with names in lower case.
+fn parse_query(query: &str) -> Option<Vec<(String, String)>> {
+    let pairs = query.split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            Some((decode(name)?.to_lowercase(), decode(&value.replace('+', " "))?))
+        })
+        .collect()
+}
+
 fn decode(segment: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(segment.len());
     let mut rest = segment.as_bytes().iter();
@@ -323,6 +397,10 @@ mod tests {
         assert_eq!(decode("%4"), None);
         assert_eq!(decode("%zz"), None);
         assert_eq!(decode("%ff"), None);
+        let query = parse_query("api-version=1&$Filter=a%20eq+'b'&x").unwrap();
+        let expected = [("api-version", "1"), ("$filter", "a eq 'b'"), ("x", "")];
+        assert_eq!(query, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        assert_eq!(parse_query("a=%f"), None);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Fabrics, providers, containers, mappings, protectable items, networks, policies: what is configured once.
 
-use axum::response::{IntoResponse as _, Response};
-use hyper::{Method, StatusCode};
-use mainstay_api::arm::{AZURE, ContainerMappingInput, PolicyInput, PolicySettings, Request};
+use axum::response::Response;
+use hyper::Method;
+use mainstay_api::arm::{
+    AZURE, ContainerMappingInput, NetworkProperties, PolicyInput, PolicySettings, Request, Resource,
+};
 use mainstay_control::{ControlError, app::FabricRecord};
-use mainstay_model::{ProviderId, ReplicationPolicy};
+use mainstay_model::{ConfigurationChange, ProviderId, ReplicationPolicy};
 
 use super::{
     Call,
@@ -42,10 +44,6 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     }
 }
 
-fn done() -> Response {
-    StatusCode::NO_CONTENT.into_response()
-}
-
 async fn is_healthy(call: &Call, fabric: &FabricRecord) -> Result<bool, ApiError> {
     let providers = call.control().providers().await?;
     Ok(providers
@@ -59,18 +57,23 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
     let ids = Ids(&call.api.vault);
     match (&call.method, rest) {
         (&Method::PUT, []) => {
-            let fabric = control.create_fabric(name).await?;
-            return json(&convert::fabric(&ids, &fabric, true));
+            let job = control.create_fabric(name, call.who.clone()).await?;
+            return Ok(call.accepted(job.id, &ids.fabric(name)));
         }
         (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
-            control.remove_fabric(name).await?;
-            return Ok(done());
+            let job = control.remove_fabric(name, call.who.clone()).await?;
+            return Ok(call.accepted(job.id, &ids.fabric(name)));
         }
         _ => {}
     }
     let fabric = control.fabric(name).await?;
     match (&call.method, rest) {
         (&Method::GET, []) => json(&convert::fabric(&ids, &fabric, is_healthy(call, &fabric).await?)),
+        (&Method::POST, ["checkconsistency"]) => {
+            let change = ConfigurationChange::CheckConsistency;
+            let job = control.refresh_providers(Some(&fabric.name), change, call.who.clone()).await?;
+            Ok(call.accepted(job.id, &ids.fabric(&fabric.name)))
+        }
         (&Method::GET, ["replicationrecoveryservicesproviders"]) => providers(call, Some(&fabric)).await,
         (_, ["replicationrecoveryservicesproviders", id, rest @ ..]) => {
             provider(call, &fabric, id, rest).await
@@ -83,6 +86,7 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
             in_container(call, &fabric, rest).await
         }
         (&Method::GET, ["replicationnetworks"]) => networks(call, Some(&fabric)).await,
+        (&Method::GET, ["replicationnetworks", name]) => network(call, &fabric, name).await,
         _ => Err(ApiError::no_such_path()),
     }
 }
@@ -90,6 +94,12 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
 async fn in_container(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Response, ApiError> {
     match (&call.method, rest) {
         (&Method::GET, []) => json(&container(call, fabric).await?),
+        (&Method::POST, ["discoverprotectableitem"]) => {
+            let change = ConfigurationChange::DiscoverProtectableItem;
+            let by = call.who.clone();
+            let job = call.control().refresh_providers(Some(&fabric.name), change, by).await?;
+            Ok(call.accepted(job.id, &Ids(&call.api.vault).container(fabric)))
+        }
         (&Method::GET, ["replicationprotectableitems", rest @ ..]) => {
             protectable_items(call, fabric, rest).await
         }
@@ -126,11 +136,12 @@ async fn provider(call: &Call, fabric: &FabricRecord, id: &str, rest: &[&str]) -
     match (&call.method, rest) {
         (&Method::GET, []) => {}
         (&Method::POST, ["refreshprovider"]) => {
-            control.refresh_provider(id).await?;
+            let job = control.refresh_provider_for(id, call.who.clone()).await?;
+            return Ok(call.accepted(job.id, &Ids(&call.api.vault).provider(&fabric.name, id)));
         }
         (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
-            control.remove_provider(id).await?;
-            return Ok(done());
+            let job = control.remove_provider(id, call.who.clone()).await?;
+            return Ok(call.accepted(job.id, &Ids(&call.api.vault).provider(&fabric.name, id)));
         }
         _ => return Err(ApiError::no_such_path()),
     }
@@ -142,7 +153,7 @@ async fn provider(call: &Call, fabric: &FabricRecord, id: &str, rest: &[&str]) -
 async fn container(
     call: &Call,
     fabric: &FabricRecord,
-) -> Result<mainstay_api::arm::Resource<mainstay_api::arm::ContainerProperties>, ApiError> {
+) -> Result<Resource<mainstay_api::arm::ContainerProperties>, ApiError> {
     let control = call.control();
     let items = control.db.items().await.map_err(ControlError::from)?;
     let count = items.iter().filter(|item| item.fabric.eq_ignore_ascii_case(&fabric.name)).count();
@@ -190,7 +201,8 @@ async fn mapping(
     rest: &[&str],
 ) -> Result<Response, ApiError> {
     let control = call.control();
-    let mapping = match (&call.method, rest) {
+    let id = Ids(&call.api.vault).container_mapping(fabric, name);
+    let job = match (&call.method, rest) {
         (&Method::PUT, []) => {
             let input: Request<ContainerMappingInput> = call.body()?;
             let input = input.properties;
@@ -206,23 +218,41 @@ async fn mapping(
                     )
                 })?)
             };
+            let policy = last_segment(&input.policy_id);
             control
-                .put_container_mapping(&fabric.name, name, last_segment(&input.policy_id), recovery_fabric)
+                .put_container_mapping(&fabric.name, name, policy, recovery_fabric, call.who.clone())
                 .await?
         }
-        (&Method::GET, []) => control.container_mapping(&fabric.name, name).await?,
+        (&Method::GET, []) => {
+            let mapping = control.container_mapping(&fabric.name, name).await?;
+            let target = control.fabric(&mapping.recovery_fabric).await?;
+            return json(&convert::container_mapping(&Ids(&call.api.vault), fabric, &target, &mapping));
+        }
         (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
-            control.remove_container_mapping(&fabric.name, name).await?;
-            return Ok(done());
+            control.remove_container_mapping(&fabric.name, name, call.who.clone()).await?
         }
         _ => return Err(ApiError::no_such_path()),
     };
-    let target = control.fabric(&mapping.recovery_fabric).await?;
-    json(&convert::container_mapping(&Ids(&call.api.vault), fabric, &target, &mapping))
+    Ok(call.accepted(job.id, &id))
+}
+
+async fn network(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Response, ApiError> {
+    let found = networks_of(call, Some(fabric)).await?;
+    match found.into_iter().find(|network| network.name.eq_ignore_ascii_case(name)) {
+        Some(network) => json(&network),
+        None => Err(ControlError::not_found("network", name).into()),
+    }
 }
 
 async fn networks(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {
-    let mut shown = Vec::new();
+    list(networks_of(call, fabric).await?)
+}
+
+async fn networks_of(
+    call: &Call,
+    fabric: Option<&FabricRecord>,
+) -> Result<Vec<Resource<NetworkProperties>>, ApiError> {
+    let mut shown: Vec<Resource<NetworkProperties>> = Vec::new();
     for provider in call.control().providers().await? {
         if fabric.is_some_and(|fabric| !provider.fabric.eq_ignore_ascii_case(&fabric.name)) {
             continue;
@@ -232,8 +262,9 @@ async fn networks(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response
             shown.push(convert::network(&Ids(&call.api.vault), &provider.fabric, &network));
         }
     }
+    shown.sort_by(|a, b| a.id.cmp(&b.id));
     shown.dedup_by(|a, b| a.id == b.id);
-    list(shown)
+    Ok(shown)
 }
 
 /// Defaults of a new policy: Site Recovery's own.
@@ -248,32 +279,29 @@ async fn policies(call: &Call, rest: &[&str]) -> Result<Response, ApiError> {
     let control = call.control();
     let ids = Ids(&call.api.vault);
     let name = call.segments.get(1).map_or("", String::as_str);
-    let record = match (&call.method, rest) {
+    let by = call.who.clone();
+    let job = match (&call.method, rest) {
         (&Method::GET, []) => {
             return list(
                 control.policies().await?.iter().map(|record| convert::policy(&ids, record)).collect(),
             );
         }
-        (&Method::GET, [_]) => control.policy(name).await?,
+        (&Method::GET, [_]) => return json(&convert::policy(&ids, &control.policy(name).await?)),
         (&Method::PUT, [_]) => {
             let input: Request<PolicyInput> = call.body()?;
             let policy = with_settings(DEFAULT_POLICY, &input.properties.provider_specific_input);
-            control.put_policy(name, policy).await?
+            control.put_policy(name, policy, by).await?
         }
         (&Method::PATCH, [_]) => {
             let input: Request<PolicyInput> = call.body()?;
             let present = control.policy(name).await?.policy;
-            control
-                .put_policy(name, with_settings(present, &input.properties.provider_specific_input))
-                .await?
+            let policy = with_settings(present, &input.properties.provider_specific_input);
+            control.put_policy(name, policy, by).await?
         }
-        (&Method::DELETE, [_]) => {
-            control.remove_policy(name).await?;
-            return Ok(done());
-        }
+        (&Method::DELETE, [_]) => control.remove_policy(name, by).await?,
         _ => return Err(ApiError::no_such_path()),
     };
-    json(&convert::policy(&ids, &record))
+    Ok(call.accepted(job.id, &ids.policy(name)))
 }
 
 fn with_settings(policy: ReplicationPolicy, settings: &PolicySettings) -> ReplicationPolicy {

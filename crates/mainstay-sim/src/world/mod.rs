@@ -25,6 +25,7 @@ use process::{Process, Server, start_agent, start_server};
 
 pub use snapshot::Snapshot;
 pub use verbs::JobEnd;
+use verbs::by;
 
 /// The disks of every simulated VM: one of whole blocks, and one whose last block is a piece.
 pub(crate) const DISKS: [(&str, u64); 2] = [("vda", 64 * 4096), ("vdb", 16 * 4096 + 512)];
@@ -321,13 +322,16 @@ async fn set_up(control: &Arc<Control>, has_spare: bool) -> (ProviderId, Provide
     };
     let mut providers = Vec::new();
     for fabric in ["home", "recovery"] {
-        control.create_fabric(fabric).await.expect("a fabric");
+        control.create_fabric(fabric, by()).await.expect("a fabric");
         let (_, secret) = control.create_registration_key(fabric).await.expect("a key");
         let host = control.register_host(&secret.0, fabric, "sim").await.expect("a host");
         providers.push(host.id);
     }
-    control.put_policy("policy", policy).await.expect("a policy");
-    control.put_container_mapping("home", "mapping", "policy", Some("recovery")).await.expect("a mapping");
+    control.put_policy("policy", policy, by()).await.expect("a policy");
+    control
+        .put_container_mapping("home", "mapping", "policy", Some("recovery"), by())
+        .await
+        .expect("a mapping");
     let spare = if has_spare {
         let (_, secret) = control.create_registration_key("home").await.expect("a key");
         Some(control.register_host(&secret.0, "spare", "sim").await.expect("a host").id)

@@ -19,7 +19,7 @@ pub enum JobEnd {
     Suspended,
 }
 
-fn by() -> Requester {
+pub(super) fn by() -> Requester {
     Requester("test".to_owned())
 }
 

@@ -118,7 +118,10 @@ impl Workflow {
 }
 
 async fn finalize_job(world: &World) -> Option<JobRecord> {
-    let jobs = world.ask(|control| async move { control.jobs().await }).await.unwrap();
+    let jobs = world
+        .ask(|control| async move { Ok::<_, mainstay_control::ControlError>(control.db.jobs().await?) })
+        .await
+        .unwrap();
     jobs.into_iter().rfind(|job| job.operation == Operation::FinalizeProtection)
 }
 
