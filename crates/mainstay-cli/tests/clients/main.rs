@@ -1,0 +1,116 @@
+//! Clients that Mainstay did not write, driving the whole tutorial on real VMs.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use mainstay_lab::{DiskImage, GuestImages, HOME, Lab, LabOptions, LedgerCopy, LedgerVm, RECOVERY};
+use serde_json::Value;
+
+/// How long a guest may take to answer, on a busy machine without hardware virtualisation.
+const PATIENCE: Duration = Duration::from_secs(300);
+const VM: &str = "vm1";
+
+/// The tutorial's steps as the clients name them, and where the active copy then runs.
+const STEPS: [(&str, &str); 12] = [
+    ("protected", HOME),
+    ("test-failover", HOME),
+    ("test-failover-cleanup", HOME),
+    ("failover", RECOVERY),
+    ("change-recovery-point", RECOVERY),
+    ("failover-commit", RECOVERY),
+    ("failback-synchronize", RECOVERY),
+    ("failback-complete", HOME),
+    ("failback-commit", HOME),
+    ("reverse-replication", HOME),
+    ("planned-failover", RECOVERY),
+    ("disabled", RECOVERY),
+];
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// A lab with a guest that writes; taken down whatever happens.
+async fn with_lab(name: &str, work: impl AsyncFnOnce(&mut Lab, &Path) -> Result<()>) -> Result<()> {
+    // Not beneath a test's own directory: the lab's machines may run as another account, which must get through.
+    let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
+    let options = LabOptions {
+        has_relays: false,
+        vms: 0,
+        disk_mib: 64,
+        format: DiskImage::Qcow2,
+        guest_options: String::new(),
+        program: PathBuf::from(env!("CARGO_BIN_EXE_mainstay")),
+        images: GuestImages::find()?,
+    };
+    let done = match Lab::up(&dir, &options).await {
+        Ok(mut lab) => {
+            let vm = LedgerVm { network: Some(lab.network(HOME)?), ..LedgerVm::new(VM) };
+            lab.add(&vm, &|_, _| Ok(())).await?;
+            lab.ledger(VM, LedgerCopy::Active, PATIENCE).await?;
+            work(&mut lab, &dir).await
+        }
+        Err(error) => Err(error),
+    };
+    let down = Lab::down(&dir).await;
+    done.and(down)
+}
+
+/// After a step of a client: the guest is where it should be, and its data are whole.
+async fn look(lab: &Lab, step: &str, site: &str) -> Result<()> {
+    let copy = if step == "test-failover" { LedgerCopy::Test } else { LedgerCopy::Active };
+    let site = if step == "test-failover" { RECOVERY } else { site };
+    let found = lab.ledger(VM, copy, PATIENCE).await.with_context(|| format!("after {step}"))?;
+    ensure!(found.site == site, "after {step} the guest is at {}", found.site);
+    ensure!(found.corrupt == 0 && found.gaps == 0 && found.disks_agree, "after {step}: {found:?}");
+    // What a planned move may not lose.
+    if matches!(step, "failback-complete" | "planned-failover") {
+        ensure!(found.last >= found.acknowledged, "after {step}: {found:?}");
+    }
+    Ok(())
+}
+
+/// Runs a client's program; after each step that it tells the guest is looked at.
+async fn journey(lab: &Lab, mut program: Command) -> Result<()> {
+    let mut client = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut answers = client.stdin.take().context("the client's input")?;
+    let mut steps = Vec::new();
+    let mut outcome = Ok(());
+    for line in BufReader::new(client.stdout.take().context("the client's output")?).lines() {
+        let told: Value = serde_json::from_str(&line?)?;
+        let step = told["step"].as_str().context("a step")?.to_owned();
+        let site = STEPS.iter().find(|(name, _)| *name == step).context("a step of the tutorial")?.1;
+        outcome = look(lab, &step, site).await;
+        if outcome.is_err() {
+            break;
+        }
+        steps.push(step);
+        answers.write_all(b"go on\n")?;
+    }
+    // Without its input it ends.
+    drop(answers);
+    let status = client.wait()?;
+    outcome?;
+    ensure!(status.success(), "the client failed after {steps:?}");
+    ensure!(steps.iter().eq(STEPS.iter().map(|(name, _)| name)), "the client did {steps:?}");
+    Ok(())
+}
+
+async fn python(version: Option<&str>) -> Result<()> {
+    let name = format!("python-{}", version.unwrap_or("default"));
+    with_lab(&name, async |lab, dir| {
+        let mut program = Command::new(repository().join(".cache/tools/bin/python"));
+        program.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/journey.py"));
+        program.arg(dir.join("lab.json")).arg(VM).args(version);
+        journey(lab, program).await
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_python_sdk_carries_out_the_tutorial() -> Result<()> {
+    python(None).await
+}
