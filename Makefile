@@ -10,7 +10,7 @@ help:
 	@echo "make bench   measures speed against the aims and other tools (20 minutes on 2 cores)"
 	@echo "make check   what this machine lacks for the above; installs nothing"
 	@echo
-	@echo "Needs Debian 12 or 13 and Rust 1.94 or newer; everything else is installed (as root or with sudo)."
+	@echo "Needs Debian 12 or 13, Rust 1.94 and Node 20 or newer; everything else is installed (as root or with sudo)."
 
 check:
 	@scripts/setup.sh --check && echo "nothing is missing"

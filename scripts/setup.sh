@@ -26,7 +26,7 @@ packages=(
   # The ledger guest: kernel, shell, module tools, the guest agent, and what packs them.
   # The guest agent and the kernel are unpacked, never installed (see `cargo xtask guest`).
   busybox-static cpio kmod e2fsprogs dnsmasq-base iproute2 swtpm swtpm-tools ovmf
-  # Tools that come as Python packages.
+  # Tools and clients that come as Python packages.
   python3 python3-venv
 )
 if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup); fi
@@ -40,6 +40,12 @@ fi
 rust_found=$(rustc --version | awk '{print $2}')
 if ! version_at_least "$rust_found" "$rust_wanted"; then
   echo "setup: rustc $rust_found is too old: $rust_wanted or newer is needed" >&2
+  exit 1
+fi
+
+node_wanted=20
+if ! command -v npm >/dev/null 2>&1 || ! version_at_least "$(node --version | tr -d v)" "$node_wanted"; then
+  echo "setup: Node.js $node_wanted or newer with npm is missing (nodejs.org or your distribution)" >&2
   exit 1
 fi
 
@@ -58,6 +64,7 @@ done
 requirements="$(dirname "$0")/requirements.txt"
 tools=.cache/tools
 install_tools() {
+  install_node_packages
   if cmp -s "$requirements" "$tools/requirements.txt"; then return; fi
   echo "setup: installing ${tools}" >&2
   rm -rf "$tools"
@@ -65,6 +72,18 @@ install_tools() {
   "$tools/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
   # Last, so that an interrupted installation is done again.
   cp "$requirements" "$tools/requirements.txt"
+}
+
+# Clients and tools that come as npm packages, at the versions of the lock file.
+node_packages=.cache/node
+install_node_packages() {
+  if cmp -s "$(dirname "$0")/package-lock.json" "$node_packages/installed.json"; then return; fi
+  echo "setup: installing $node_packages" >&2
+  rm -rf "$node_packages"
+  mkdir -p "$node_packages"
+  cp "$(dirname "$0")/package.json" "$(dirname "$0")/package-lock.json" "$node_packages/"
+  npm ci --prefix "$node_packages" --no-audit --no-fund --loglevel=error >&2
+  cp "$(dirname "$0")/package-lock.json" "$node_packages/installed.json"
 }
 
 if [ ${#missing[@]} -eq 0 ]; then

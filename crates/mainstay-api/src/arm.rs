@@ -612,7 +612,7 @@ pub struct ItemNic {
     /// The network of test copies.
     #[serde(rename = "tfoVMNetworkId")]
     pub tfo_vm_network_id: Option<String>,
-    /// `Keep` or `Generate` (Mainstay's addition).
+    /// `Keep` or `Generate`: Mainstay's addition to requests; answers have it in [`crate::v1::ItemStatus`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac_policy: Option<String>,
 }
@@ -784,7 +784,7 @@ pub struct JobTask {
     pub state_description: String,
     /// `TaskDetails`.
     pub task_type: String,
-    /// What it produced, and how far it is (Mainstay's addition).
+    /// Null; see [`crate::v1::TaskStatus`].
     pub custom_details: Option<Value>,
     /// Null.
     pub group_task_custom_details: Option<Value>,

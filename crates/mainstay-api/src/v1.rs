@@ -1,6 +1,9 @@
 //! What Azure has no word for, under `/api/v1`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Answer of `GET /api/v1/vault`: where the ARM resources are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,9 +87,45 @@ pub struct ItemStatus {
     pub cycle: Option<CycleProgress>,
     /// Seconds that may have been lost in the last failover.
     pub loss_seconds: Option<i64>,
+    /// `Keep` or `Generate`: the MAC address policy of each adapter, by its MAC address at home.
+    #[serde(default)]
+    pub mac_policies: BTreeMap<String, String>,
 }
 
-/// Progress of a replication cycle.
+/// Answer of `GET /api/v1/jobs/{id}`: what ARM has no field for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JobStatus {
+    /// The job's name.
+    pub id: String,
+    /// Who asked for it.
+    pub requested_by: String,
+    /// Its tasks, in order; none for a change of configuration.
+    pub tasks: Vec<TaskStatus>,
+}
+
+impl JobStatus {
+    /// A task by its name.
+    pub fn task(&self, name: &str) -> Option<&TaskStatus> {
+        self.tasks.iter().find(|task| task.name == name)
+    }
+}
+
+/// What is known of a task besides its state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TaskStatus {
+    /// The task's name.
+    pub name: String,
+    /// How often it was begun.
+    pub attempts: u32,
+    /// What it produced; null before its end.
+    pub output: Value,
+    /// How far it is.
+    pub progress: CycleProgress,
+}
+
+/// Progress of a replication cycle, or of a job's task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CycleProgress {

@@ -173,6 +173,7 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
         "  target size:     {}",
         details.recovery_azure_vm_size.clone().unwrap_or_else(|| "as at home".to_owned())
     ));
+    let status: ItemStatus = session.client.get(&format!("/api/v1/items/{}", item.name)).await?;
     for nic in &details.vm_nics {
         let network = nic.recovery_vm_network_id.as_deref().map_or("not connected", last_segment);
         let address = nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone());
@@ -180,7 +181,7 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
             "  adapter {}: network {network}, address {}, MAC {}",
             nic.nic_id,
             address.unwrap_or_else(|| "as the network gives".to_owned()),
-            or_dash(&nic.mac_policy),
+            or_dash(&status.mac_policies.get(&nic.nic_id).cloned()),
         ));
     }
     output::line("");

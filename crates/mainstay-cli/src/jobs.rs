@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use mainstay_api::arm::{CommentsInput, JobProperties, Request, Resource};
+use mainstay_api::{
+    arm::{CommentsInput, JobProperties, Request, Resource},
+    v1::{JobStatus, TaskStatus},
+};
 use reqwest::Method;
 use serde_json::Value;
 
@@ -240,7 +243,16 @@ async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
         match it.state.as_str() {
             "InProgress" | "NotStarted" | "Cancelling" => {
                 let current = it.tasks.iter().find(|task| task.state == "InProgress");
-                bar.set_message(current.map_or_else(|| it.state.clone(), progress_text));
+                let text = match current {
+                    // Progress is an extra: an older server does not know it.
+                    Some(task) => {
+                        let status: Option<JobStatus> =
+                            session.client.get(&format!("/api/v1/jobs/{name}")).await.ok();
+                        progress_text(task, status.as_ref().and_then(|status| status.task(&task.name)))
+                    }
+                    None => it.state.clone(),
+                };
+                bar.set_message(text);
                 bar.tick();
                 tokio::time::sleep(POLL).await;
             }
@@ -256,17 +268,13 @@ async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
     }
 }
 
-fn progress_text(task: &mainstay_api::arm::JobTask) -> String {
-    let progress = task.custom_details.as_ref().and_then(|details| details.get("progress"));
-    let number =
-        |key: &str| progress.and_then(|progress| progress.get(key)).and_then(Value::as_u64).unwrap_or(0);
-    let phase =
-        progress.and_then(|progress| progress.get("phase")).and_then(Value::as_str).unwrap_or_default();
+fn progress_text(task: &mainstay_api::arm::JobTask, status: Option<&TaskStatus>) -> String {
     let mut text = task.friendly_name.clone();
-    if !phase.is_empty() {
-        text = format!("{text}: {phase}");
+    let Some(TaskStatus { progress, .. }) = status else { return text };
+    if !progress.phase.is_empty() {
+        text = format!("{text}: {}", progress.phase);
     }
-    let (done, total) = (number("bytesDone"), number("bytesTotal"));
+    let (done, total) = (progress.bytes_done, progress.bytes_total);
     if total > 0 {
         text = format!(
             "{text} ({} of {}, {} %)",

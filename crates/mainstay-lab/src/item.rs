@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use mainstay_api::{
     Client, ClientError,
-    arm::{ItemProperties, JobProperties, JobTask, List, RecoveryPointProperties, Resource},
-    v1::ItemStatus,
+    arm::{ItemProperties, JobProperties, List, RecoveryPointProperties, Resource},
+    v1::{ItemStatus, JobStatus},
 };
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -36,14 +36,15 @@ pub struct Point {
 }
 
 /// A job that ended or waits.
-pub struct Job(pub(crate) Resource<JobProperties>);
+pub struct Job {
+    pub(crate) resource: Resource<JobProperties>,
+    status: JobStatus,
+}
 
 impl Job {
     /// The tasks' output by name.
     pub fn output(&self, task: &str) -> Value {
-        let task: Option<&JobTask> = self.0.properties.tasks.iter().find(|found| found.name == task);
-        let details = task.and_then(|task| task.custom_details.as_ref());
-        details.and_then(|details| details.get("output")).cloned().unwrap_or(Value::Null)
+        self.status.task(task).map_or(Value::Null, |task| task.output.clone())
     }
 }
 
@@ -169,14 +170,14 @@ impl Item {
     /// Continues a job that waits.
     pub async fn resume(&self, job: &Job) -> Result<Job> {
         self.begin_resume(job).await?;
-        self.finish(&job.0.name).await
+        self.finish(&job.resource.name).await
     }
 
     /// Continues a job that waits, and does not wait for its end.
     pub async fn begin_resume(&self, job: &Job) -> Result<String> {
-        let path = format!("{}/replicationJobs/{}/resume", self.vault, job.0.name);
+        let path = format!("{}/replicationJobs/{}/resume", self.vault, job.resource.name);
         self.client.begin(Method::POST, &path, Some(&json!({ "properties": {} }))).await?;
-        Ok(job.0.name.clone())
+        Ok(job.resource.name.clone())
     }
 
     /// Waits for a job, also through outages of the server.
@@ -192,7 +193,12 @@ impl Item {
                 job => job?,
             };
             match job.properties.state.as_str() {
-                "Succeeded" | "Suspended" => return Ok(Job(job)),
+                "Succeeded" | "Suspended" => match self.client.get(&format!("/api/v1/jobs/{name}")).await {
+                    Err(ClientError::Unreachable { .. }) if Instant::now() < deadline => {
+                        tokio::time::sleep(POLL).await;
+                    }
+                    status => return Ok(Job { resource: job, status: status? }),
+                },
                 "InProgress" | "NotStarted" | "Cancelling" if Instant::now() < deadline => {
                     tokio::time::sleep(POLL).await;
                 }

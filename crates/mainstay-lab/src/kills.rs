@@ -73,7 +73,11 @@ impl Killer<'_> {
         self.operation("failoverCommit", &json!({})).await?;
         let before = self.whole_at(RECOVERY).await?;
         let job = self.operation("plannedFailover", &home).await?;
-        ensure!(job.0.properties.state == "Suspended", "the failback is {}", job.0.properties.state);
+        ensure!(
+            job.resource.properties.state == "Suspended",
+            "the failback is {}",
+            job.resource.properties.state
+        );
         let name = self.item.begin_resume(&job).await?;
         self.kill_during("complete", &name).await?;
         let after = self.whole_at(HOME).await?;

@@ -1,8 +1,8 @@
 """The tutorial's journey, driven by Microsoft's Python SDK for Site Recovery.
 
-Usage: journey.py LAB_JSON VM [API_VERSION]
+Usage: journey.py LAB_JSON VM RECORDING [API_VERSION]
 
-Prints one JSON line per step. Between the steps it reads a line from standard input: the test that runs it looks at the
+Writes every request and its answer to RECORDING, one JSON object per line. Prints one JSON line per step. Between the steps it reads a line from standard input: the test that runs it looks at the
 guest there. Exits with 0 when every step ended as it should.
 """
 
@@ -11,6 +11,7 @@ import sys
 import time
 
 from azure.core.credentials import AccessToken
+from azure.core.pipeline.policies import SansIOHTTPPolicy
 from azure.mgmt.recoveryservices import RecoveryServicesClient
 from azure.mgmt.recoveryservicessiterecovery import SiteRecoveryManagementClient, models
 
@@ -27,6 +28,37 @@ class StaticToken:
 
     def get_token(self, *_scopes, **_options):
         return AccessToken(self.token, int(time.time()) + 24 * 3600)
+
+
+class Recorder(SansIOHTTPPolicy):
+    """Writes down what goes over the wire, without the token."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.file = open(path, "w", encoding="utf-8")
+
+    def on_response(self, request, response):
+        sent, got = request.http_request, response.http_response
+        body = sent.content if hasattr(sent, "content") else sent.data
+        got.read()
+        text = got.text()
+        self.file.write(
+            json.dumps(
+                {
+                    "method": sent.method,
+                    "url": sent.url,
+                    "request_headers": {
+                        key.lower(): value for key, value in sent.headers.items() if key != "Authorization"
+                    },
+                    "request_body": json.loads(body) if body else None,
+                    "status": got.status_code,
+                    "response_headers": {key.lower(): value for key, value in got.headers.items()},
+                    "response_body": json.loads(text) if text else None,
+                }
+            )
+            + "\n"
+        )
+        self.file.flush()
 
 
 def told(step, **what):
@@ -48,7 +80,7 @@ def wait(what, probe):
 def main():
     lab = json.load(open(sys.argv[1], encoding="utf-8"))
     vm_name = sys.argv[2]
-    version = {"api_version": sys.argv[3]} if len(sys.argv) > 3 else {}
+    version = {"api_version": sys.argv[4]} if len(sys.argv) > 4 else {}
     group, vault = lab["resource_group"], lab["vault"]
     where = (group, vault)
     options = {
@@ -57,6 +89,7 @@ def main():
         "base_url": lab["url"],
         "connection_verify": lab["ca_file"],
         "polling_interval": POLL,
+        "per_retry_policies": [Recorder(sys.argv[3])],
         **version,
     }
     vaults = RecoveryServicesClient(**options)
@@ -248,8 +281,7 @@ def main():
         *here,
         models.DisableProtectionInput(
             properties=models.DisableProtectionInputProperties(
-                disable_protection_reason="NotSpecified",
-                replication_provider_input=models.DisableProtectionProviderSpecificInput(),
+                disable_protection_reason="NotSpecified"
             )
         ),
     ).result()

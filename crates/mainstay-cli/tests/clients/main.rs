@@ -99,18 +99,82 @@ async fn journey(lab: &Lab, mut program: Command) -> Result<()> {
     Ok(())
 }
 
-async fn python(version: Option<&str>) -> Result<()> {
-    let name = format!("python-{}", version.unwrap_or("default"));
-    with_lab(&name, async |lab, dir| {
-        let mut program = Command::new(repository().join(".cache/tools/bin/python"));
-        program.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/journey.py"));
-        program.arg(dir.join("lab.json")).arg(VM).args(version);
+/// The only version of which there are official files here; the clients' own are newer.
+const PINNED: &str = "2024-04-01";
+
+fn clients() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients")
+}
+
+/// A program of a client: the interpreter and the script, ready for the arguments.
+type Client = fn() -> Command;
+
+fn python() -> Command {
+    let mut program = Command::new(repository().join(".cache/tools/bin/python"));
+    program.arg(clients().join("journey.py"));
+    program
+}
+
+fn node(script: &str) -> Command {
+    let mut program = Command::new("node");
+    program.arg(clients().join(script));
+    program.env("MAINSTAY_NODE_MODULES", repository().join(".cache/node/node_modules"));
+    program
+}
+
+fn javascript() -> Command {
+    node("journey.mjs")
+}
+
+/// Carries the tutorial out with a client as it is, or pinned to a version of the API. Pinned, every request and answer is
+/// judged by the official files.
+async fn tutorial(name: &str, client: Client, version: Option<&str>) -> Result<()> {
+    let recordings = tempfile::tempdir()?;
+    let recording = recordings.path().join("recording.jsonl");
+    with_lab(&format!("{name}-{}", version.unwrap_or("default")), async |lab, dir| {
+        let mut program = client();
+        program.arg(dir.join("lab.json")).arg(VM).arg(&recording).args(version);
+        program.env("NODE_EXTRA_CA_CERTS", &lab.file().ca_file);
         journey(lab, program).await
     })
-    .await
+    .await?;
+    if version == Some(PINNED) { judge(&recording) } else { Ok(()) }
+}
+
+/// What a journey has at least; fewer were not recorded, or not judged.
+const JUDGED_MIN: u64 = 40;
+const OPERATIONS_MIN: usize = 26;
+
+fn judge(recording: &Path) -> Result<()> {
+    let output = node("judge.mjs").arg(clients().join("openapi")).arg(recording).output()?;
+    ensure!(output.status.success(), "oav: {}", String::from_utf8_lossy(&output.stderr));
+    let outcome: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("oav said {}", String::from_utf8_lossy(&output.stdout)))?;
+    let errors = outcome["errors"].as_array().context("errors")?;
+    ensure!(errors.is_empty(), "oav: {}", serde_json::to_string_pretty(errors)?);
+    let judged = outcome["judged"].as_u64().unwrap_or_default();
+    let operations = outcome["operations"].as_object().map_or(0, serde_json::Map::len);
+    ensure!(judged >= JUDGED_MIN, "only {judged} pairs were judged: {outcome}");
+    ensure!(operations >= OPERATIONS_MIN, "only {operations} operations were judged: {outcome}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_python_sdk_carries_out_the_tutorial() -> Result<()> {
-    python(None).await
+    tutorial("python", python, None).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_python_sdk_does_it_by_the_official_files() -> Result<()> {
+    tutorial("python", python, Some(PINNED)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_javascript_sdk_carries_out_the_tutorial() -> Result<()> {
+    tutorial("javascript", javascript, None).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_javascript_sdk_does_it_by_the_official_files() -> Result<()> {
+    tutorial("javascript", javascript, Some(PINNED)).await
 }

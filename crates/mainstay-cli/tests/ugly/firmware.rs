@@ -63,7 +63,6 @@ impl State {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "now and then OVMF itself halts under emulation before it has loaded the kernel, cause not found; part of `make soak`"]
 async fn firmware_variables_and_tpm_state_go_there_and_come_back() -> Result<()> {
     let mut world = World::up("firmware").await?;
     let mut vm = world.guest("vm1", "")?;

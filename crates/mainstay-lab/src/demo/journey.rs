@@ -335,7 +335,11 @@ async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Image) -> 
         "recoveryVmCreationOption": "NoAction" } } });
     let job: Job = world.item.run(Method::POST, "plannedFailover", &body).await?;
     phases.worked();
-    ensure!(job.0.properties.state == "Suspended", "the job is {}, not waiting", job.0.properties.state);
+    ensure!(
+        job.resource.properties.state == "Suspended",
+        "the job is {}, not waiting",
+        job.resource.properties.state
+    );
     let output = job.output("VmDataSync");
     let staged = world.images.read(uuid_at(&output, "/point")?).await?;
     let (found, _) = world.answer(LedgerCopy::Active).await?;

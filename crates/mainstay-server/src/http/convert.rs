@@ -8,13 +8,14 @@ use mainstay_api::arm::{
     NAMESPACE, NetworkProperties, PolicyDetails, PolicyProperties, ProtectableItemProperties,
     ProviderProperties, RecoveryPointProperties, Resource, ServiceError, VirtualMachineDetails,
 };
+use mainstay_api::v1::{CycleProgress, JobStatus, TaskStatus};
 use mainstay_control::{
     app::{ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord},
     db::{ConfigurationJob, EventRecord, ItemRecord, JobEntry, JobError, JobRecord, JobState, StepRecord},
     jobs::{Task, job_log, tasks},
 };
 use mainstay_model::{Ending, Health, StepState, projection};
-use mainstay_provider::{Firmware, MacPolicy, Network};
+use mainstay_provider::{Firmware, Network, Progress};
 use mainstay_store::{Consistency, PointInfo};
 use serde_json::{Value, json};
 
@@ -413,7 +414,7 @@ fn item_nic(ids: &Ids<'_>, record: &ItemRecord, nic: &mainstay_provider::NicPlan
             .test_network
             .as_ref()
             .map(|name| ids.network(&record.recovery_fabric, name)),
-        mac_policy: Some(if nic.mac_policy == MacPolicy::Keep { "Keep" } else { "Generate" }.to_owned()),
+        mac_policy: None,
     }
 }
 
@@ -584,13 +585,6 @@ fn job_task(job: &JobRecord, step: &StepRecord, task: Task) -> JobTask {
         StepState::Undone => ("Other", "Cancelled"),
         StepState::UndoFailed => ("Failed", "UndoFailed"),
     };
-    let details = json!({
-        "instanceType": "MainstayTaskDetails",
-        "attempts": step.attempts,
-        "output": step.output,
-        "progress": { "phase": step.progress.phase, "bytesDone": step.progress.bytes_done,
-            "bytesTotal": step.progress.bytes_total, "bytesMoved": step.progress.bytes_moved },
-    });
     JobTask {
         task_id: task.id.to_owned(),
         name: task.name.to_owned(),
@@ -605,9 +599,40 @@ fn job_task(job: &JobRecord, step: &StepRecord, task: Task) -> JobTask {
         state: state.to_owned(),
         state_description: description.to_owned(),
         task_type: "TaskDetails".to_owned(),
-        custom_details: Some(details),
+        custom_details: None,
         group_task_custom_details: None,
         errors: step.errors.iter().map(|error| job_error(job, step, error)).collect(),
+    }
+}
+
+pub(super) fn job_status(entry: &JobEntry) -> JobStatus {
+    match entry {
+        JobEntry::Item(job) => JobStatus {
+            id: job.id.to_string(),
+            requested_by: job.requested_by.clone(),
+            tasks: job
+                .steps
+                .iter()
+                .map(|step| TaskStatus {
+                    name: step.name.clone(),
+                    attempts: step.attempts,
+                    output: step.output.clone(),
+                    progress: progress(step.progress.clone()),
+                })
+                .collect(),
+        },
+        JobEntry::Configuration(job) => {
+            JobStatus { id: job.id.to_string(), requested_by: job.requested_by.clone(), tasks: Vec::new() }
+        }
+    }
+}
+
+pub(super) fn progress(progress: Progress) -> CycleProgress {
+    CycleProgress {
+        phase: progress.phase,
+        bytes_done: progress.bytes_done,
+        bytes_total: progress.bytes_total,
+        bytes_moved: progress.bytes_moved,
     }
 }
 

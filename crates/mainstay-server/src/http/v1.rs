@@ -4,8 +4,7 @@ use axum::response::Response;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::{Method, StatusCode};
 use mainstay_api::v1::{
-    Console, CycleProgress, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, Token,
-    TokenRequest, Vault,
+    Console, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, Token, TokenRequest, Vault,
 };
 use mainstay_control::{
     ControlError,
@@ -13,10 +12,15 @@ use mainstay_control::{
     db::ItemRecord,
 };
 use mainstay_model::ItemId;
-use mainstay_provider::{NoProgress, ReadConsole, call as call_site};
+use mainstay_provider::{NicPlan, NoProgress, ReadConsole, call as call_site};
 use serde_json::json as value;
 
-use super::{Api, Call, convert::time_text, error::ApiError, json, list};
+use super::{
+    Api, Call,
+    convert::{self, time_text},
+    error::ApiError,
+    jobs, json, list,
+};
 
 /// Milliseconds of a day.
 const DAY_MS: i64 = 24 * 3_600_000;
@@ -46,6 +50,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
                 call_site(&*site, ReadConsole { vm }, &NoProgress).await.map_err(ControlError::from)?;
             json(&Console { command })
         }
+        (&Method::GET, ["jobs", id]) => json(&convert::job_status(&jobs::find(call, id).await?)),
         (&Method::GET, ["tokens"]) => {
             list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
         }
@@ -147,12 +152,8 @@ async fn find_item(call: &Call, id: &str) -> Result<ItemRecord, ApiError> {
 async fn item_status(call: &Call, id: &str) -> Result<ItemStatus, ApiError> {
     let item = find_item(call, id).await?;
     let (_, _, rpo_seconds) = call.control().item_health(&item).await?;
-    let cycle = call.control().cycles.progress(item.id).map(|progress| CycleProgress {
-        phase: progress.phase,
-        bytes_done: progress.bytes_done,
-        bytes_total: progress.bytes_total,
-        bytes_moved: progress.bytes_moved,
-    });
+    let cycle = call.control().cycles.progress(item.id).map(convert::progress);
+    let mac_policy = |nic: &NicPlan| (nic.mac.clone(), format!("{:?}", nic.mac_policy));
     Ok(ItemStatus {
         id: item.id.to_string(),
         generation: item.state.generation.0,
@@ -165,5 +166,6 @@ async fn item_status(call: &Call, id: &str) -> Result<ItemStatus, ApiError> {
         rpo_seconds,
         cycle,
         loss_seconds: item.failover.map(|failover| failover.loss_seconds),
+        mac_policies: item.target.nics.iter().map(mac_policy).collect(),
     })
 }
