@@ -317,6 +317,10 @@ async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
 
 /// Reading needs a Reader, failing over and back an Operator, everything else a Contributor.
 fn required_role(method: &Method, path: &[&str]) -> Role {
+    // Who can sign in, and as what, is nobody else's business.
+    if path.starts_with(&["api", "v1", "serviceprincipals"]) {
+        return Role::Contributor;
+    }
     if method == Method::GET {
         return Role::Reader;
     }
@@ -408,6 +412,7 @@ mod tests {
         assert_eq!(required_role(&Method::GET, &["metrics"]), Role::Reader);
         assert_eq!(required_role(&Method::POST, &["x", "unplannedfailover"]), Role::Operator);
         assert_eq!(required_role(&Method::POST, &["x", "remove"]), Role::Contributor);
+        assert_eq!(required_role(&Method::GET, &["api", "v1", "serviceprincipals"]), Role::Contributor);
         assert_eq!(required_role(&Method::PUT, &["x", "cancel"]), Role::Contributor);
     }
 }
