@@ -175,3 +175,37 @@ pub struct Token {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret: Option<String>,
 }
+
+/// Request of `POST /api/v1/servicePrincipals`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePrincipalRequest {
+    /// For people: what it is for.
+    pub name: String,
+    /// `Reader`, `Operator` or `Contributor`.
+    pub role: String,
+    /// Days until it stops to work; absent = never.
+    #[serde(default)]
+    pub days: Option<u32>,
+}
+
+/// A service principal; the secret is shown only once, when it is made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePrincipal {
+    /// What it signs in as.
+    pub client_id: String,
+    /// The tenant it signs in at: the vault's subscription id.
+    pub tenant_id: String,
+    /// What it is for.
+    pub name: String,
+    /// What it may do.
+    pub role: String,
+    /// When it was made.
+    pub created: String,
+    /// When it stops to work.
+    pub expires: Option<String>,
+    /// The secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<String>,
+}

@@ -8,6 +8,7 @@ mod items;
 mod jobs;
 mod lab;
 mod output;
+mod principals;
 mod resources;
 mod server;
 mod session;
@@ -58,6 +59,9 @@ enum Command {
     /// Access tokens.
     #[command(subcommand)]
     Token(resources::TokenCommand),
+    /// Service principals: programs that sign in with a client id and a secret, as Azure's own clients do.
+    #[command(subcommand)]
+    Principal(principals::PrincipalCommand),
     /// Replicated items.
     #[command(subcommand)]
     Item(items::ItemCommand),
@@ -130,6 +134,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Vm(command) => resources::vm(&connect.open().await?, command).await,
         Command::Policy(command) => resources::policy(&connect.open().await?, command).await,
         Command::Token(command) => resources::token(&connect.open().await?, command).await,
+        Command::Principal(command) => principals::principal(&connect.open().await?, command).await,
         Command::Event(command) => resources::event(&connect.open().await?, command).await,
         Command::Item(command) => items::item(&connect.open().await?, command).await,
         Command::Protect(arguments) => items::protect(&connect.open().await?, arguments).await,

@@ -67,12 +67,12 @@ pub struct Authority {
     certificate_pem: String,
 }
 
-fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> AuthorityError + '_ {
+pub(crate) fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> AuthorityError + '_ {
     move |source| AuthorityError::File { path: path.to_owned(), source }
 }
 
 /// Writes a file that only its owner can read, whole or not at all.
-fn write_private(path: &Path, text: &str) -> Result<(), AuthorityError> {
+pub(crate) fn write_private(path: &Path, text: &str) -> Result<(), AuthorityError> {
     let temporary = path.with_extension("new");
     let write = || {
         let mut file =

@@ -9,7 +9,8 @@ mod config;
 mod http;
 mod listener;
 mod server;
+mod token_key;
 
 pub use authority::{Authority, AuthorityError};
 pub use config::ServerConfig;
-pub use server::{Initialized, Running, initialize, run};
+pub use server::{Initialized, Running, initialize, run, run_with_clock};

@@ -3,25 +3,24 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo},
-    server::conn::auto,
-    service::TowerToHyperService,
-};
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use mainstay_control::{
-    Control, SystemClock,
+    Clock, Control, SystemClock,
     app::{Role, TokenSecret, VaultRecord},
     db::Db,
 };
 use mainstay_store::{Store, StoreOptions, local_storage};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::{
     Authority, ServerConfig, agents,
-    http::{Api, router},
-    listener::listen,
+    http::{Api, FAILED_SIGN_INS_MAX, Limit, Peer, TOKEN_REQUESTS_MAX, router},
+    listener::{Secured, listen},
+    token_key::TokenKey,
 };
 
 /// What `server init` made.
@@ -40,7 +39,7 @@ pub async fn initialize(
     resource_group: &str,
     vault: &str,
 ) -> anyhow::Result<Initialized> {
-    let control = open(config).await?;
+    let control = open(config, Arc::new(SystemClock)).await?;
     let authority = Authority::open(&config.data_dir.join("pki"))?;
     let vault = VaultRecord {
         subscription: Uuid::new_v4().to_string(),
@@ -58,7 +57,7 @@ pub async fn initialize(
     Ok(Initialized { vault, token, authority_pem: authority.certificate_pem().to_owned() })
 }
 
-async fn open(config: &ServerConfig) -> anyhow::Result<Arc<Control>> {
+async fn open(config: &ServerConfig, clock: Arc<dyn Clock>) -> anyhow::Result<Arc<Control>> {
     let data_dir = &config.data_dir;
     create_private_dir(data_dir).with_context(|| format!("data directory {}", data_dir.display()))?;
     let store_dir = config.store_dir();
@@ -80,7 +79,7 @@ async fn open(config: &ServerConfig) -> anyhow::Result<Arc<Control>> {
     };
     let options = StoreOptions { has_room: Arc::new(has_room), ..StoreOptions::default() };
     let store = Store::open(storage, options);
-    Ok(Control::new(db, Arc::new(store), Arc::new(SystemClock)))
+    Ok(Control::new(db, Arc::new(store), clock))
 }
 
 fn create_private_dir(path: &Path) -> std::io::Result<()> {
@@ -101,12 +100,22 @@ pub struct Running {
 
 /// Connections of API clients at once.
 const CONNECTIONS_MAX: usize = 1024;
+/// How long a request's head may take, and how long a connection may wait for its next request: longer than clients leave
+/// between two looks at a job.
+const HEAD_MAX: Duration = Duration::from_secs(60);
 
 /// Starts the server; it is ready when this returns.
 pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
-    let control = open(config).await?;
+    run_with_clock(config, Arc::new(SystemClock)).await
+}
+
+/// Starts the server with another clock than the computer's: for tests of what ends.
+pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> anyhow::Result<Running> {
+    let control = open(config, clock).await?;
     let vault = control.vault().await?;
-    let authority = Authority::open(&config.data_dir.join("pki"))?;
+    let pki_dir = config.data_dir.join("pki");
+    let authority = Authority::open(&pki_dir)?;
+    let token_key = TokenKey::open(&pki_dir)?;
     let (api_tls, agent_tls) = (authority.api_tls(&config.names)?, authority.agent_tls(&config.names)?);
     let api_listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
@@ -128,6 +137,10 @@ pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
         agent_endpoint,
         shutdown_timeout: Duration::from_secs(u64::from(config.shutdown_timeout_seconds)),
         metrics: metrics_recorder(),
+        token_key,
+        names: config.names.clone(),
+        failed_sign_ins: Limit::new(FAILED_SIGN_INS_MAX),
+        token_requests: Limit::new(TOKEN_REQUESTS_MAX),
     });
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
@@ -174,11 +187,24 @@ async fn serve_api(
     stop: CancellationToken,
 ) {
     let until = stop.clone();
-    let serve = move |stream| {
-        let (service, until) = (TowerToHyperService::new(router.clone()), until.clone());
+    let serve = move |stream: Secured| {
+        let (router, until) = (router.clone(), until.clone());
         async move {
-            let builder = auto::Builder::new(TokioExecutor::new());
-            let connection = builder.serve_connection(TokioIo::new(stream), service);
+            let peer = match stream.get_ref().0.get_ref().peer_addr() {
+                Ok(peer) => Peer(peer.ip()),
+                Err(error) => {
+                    tracing::debug!(%error, "a client was gone before its first request");
+                    return;
+                }
+            };
+            let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+                request.extensions_mut().insert(peer);
+                router.clone().oneshot(request)
+            });
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_MAX)
+                .serve_connection(TokioIo::new(stream), service);
             tokio::pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
@@ -189,7 +215,7 @@ async fn serve_api(
                 }
             };
             if let Err(error) = ended {
-                tracing::debug!(error, "a client's connection ended badly");
+                tracing::debug!(%error, "a client's connection ended badly");
             }
         }
     };

@@ -50,3 +50,28 @@ async fn a_token_works_until_it_expires_or_is_revoked() {
     control.revoke_token(&record.digest).await.unwrap();
     assert!(control.authenticate(&lasting.0).await.unwrap().is_none());
 }
+
+#[tokio::test]
+async fn a_service_principal_signs_in_until_it_expires_or_is_removed() {
+    let (dir, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::default()));
+    let control = control(dir.path(), &clock).await.unwrap();
+    let (script, secret) =
+        control.create_service_principal("script", Role::Reader, Some(1000)).await.unwrap();
+    let (lasting, other) = control.create_service_principal("script", Role::Operator, None).await.unwrap();
+    let signed_in = |id, secret: String| {
+        let control = control.clone();
+        async move { control.authenticate_service_principal(id, &secret).await.unwrap() }
+    };
+    clock.advance_ms(999);
+    assert_eq!(signed_in(script.client_id, secret.0.clone()).await, Some(script.clone()));
+    // Somebody else's secret is a wrong one.
+    assert_eq!(signed_in(script.client_id, other.0.clone()).await, None);
+    clock.advance_ms(1);
+    assert_eq!(signed_in(script.client_id, secret.0).await, None);
+    assert_eq!(signed_in(lasting.client_id, other.0.clone()).await, Some(lasting.clone()));
+    control.remove_service_principal(&lasting.client_id.to_string()).await.unwrap();
+    assert_eq!(signed_in(lasting.client_id, other.0).await, None);
+    let again = control.remove_service_principal(&lasting.client_id.to_string()).await.unwrap_err();
+    assert!(matches!(again, ControlError::NotFound { .. }), "{again}");
+    assert!(control.create_service_principal("", Role::Reader, None).await.is_err());
+}

@@ -9,6 +9,7 @@ mod policies;
 mod protectable_items;
 mod protected_items;
 mod providers;
+mod service_principals;
 mod tokens;
 mod vault;
 
@@ -18,6 +19,7 @@ pub use policies::PolicyRecord;
 pub use protectable_items::ProtectableItem;
 pub use protected_items::{EnableRequest, Requester};
 pub use providers::{ProviderRecord, REGISTRATION_KEY_HOURS, RegistrationKeyRecord};
+pub use service_principals::ServicePrincipalRecord;
 pub use tokens::{Role, TokenRecord, TokenSecret};
 pub use vault::VaultRecord;
 

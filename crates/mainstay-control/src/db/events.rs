@@ -34,8 +34,11 @@ pub struct AuditRecord {
     pub id: String,
     /// When, milliseconds since the Unix epoch.
     pub time_ms: i64,
-    /// The token's or agent's name.
+    /// The token's, service principal's or agent's name; empty if it is not known.
     pub who: String,
+    /// The address it came from; empty in records from before it was kept.
+    #[serde(default)]
+    pub from: String,
     /// What was asked for.
     pub action: String,
     /// Of what.

@@ -1,4 +1,4 @@
-//! Resources that have a name and little else: fabrics, providers, policies, mappings, tokens, keys.
+//! Resources that have a name and little else: fabrics, providers, policies, mappings, tokens, keys, service principals.
 
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::Row as _;
@@ -22,6 +22,8 @@ pub enum ResourceKind {
     Token,
     /// A registration key, named by the digest of its secret.
     RegistrationKey,
+    /// A service principal, named by its client id.
+    ServicePrincipal,
 }
 
 impl ResourceKind {
@@ -34,6 +36,7 @@ impl ResourceKind {
             Self::ContainerMapping => "container-mapping",
             Self::Token => "token",
             Self::RegistrationKey => "registration-key",
+            Self::ServicePrincipal => "service-principal",
         }
     }
 }

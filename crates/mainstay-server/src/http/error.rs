@@ -14,6 +14,7 @@ pub(super) struct ApiError {
     message: String,
     remedy: String,
     allowed: Option<Vec<String>>,
+    retry_after: Option<i64>,
 }
 
 impl ApiError {
@@ -23,7 +24,14 @@ impl ApiError {
         message: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        Self { status, code: code.to_owned(), message: message.into(), remedy: remedy.into(), allowed: None }
+        Self {
+            status,
+            code: code.to_owned(),
+            message: message.into(),
+            remedy: remedy.into(),
+            allowed: None,
+            retry_after: None,
+        }
     }
 
     pub(super) fn bad_request(code: &str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
@@ -37,6 +45,18 @@ impl ApiError {
             "a valid bearer token is needed",
             "Check the token; `mainstay server init` printed the first one.",
         )
+    }
+
+    /// An address has tried too often; it may again in so many seconds.
+    pub(super) fn too_many_failures(seconds: i64) -> Self {
+        let mut error = Self::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "TooManyRequests",
+            "too many sign-ins from this address have failed, and this one did too",
+            format!("Check the token, and try again in {seconds} s."),
+        );
+        error.retry_after = Some(seconds);
+        error
     }
 
     pub(super) fn no_such_path() -> Self {
@@ -126,6 +146,9 @@ impl IntoResponse for ApiError {
             response
                 .headers_mut()
                 .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+        }
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
         }
         response
     }

@@ -6,23 +6,25 @@
 mod convert;
 mod error;
 mod filter;
+mod identity;
 mod items;
 mod jobs;
+mod limits;
 mod resources;
 mod v1;
 mod vault_health;
 mod vaults;
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    body::{Body, to_bytes},
+    body::{Body, Bytes, to_bytes},
     extract::{Request, State},
     response::{IntoResponse as _, Response},
     routing::any,
 };
-use hyper::{Method, StatusCode, header};
+use hyper::{Method, StatusCode, header, http::request::Parts};
 use mainstay_api::arm;
 use mainstay_control::{
     Control, ControlError,
@@ -33,11 +35,18 @@ use mainstay_model::JobId;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use crate::Authority;
+use crate::{Authority, token_key::TokenKey};
 use error::ApiError;
+pub(crate) use limits::Limit;
 
 /// Largest request body; the largest real one is a few KiB.
 const BODY_BYTES_MAX: usize = 1 << 20;
+/// How long a request's body may take; whoever needs longer for so little holds a place that others want.
+const BODY_MAX: Duration = Duration::from_secs(30);
+/// Failed sign-ins of one address in a minute; more are neither looked at twice nor written down.
+pub(crate) const FAILED_SIGN_INS_MAX: u32 = 20;
+/// Requests for access tokens of one address in a minute; a token lasts an hour.
+pub(crate) const TOKEN_REQUESTS_MAX: u32 = 120;
 
 /// What handlers work with.
 pub(crate) struct Api {
@@ -48,10 +57,20 @@ pub(crate) struct Api {
     pub(crate) base_url: String,
     /// Address that agents are told.
     pub(crate) agent_endpoint: String,
-    pub(crate) shutdown_timeout: std::time::Duration,
+    pub(crate) shutdown_timeout: Duration,
     /// SHA-256 of the authority's certificate, part of registration keys.
     pub(crate) metrics: metrics_exporter_prometheus::PrometheusHandle,
+    /// Signs access tokens.
+    pub(crate) token_key: TokenKey,
+    /// Names under which clients reach the server.
+    pub(crate) names: Vec<String>,
+    pub(crate) failed_sign_ins: Limit,
+    pub(crate) token_requests: Limit,
 }
+
+/// The address that a request came from, which the listener adds to it.
+#[derive(Clone, Copy)]
+pub(crate) struct Peer(pub(crate) IpAddr);
 
 /// The routes.
 pub(crate) fn router(api: Arc<Api>) -> Router {
@@ -207,25 +226,33 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
     if let ["healthz" | "readyz"] = lower.as_slice() {
         return Ok("ok\n".into_response());
     }
-    let body = to_bytes(body, BODY_BYTES_MAX).await.map_err(|_| {
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLarge", "the request body is too large", "")
-    })?;
+    let Some(&Peer(peer)) = parts.extensions.get() else {
+        return Err(ApiError::internal("the request's address is not known".to_owned()));
+    };
+    if let Some(route) = identity::route(&parts.method, &lower) {
+        let body = read_body(body, identity::BODY_BYTES_MAX).await?;
+        return identity::answer(&api, route, &parts, &lower, &body, peer).await;
+    }
+    let body = read_body(body, BODY_BYTES_MAX).await?;
     if parts.method == Method::POST && lower.as_slice() == ["api", "v1", "register"] {
         return v1::register(&api, &body).await;
     }
     let role_wanted = required_role(&parts.method, &lower);
     let token = bearer(&parts.headers).ok_or_else(ApiError::unauthenticated)?;
-    let token = api.control.authenticate(token).await?.ok_or_else(ApiError::unauthenticated)?;
-    let is_allowed = token.role >= role_wanted;
+    let signed_in = match identity::sign_in(&api, token).await? {
+        Ok(signed_in) => signed_in,
+        Err(unknown) => return Err(refuse(&api, &unknown.who, &parts, peer).await),
+    };
+    let is_allowed = signed_in.role >= role_wanted;
     if parts.method != Method::GET {
-        audit(&api, &token.label, &parts.method, parts.uri.path(), is_allowed).await?;
+        audit(&api, &signed_in.name, parts.method.as_str(), parts.uri.path(), peer, is_allowed).await?;
     }
     if !is_allowed {
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "AuthorizationFailed",
-            format!("the token '{}' has the role {:?}; this needs {role_wanted:?}", token.label, token.role),
-            "Use a token with that role.",
+            format!("'{}' has the role {:?}; this needs {role_wanted:?}", signed_in.name, signed_in.role),
+            "Use a token or a service principal with that role.",
         ));
     }
     let host = parts.headers.get(header::HOST).and_then(|value| value.to_str().ok());
@@ -246,7 +273,7 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         segments,
         query,
         body: body.to_vec(),
-        who: Requester(token.label),
+        who: Requester(signed_in.name),
         base_url,
         api_version,
     };
@@ -317,6 +344,10 @@ async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
 
 /// Reading needs a Reader, failing over and back an Operator, everything else a Contributor.
 fn required_role(method: &Method, path: &[&str]) -> Role {
+    // Who can sign in, and as what, is nobody else's business.
+    if path.starts_with(&["api", "v1", "serviceprincipals"]) {
+        return Role::Contributor;
+    }
     if method == Method::GET {
         return Role::Reader;
     }
@@ -341,12 +372,47 @@ fn required_role(method: &Method, path: &[&str]) -> Role {
     Role::Contributor
 }
 
-async fn audit(api: &Api, who: &str, method: &Method, path: &str, is_allowed: bool) -> Result<(), ApiError> {
+async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
+    let body = tokio::time::timeout(BODY_MAX, to_bytes(body, bytes_max)).await.map_err(|_| {
+        let message = format!("the request body took longer than {} s", BODY_MAX.as_secs());
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message, "Try again.")
+    })?;
+    body.map_err(|_| {
+        let message = format!("the request body is larger than {bytes_max} bytes, or broke off");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLarge", message, "Send a smaller one.")
+    })
+}
+
+/// Writes a failed sign-in down and says what to answer. Good tokens are never held up by bad ones from their address: others
+/// may share it, and 256 bits are not guessed; what is limited is what failures cost.
+async fn refuse(api: &Api, who: &str, parts: &Parts, peer: IpAddr) -> ApiError {
+    if let Err(seconds) = api.failed_sign_ins.attempt(peer, api.control.clock.now_ms()) {
+        return ApiError::too_many_failures(seconds);
+    }
+    let path: String = parts.uri.path().chars().take(AUDITED_PATH_CHARACTERS_MAX).collect();
+    match audit(api, who, parts.method.as_str(), &path, peer, false).await {
+        Ok(()) => ApiError::unauthenticated(),
+        Err(error) => error,
+    }
+}
+
+/// What is kept of a path that somebody unknown asked for.
+const AUDITED_PATH_CHARACTERS_MAX: usize = 512;
+
+async fn audit(
+    api: &Api,
+    who: &str,
+    action: &str,
+    path: &str,
+    peer: IpAddr,
+    is_allowed: bool,
+) -> Result<(), ApiError> {
     let record = AuditRecord {
         id: Uuid::now_v7().to_string(),
         time_ms: api.control.clock.now_ms(),
         who: who.to_owned(),
-        action: method.to_string(),
+        from: peer.to_canonical().to_string(),
+        action: action.to_owned(),
         target: path.to_owned(),
         is_allowed,
     };
@@ -408,6 +474,7 @@ mod tests {
         assert_eq!(required_role(&Method::GET, &["metrics"]), Role::Reader);
         assert_eq!(required_role(&Method::POST, &["x", "unplannedfailover"]), Role::Operator);
         assert_eq!(required_role(&Method::POST, &["x", "remove"]), Role::Contributor);
+        assert_eq!(required_role(&Method::GET, &["api", "v1", "serviceprincipals"]), Role::Contributor);
         assert_eq!(required_role(&Method::PUT, &["x", "cancel"]), Role::Contributor);
     }
 }

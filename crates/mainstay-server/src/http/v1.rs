@@ -4,11 +4,12 @@ use axum::response::Response;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::{Method, StatusCode};
 use mainstay_api::v1::{
-    Console, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, Token, TokenRequest, Vault,
+    Console, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, ServicePrincipal,
+    ServicePrincipalRequest, Token, TokenRequest, Vault,
 };
 use mainstay_control::{
     ControlError,
-    app::{Role, TokenRecord},
+    app::{Role, ServicePrincipalRecord, TokenRecord},
     db::ItemRecord,
 };
 use mainstay_model::ItemId;
@@ -57,12 +58,27 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         (&Method::POST, ["tokens"]) => {
             let request: TokenRequest = call.body()?;
             let role = parse_role(&request.role)?;
-            let expires_ms = request.days.map(|days| control.clock.now_ms() + i64::from(days) * DAY_MS);
-            let (record, secret) = control.create_token(&request.label, role, expires_ms).await?;
+            let (record, secret) =
+                control.create_token(&request.label, role, expires_ms(call, request.days)).await?;
             json(&shown(record, Some(secret.0)))
         }
         (&Method::DELETE, ["tokens", digest]) => {
             control.revoke_token(digest).await?;
+            json(&value!({}))
+        }
+        (&Method::GET, ["serviceprincipals"]) => {
+            let principals = control.service_principals().await?;
+            list(principals.into_iter().map(|principal| shown_principal(call, principal, None)).collect())
+        }
+        (&Method::POST, ["serviceprincipals"]) => {
+            let request: ServicePrincipalRequest = call.body()?;
+            let role = parse_role(&request.role)?;
+            let expires_ms = expires_ms(call, request.days);
+            let (record, secret) = control.create_service_principal(&request.name, role, expires_ms).await?;
+            json(&shown_principal(call, record, Some(secret.0)))
+        }
+        (&Method::DELETE, ["serviceprincipals", client_id]) => {
+            control.remove_service_principal(client_id).await?;
             json(&value!({}))
         }
         (&Method::GET, ["audit"]) => {
@@ -81,6 +97,22 @@ fn shown(record: TokenRecord, secret: Option<String>) -> Token {
         expires: record.expires_ms.map(time_text),
         secret,
     }
+}
+
+fn shown_principal(call: &Call, record: ServicePrincipalRecord, secret: Option<String>) -> ServicePrincipal {
+    ServicePrincipal {
+        client_id: record.client_id.to_string(),
+        tenant_id: call.api.vault.subscription.clone(),
+        name: record.name,
+        role: format!("{:?}", record.role),
+        created: time_text(record.created_ms),
+        expires: record.expires_ms.map(time_text),
+        secret,
+    }
+}
+
+fn expires_ms(call: &Call, days: Option<u32>) -> Option<i64> {
+    days.map(|days| call.control().clock.now_ms() + i64::from(days) * DAY_MS)
 }
 
 fn parse_role(role: &str) -> Result<Role, ApiError> {
