@@ -243,10 +243,17 @@ async fn what_is_wrong_with_a_request_for_a_token_is_said_in_oauths_words() {
     let large = server.ask(&path, &[("grant_type", &"x".repeat(20_000))]).await;
     assert_eq!(large.status(), StatusCode::PAYLOAD_TOO_LARGE);
 
+    // A host that registers with a wrong key fails to sign in, too.
+    let request =
+        serde_json::json!({ "secret": "wrong", "host": "h", "version": "1", "certificateRequest": "" });
+    let register = server.client("").post::<Value>("/api/v1/register", &request).await.unwrap_err();
+    assert_eq!(register.status(), Some(401));
+
     let failed: Vec<Value> =
         server.audit().await.into_iter().filter(|record| record["is_allowed"] == false).collect();
-    assert_eq!(failed.len(), 2);
-    assert!(failed.iter().all(|record| record["from"] == "127.0.0.1" && record["action"] == "sign in"));
+    assert_eq!(failed.len(), 3);
+    assert!(failed.iter().all(|record| record["from"] == "127.0.0.1"));
+    assert!(failed.iter().any(|record| record["target"] == "/api/v1/register"));
     assert!(failed.iter().any(|record| record["who"] == principal.client_id));
     server.running.stop().await;
 }

@@ -53,7 +53,7 @@ impl ApiError {
             StatusCode::TOO_MANY_REQUESTS,
             "TooManyRequests",
             "too many sign-ins from this address have failed, and this one did too",
-            format!("Check the token, and try again in {seconds} s."),
+            format!("Check the token or key, and try again in {seconds} s."),
         );
         error.retry_after = Some(seconds);
         error
@@ -78,6 +78,10 @@ impl ApiError {
 
     pub(super) fn is_not_found(&self) -> bool {
         self.status == StatusCode::NOT_FOUND
+    }
+
+    pub(super) fn is_unauthenticated(&self) -> bool {
+        self.status == StatusCode::UNAUTHORIZED
     }
 
     pub(super) fn internal(message: String) -> Self {

@@ -235,13 +235,18 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
     }
     let body = read_body(body, BODY_BYTES_MAX).await?;
     if parts.method == Method::POST && lower.as_slice() == ["api", "v1", "register"] {
-        return v1::register(&api, &body).await;
+        return match v1::register(&api, &body).await {
+            Err(error) if error.is_unauthenticated() => Err(refuse(&api, "", &parts, peer, error).await),
+            answer => answer,
+        };
     }
     let role_wanted = required_role(&parts.method, &lower);
     let token = bearer(&parts.headers).ok_or_else(ApiError::unauthenticated)?;
     let signed_in = match identity::sign_in(&api, token).await? {
         Ok(signed_in) => signed_in,
-        Err(unknown) => return Err(refuse(&api, &unknown.who, &parts, peer).await),
+        Err(unknown) => {
+            return Err(refuse(&api, &unknown.who, &parts, peer, ApiError::unauthenticated()).await);
+        }
     };
     let is_allowed = signed_in.role >= role_wanted;
     if parts.method != Method::GET {
@@ -383,15 +388,15 @@ async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
     })
 }
 
-/// Writes a failed sign-in down and says what to answer. Good tokens are never held up by bad ones from their address: others
-/// may share it, and 256 bits are not guessed; what is limited is what failures cost.
-async fn refuse(api: &Api, who: &str, parts: &Parts, peer: IpAddr) -> ApiError {
+/// Writes a failed sign-in down and says what to answer: `answer`, unless there were too many. Good tokens are never held up
+/// by bad ones from their address: others may share it, and 256 bits are not guessed; what is limited is what failures cost.
+async fn refuse(api: &Api, who: &str, parts: &Parts, peer: IpAddr, answer: ApiError) -> ApiError {
     if let Err(seconds) = api.failed_sign_ins.attempt(peer, api.control.clock.now_ms()) {
         return ApiError::too_many_failures(seconds);
     }
     let path: String = parts.uri.path().chars().take(AUDITED_PATH_CHARACTERS_MAX).collect();
     match audit(api, who, parts.method.as_str(), &path, peer, false).await {
-        Ok(()) => ApiError::unauthenticated(),
+        Ok(()) => answer,
         Err(error) => error,
     }
 }
