@@ -6,10 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use mainstay_lab::{
-    DiskImage, GuestImages, HOME, Item, Lab, LabAction, LabOptions, LedgerCopy, LedgerVm, Point, RECOVERY,
-    ledger,
-};
+use mainstay_lab::{HOME, Item, Lab, LabAction, LabOptions, LedgerCopy, LedgerVm, Point, RECOVERY, ledger};
 use mainstay_provider::PowerState;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -46,15 +43,7 @@ pub(crate) struct Stand {
 impl Stand {
     /// Brings a lab up in a directory, has it used, and takes it down whatever happened.
     pub(crate) async fn with<T>(dir: &Path, work: impl AsyncFnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let options = LabOptions {
-            has_relays: false,
-            vms: 0,
-            disk_mib: 64,
-            format: DiskImage::Qcow2,
-            guest_options: String::new(),
-            program: program()?,
-            images: GuestImages::find()?,
-        };
+        let options = LabOptions::without_guests(program()?)?;
         let outcome = match Lab::up(dir, &options).await {
             Ok(lab) => work(&mut Self { lab, dir: dir.to_owned() }).await,
             Err(error) => Err(error.context("the lab does not come up")),

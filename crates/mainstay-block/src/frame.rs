@@ -238,7 +238,7 @@ impl FrameBuilder {
             disk = run.disk;
             end = run.block + u64::from(run.count);
         }
-        let out = PACKER.with_borrow_mut(|packer| {
+        let mut out = PACKER.with_borrow_mut(|packer| {
             let packed = packer.pack(&self.payload, effort);
             let packed = packed.filter(|packed| packed.len() <= self.payload.len() - self.payload.len() / 16);
             let codec = match (&packed, effort) {
@@ -260,7 +260,6 @@ impl FrameBuilder {
             out.extend_from_slice(stored);
             out
         });
-        let mut out = out;
         let sum = checksum(&out);
         out[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum);
         Ok(Bytes::from(out))

@@ -54,6 +54,21 @@ pub struct LabOptions {
     pub images: GuestImages,
 }
 
+impl LabOptions {
+    /// A lab that has no guests yet and whose agents reach the server without relays.
+    pub fn without_guests(program: PathBuf) -> Result<Self> {
+        Ok(Self {
+            vms: 0,
+            disk_mib: 64,
+            format: DiskImage::Qcow2,
+            has_relays: false,
+            guest_options: String::new(),
+            program,
+            images: GuestImages::find()?,
+        })
+    }
+}
+
 /// A lab in its directory.
 pub struct Lab {
     dir: PathBuf,

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use mainstay_lab::{DiskImage, GuestImages, HOME, Lab, LabOptions, LedgerCopy, LedgerVm, RECOVERY};
+use mainstay_lab::{HOME, Lab, LabOptions, LedgerCopy, LedgerVm, RECOVERY};
 use serde_json::Value;
 
 /// How long a guest may take to answer, on a busy machine without hardware virtualisation.
@@ -37,15 +37,7 @@ fn repository() -> PathBuf {
 async fn with_lab(name: &str, work: impl AsyncFnOnce(&mut Lab, &Path) -> Result<()>) -> Result<()> {
     // Not beneath a test's own directory: the lab's machines may run as another account, which must get through.
     let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
-    let options = LabOptions {
-        has_relays: false,
-        vms: 0,
-        disk_mib: 64,
-        format: DiskImage::Qcow2,
-        guest_options: String::new(),
-        program: PathBuf::from(env!("CARGO_BIN_EXE_mainstay")),
-        images: GuestImages::find()?,
-    };
+    let options = LabOptions::without_guests(PathBuf::from(env!("CARGO_BIN_EXE_mainstay")))?;
     let done = match Lab::up(&dir, &options).await {
         Ok(mut lab) => {
             let vm = LedgerVm { network: Some(lab.network(HOME)?), ..LedgerVm::new(VM) };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mainstay_api::v1::ItemStatus;
-use mainstay_lab::{DiskImage, GuestImages, HOME, Lab, LabOptions, LedgerCopy, LedgerVm, ledger};
+use mainstay_lab::{HOME, Lab, LabOptions, LedgerCopy, LedgerVm, ledger};
 use serde_json::Value;
 
 /// How long anything may take. Far more than it does: the machine may be busy with other things.
@@ -57,12 +57,7 @@ impl World {
         let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
         let options = LabOptions {
             has_relays: true,
-            vms: 0,
-            disk_mib: 64,
-            format: DiskImage::Qcow2,
-            guest_options: String::new(),
-            program: PathBuf::from(env!("CARGO_BIN_EXE_mainstay")),
-            images: GuestImages::find()?,
+            ..LabOptions::without_guests(PathBuf::from(env!("CARGO_BIN_EXE_mainstay")))?
         };
         match Lab::up(&dir, &options).await {
             Ok(lab) => Ok(Self { lab, dir, is_proved: false }),

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::{
     check_name,
-    tokens::{Role, TokenSecret, digest, new_secret},
+    tokens::{Role, TokenSecret, digest, is_before, new_secret},
 };
 use crate::{
     Control, ControlError,
@@ -68,7 +68,7 @@ impl Control {
     ) -> Result<Option<ServicePrincipalRecord>, ControlError> {
         let record: Option<ServicePrincipalRecord> = self.db.resource(&client_id.to_string()).await?;
         let now_ms = self.clock.now_ms();
-        Ok(record.filter(|record| record.expires_ms.is_none_or(|expires_ms| now_ms < expires_ms)))
+        Ok(record.filter(|record| is_before(now_ms, record.expires_ms)))
     }
 
     /// The service principal that a client id and a secret belong to, if it is valid now. Digests are compared: how long

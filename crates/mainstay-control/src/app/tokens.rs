@@ -66,6 +66,11 @@ pub(super) fn digest(secret: &str) -> String {
     Sha256::digest(secret.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Whether something that may expire still works.
+pub(super) fn is_before(now_ms: i64, expires_ms: Option<i64>) -> bool {
+    expires_ms.is_none_or(|expires_ms| now_ms < expires_ms)
+}
+
 impl Control {
     /// Makes a token.
     pub async fn create_token(
@@ -92,7 +97,7 @@ impl Control {
     pub async fn authenticate(&self, secret: &str) -> Result<Option<TokenRecord>, ControlError> {
         let token: Option<TokenRecord> = self.db.resource(&digest(secret)).await?;
         let now_ms = self.clock.now_ms();
-        Ok(token.filter(|token| token.expires_ms.is_none_or(|expires_ms| now_ms < expires_ms)))
+        Ok(token.filter(|token| is_before(now_ms, token.expires_ms)))
     }
 
     /// All tokens, without their secrets.

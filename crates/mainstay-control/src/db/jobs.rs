@@ -263,9 +263,6 @@ pub struct JobPlace {
     pub id: JobId,
 }
 
-/// Jobs answered by one listing at most.
-const LIST_MAX: i64 = 1000;
-
 impl Db {
     /// Reads a job.
     pub async fn job(&self, id: JobId) -> Result<Option<JobRecord>, DbError> {
@@ -274,17 +271,6 @@ impl Db {
             .fetch_optional(&self.pool)
             .await?;
         row.map(|row| read(&row)).transpose()
-    }
-
-    /// The newest jobs of items, newest first.
-    pub async fn jobs(&self) -> Result<Vec<JobRecord>, DbError> {
-        let rows = sqlx::query(
-            "SELECT id, document FROM jobs WHERE kind = 'Item' ORDER BY created_ms DESC, id DESC LIMIT $1",
-        )
-        .bind(LIST_MAX)
-        .fetch_all(&self.pool)
-        .await?;
-        rows.iter().map(read).collect()
     }
 
     /// All jobs that are not over, oldest first.

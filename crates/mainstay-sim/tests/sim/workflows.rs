@@ -1,7 +1,7 @@
 //! Every workflow, and how a world comes to where it can begin.
 
 use mainstay_control::{
-    db::JobRecord,
+    db::{JobCondition, JobEntry, JobRecord},
     workflows::{FailoverParams, PointChoice},
 };
 use mainstay_model::{Operation, Phase};
@@ -118,11 +118,14 @@ impl Workflow {
 }
 
 async fn finalize_job(world: &World) -> Option<JobRecord> {
-    let jobs = world
-        .ask(|control| async move { Ok::<_, mainstay_control::ControlError>(control.db.jobs().await?) })
-        .await
-        .unwrap();
-    jobs.into_iter().rfind(|job| job.operation == Operation::FinalizeProtection)
+    let every = JobCondition::All(Vec::new());
+    let jobs =
+        world.ask(|control| async move { control.job_entries(&every, None, 1000).await }).await.unwrap();
+    let mut jobs = jobs.into_iter().filter_map(|job| match job {
+        JobEntry::Item(job) => Some(*job),
+        JobEntry::Configuration(_) => None,
+    });
+    jobs.rfind(|job| job.operation == Operation::FinalizeProtection)
 }
 
 async fn fail_over_and_commit(world: &World) {
