@@ -195,11 +195,11 @@ impl LedgerVm {
             "<domain type='{domain_type}'><name>{name}</name><uuid>{id}</uuid>\
              <memory unit='MiB'>{memory_mib}</memory><vcpu>1</vcpu>\
              <os{firmware}><type arch='x86_64' machine='q35'>hvm</type>{secure_boot}<kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
-             <cmdline>console=ttyS0 quiet panic=1 {options}</cmdline></os>\
+             <cmdline>console=ttyS0 panic=1 {options}</cmdline></os>\
              <features><acpi/></features><clock offset='utc'/><on_reboot>restart</on_reboot><devices>{disks}{interface}{tpm}\
              <channel type='file'><source path='{acks}' append='on'/><target type='virtio' name='ledger'/></channel>\
              <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
-             <serial type='pty'><target port='0'/></serial>\
+             <serial type='pty'><log file='{console}' append='on'/><target port='0'/></serial>\
              <controller type='usb' model='none'/><memballoon model='none'/></devices></domain>",
             name = self.name,
             id = self.id,
@@ -207,6 +207,7 @@ impl LedgerVm {
             initrd = images.initrd.display(),
             options = self.options,
             acks = site.acks().join(&self.name).display(),
+            console = site.console(&self.name).display(),
         ))
     }
 }

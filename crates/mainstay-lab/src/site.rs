@@ -48,7 +48,9 @@ impl Site {
         // Virtual machines of another account pass through it.
         fs::set_permissions(&lab_directory, fs::Permissions::from_mode(0o755))?;
         let directory = lab_directory.join(name);
-        for path in ["", "run", "conf", "conf/libvirt", "cache", "data", "home", "images", "driver"] {
+        for path in
+            ["", "run", "conf", "conf/libvirt", "cache", "data", "home", "images", "driver", "consoles"]
+        {
             let path = directory.join(path);
             fs::create_dir_all(&path)?;
             account.give(&path)?;
@@ -100,6 +102,11 @@ impl Site {
     pub fn acks(&self) -> PathBuf {
         // Two levels always exist: the lab and the site.
         self.directory.parent().unwrap_or(&self.directory).join("acks")
+    }
+
+    /// Where what a guest of this site prints on its console is kept.
+    pub fn console(&self, name: &str) -> PathBuf {
+        self.directory.join("consoles").join(format!("{name}.log"))
     }
 
     /// Who runs the virtual machines.

@@ -225,11 +225,15 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         if !self.is_proved {
-            for name in ["server", "agent-home", "agent-recovery"] {
-                let text = std::fs::read_to_string(self.dir.join("logs").join(format!("{name}.log")));
-                let text = text.unwrap_or_default();
+            let logs = ["server", "agent-home", "agent-recovery"]
+                .map(|name| self.dir.join(format!("logs/{name}.log")));
+            let consoles = std::fs::read_dir(self.dir.join(HOME).join("consoles"));
+            let consoles = consoles.into_iter().flatten().flatten().map(|entry| entry.path());
+            for file in logs.into_iter().chain(consoles) {
+                let bytes = std::fs::read(&file).unwrap_or_default();
+                let text = String::from_utf8_lossy(&bytes);
                 let lines: Vec<_> = text.lines().collect();
-                eprintln!("-- {name}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+                eprintln!("-- {}\n{}", file.display(), lines[lines.len().saturating_sub(40)..].join("\n"));
             }
             if std::env::var_os("MAINSTAY_KEEP").is_some() {
                 eprintln!("the lab is left in {}", self.dir.display());

@@ -172,8 +172,8 @@ fn rewrite_devices(devices: &mut Element, to: &Adaptation<'_>) {
             "channel" if attribute(device, "target", "name") == Some("org.qemu.guest_agent.0") => {
                 remove(device, &["source"]);
             }
-            // A console in a file of the old host.
-            "serial" | "console" if device.attributes.get("type").is_some_and(|kind| kind != "pty") => {
+            // A console in a file of the old host, or logged to one.
+            "serial" | "console" => {
                 device.attributes.insert("type".to_owned(), "pty".to_owned());
                 remove(device, &["source", "log"]);
             }
@@ -217,6 +217,7 @@ mod tests {
         <disk type='file' device='cdrom'><source file='/iso'/><target dev='sda'/></disk>
         <interface type='bridge'><mac address='52:54:00:AA:00:01'/><source bridge='br0'/><model type='virtio'/></interface>
         <interface type='bridge'><mac address='52:54:00:aa:00:02'/><source bridge='br1'/></interface>
+        <serial type='pty'><log file='/old/console.log' append='on'/><target port='0'/></serial>
         <graphics type='vnc' port='5901'/></devices></domain>";
 
     fn adapted(change: impl FnOnce(&mut Adaptation<'_>)) -> String {
@@ -272,6 +273,7 @@ mod tests {
             "/old/qemu",
             "hostdev",
             "/iso",
+            "/old/console.log",
             "cputune",
             "seclabel",
             "99.0",
