@@ -127,7 +127,7 @@ pub(crate) async fn shut_down(
     }
     let deadline = Instant::now() + timeout;
     let mut by_agent =
-        host.domain(vm, XmlKind::Live).await?.has_agent && crate::guest::is_agent_up(host, vm).await;
+        host.domain(vm, XmlKind::Live).await?.agent.is_some() && crate::guest::is_agent_up(host, vm).await;
     let mut ask_at = Instant::now();
     let mut ended_at = None;
     loop {

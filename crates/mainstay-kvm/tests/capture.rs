@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
-use mainstay_lab::{DiskImage, LedgerVm, ledger};
+use mainstay_lab::{DiskImage, GuestImages, LedgerVm, ledger};
 use mainstay_provider::{Changed, Consistency, ErrorKind, Hypervisor as _, PowerState, ShutdownOutcome};
 use rig::{PATIENCE, Rig, apply, assert_same, read_capture, request};
 
@@ -211,6 +211,27 @@ async fn a_vm_that_is_off_is_captured_and_a_dead_tracker_is_noticed() -> Result<
     let info = Command::new("qemu-img").arg("info").arg(vm.disk_path(&rig.site, 0)).output()?;
     assert!(!String::from_utf8_lossy(&info.stdout).contains("ms-"));
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_boots_while_a_capture_is_open_keeps_its_agent() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    vm.create(&rig.site, &GuestImages::find()?).await?;
+    rig.host.start(vm.id).await?;
+    // Long before the guest has an agent: libvirt does not hear of it as long as the capture is open.
+    let capture = rig.host.begin_capture(vm.id, request(None)).await?;
+    ledger::wait_until_up(&rig.site, vm.id, PATIENCE).await?;
+    let findings = rig.host.vm(vm.id).await?.findings;
+    assert!(findings.iter().all(|finding| finding.code != "GuestAgentSilent"), "{findings:?}");
+    capture.close().await?;
+    let mut wanted = request(None);
+    wanted.freeze_timeout = Some(Duration::from_secs(30));
+    let capture = rig.host.begin_capture(vm.id, wanted).await?;
+    assert_eq!((capture.consistency(), capture.note()), (Consistency::Application, ""));
+    capture.close().await?;
+    rig.let_write(&vm, 20).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

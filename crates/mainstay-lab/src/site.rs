@@ -18,7 +18,7 @@ use crate::account::Account;
 
 /// How long a daemon may take until it answers. The first start of a site probes QEMU, a few seconds.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
-const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+const STOP_TIMEOUT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(50);
 
 /// A site of a lab.

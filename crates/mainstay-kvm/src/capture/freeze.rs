@@ -36,17 +36,17 @@ pub(crate) async fn freeze(
     domain: &Domain,
     timeout: Duration,
 ) -> Result<(), SiteError> {
-    if !domain.has_agent {
+    if domain.agent.is_none() {
         return Err(failed("the VM has no guest agent channel"));
     }
-    if domain.is_agent_connected == Some(false) {
+    if !host.libvirt.is_agent_there(domain).await {
         return Err(failed("no guest agent runs in the guest"));
     }
     if marker(host, vm).exists() {
         return Err(busy("the guest has not thawed since an earlier freeze", "Restart the guest's agent."));
     }
     write_record(&marker(host, vm), &vm)?;
-    Ok(host.libvirt.freeze(vm, timeout).await?)
+    host.libvirt.freeze(vm, timeout).await
 }
 
 /// Thaws what was frozen, or may be. What cannot be proved now is pursued in the background.

@@ -15,8 +15,9 @@ use crate::host::Host;
 use crate::nodes::Nodes;
 use crate::qemu_nbd::end_strays;
 
-/// A backup job ends a moment after it was aborted; under load, some seconds.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the end of a job may take. libvirt learns of it by an event, and its one thread for events may first spend 30 s on
+/// each guest that began to use its agent's channel meanwhile (see `libvirt::channel`).
+const IDLE_TIMEOUT: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(5);
 /// Ends the names of bitmaps that exist only while a map is read.
 pub(crate) const MAP_SUFFIX: &str = "-map";

@@ -72,7 +72,7 @@ pub(super) async fn of_machine(
         let message = "the VM uses devices of the host, which a recovery VM will not have".to_owned();
         add("HostDevice", Warning, message, "Make sure that the guest boots without them.");
     }
-    if !domain.has_agent {
+    if domain.agent.is_none() {
         let message = "the VM has no guest agent channel: recovery points are crash-consistent".to_owned();
         add(
             "GuestAgentMissing",
@@ -80,7 +80,7 @@ pub(super) async fn of_machine(
             message,
             "Add the channel and install qemu-guest-agent in the guest.",
         );
-    } else if power == PowerState::Running && domain.is_agent_connected == Some(false) {
+    } else if power == PowerState::Running && !host.libvirt.is_agent_there(domain).await {
         let message = "the guest agent does not answer: recovery points are crash-consistent".to_owned();
         add("GuestAgentSilent", Warning, message, "Start qemu-guest-agent in the guest.");
     }

@@ -86,7 +86,7 @@ pub(crate) async fn machine(
             is_replicable: findings::obstacle(disk).is_none(),
         });
     }
-    let addresses = if power == PowerState::Running && domain.is_agent_connected == Some(true) {
+    let addresses = if power == PowerState::Running && host.libvirt.is_agent_there(&domain).await {
         guest::addresses_within(host, id, guest_answer_max).await.unwrap_or_default()
     } else {
         Vec::new()
@@ -109,7 +109,7 @@ pub(crate) async fn machine(
         vcpus: domain.vcpus,
         memory_bytes: domain.memory_bytes,
         has_tpm: domain.has_tpm,
-        has_guest_agent: domain.has_agent,
+        has_guest_agent: domain.agent.is_some(),
         autostart: host.libvirt.autostart(id).await?,
         disks,
         nics,

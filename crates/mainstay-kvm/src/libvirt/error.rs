@@ -21,7 +21,7 @@ const NO_CONNECT: i32 = 5;
 const INVALID_CONNECTION: i32 = 6;
 const AUTH_FAILED: i32 = 45;
 const OPERATION_TIMEOUT: i32 = 68;
-const AGENT_UNRESPONSIVE: i32 = 86;
+pub(super) const AGENT_UNRESPONSIVE: i32 = 86;
 const ACCESS_DENIED: i32 = 88;
 
 impl LibvirtError {

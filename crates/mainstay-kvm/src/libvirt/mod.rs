@@ -7,10 +7,12 @@
 
 #![expect(unsafe_code, reason = "libvirt is a C library; everything unsafe in this crate is in this module")]
 
+mod channel;
 mod error;
 mod ffi;
 mod raw;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +21,7 @@ use mainstay_provider::{ErrorKind, PowerState, SiteError};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
+use crate::xml::Domain;
 pub use error::LibvirtError;
 pub(crate) use error::NO_DOMAIN;
 pub(crate) use raw::JobStatistics;
@@ -272,23 +275,35 @@ impl Libvirt {
     }
 
     /// Freezes all file systems of the guest; the agent has `timeout` to answer.
-    pub(crate) async fn freeze(&self, vm: VmId, timeout: Duration) -> Result<(), LibvirtError> {
+    pub(crate) async fn freeze(&self, vm: VmId, timeout: Duration) -> Result<(), SiteError> {
         let seconds = seconds(timeout);
-        self.with_domain(vm, move |domain| {
+        let frozen = self.with_domain(vm, move |domain| {
             // Without it a hung agent holds the domain for ever.
             domain.set_agent_timeout(seconds)?;
             domain.freeze()
-        })
-        .await
+        });
+        match frozen.await {
+            Err(error) if error.code == error::AGENT_UNRESPONSIVE => {
+                let request = json!({"execute": "guest-fsfreeze-freeze"});
+                self.agent_by_channel(vm, &request, timeout, error).await.map(drop)
+            }
+            other => Ok(other?),
+        }
     }
 
-    pub(crate) async fn thaw(&self, vm: VmId, timeout: Duration) -> Result<(), LibvirtError> {
+    pub(crate) async fn thaw(&self, vm: VmId, timeout: Duration) -> Result<(), SiteError> {
         let seconds = seconds(timeout);
-        self.with_domain(vm, move |domain| {
+        let thawed = self.with_domain(vm, move |domain| {
             domain.set_agent_timeout(seconds)?;
             domain.thaw()
-        })
-        .await
+        });
+        match thawed.await {
+            Err(error) if error.code == error::AGENT_UNRESPONSIVE => {
+                let request = json!({"execute": "guest-fsfreeze-thaw"});
+                self.agent_by_channel(vm, &request, timeout, error).await.map(drop)
+            }
+            other => Ok(other?),
+        }
     }
 
     /// A QMP command; answers what QEMU returned.
@@ -315,8 +330,40 @@ impl Libvirt {
             request["arguments"] = arguments;
         }
         let (text, seconds) = (request.to_string(), seconds(timeout));
-        let answer = self.with_domain(vm, move |domain| domain.agent_command(&text, seconds)).await?;
-        returned(&answer, &format!("the guest agent refused {command}"))
+        match self.with_domain(vm, move |domain| domain.agent_command(&text, seconds)).await {
+            Err(error) if error.code == error::AGENT_UNRESPONSIVE => {
+                self.agent_by_channel(vm, &request, timeout, error).await
+            }
+            answer => returned(&answer?, &format!("the guest agent refused {command}")),
+        }
+    }
+
+    /// The same without libvirt, if it has lost sight of the agent; otherwise its own error.
+    async fn agent_by_channel(
+        &self,
+        vm: VmId,
+        request: &Value,
+        timeout: Duration,
+        error: LibvirtError,
+    ) -> Result<Value, SiteError> {
+        let Some(socket) = self.forgotten_agent(vm).await? else { return Err(error.into()) };
+        let answer = channel::ask(&socket, &request.to_string(), timeout).await?;
+        returned(&answer, &format!("the guest agent refused {}", request["execute"]))
+    }
+
+    /// Whether an agent has opened its channel in the guest, as far as anybody can tell.
+    pub(crate) async fn is_agent_there(&self, domain: &Domain) -> bool {
+        domain.agent.as_ref().is_some_and(|agent| agent.is_connected)
+            || self.forgotten_agent(domain.id).await.is_ok_and(|socket| socket.is_some())
+    }
+
+    /// The socket of an agent that runs in the guest and that libvirt holds for gone.
+    async fn forgotten_agent(&self, vm: VmId) -> Result<Option<PathBuf>, SiteError> {
+        let Some(agent) = Domain::parse(&self.xml(vm, XmlKind::Live).await?)?.agent else { return Ok(None) };
+        if agent.is_connected {
+            return Ok(None);
+        }
+        Ok(channel::forgotten(&agent, &self.qmp(vm, "query-chardev", Value::Null).await?))
     }
 
     /// Names and descriptions of all networks; none if the daemon has no network driver.

@@ -8,7 +8,7 @@ mod tree;
 
 pub(crate) use disks::{DiskSource, drop_backing_store};
 pub(crate) use nics::{NicRules, planned_mac};
-pub(crate) use read::{Domain, DomainDisk};
+pub(crate) use read::{AgentChannel, Domain, DomainDisk};
 pub use read::{RecoveryMark, recovery_mark};
 pub(crate) use rewrite::{Adaptation, adapt};
 

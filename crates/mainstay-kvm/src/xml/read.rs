@@ -19,14 +19,24 @@ pub(crate) struct Domain {
     pub(crate) is_uefi: bool,
     pub(crate) nvram: Option<PathBuf>,
     pub(crate) has_tpm: bool,
-    pub(crate) has_agent: bool,
-    /// Whether an agent has opened its channel in the guest; only while it runs.
-    pub(crate) is_agent_connected: Option<bool>,
+    /// The guest agent's channel.
+    pub(crate) agent: Option<AgentChannel>,
     pub(crate) has_passthrough: bool,
     pub(crate) disks: Vec<DomainDisk>,
     pub(crate) nics: Vec<DomainNic>,
     /// Set on recovery VMs of ours.
     pub(crate) recovery: Option<RecoveryMark>,
+}
+
+/// The channel that a guest agent uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AgentChannel {
+    /// Whether libvirt talks to an agent in the guest.
+    pub(crate) is_connected: bool,
+    /// QEMU's name of it; only while the VM runs.
+    pub(crate) alias: Option<String>,
+    /// Its socket on the host; only while the VM runs.
+    pub(crate) socket: Option<PathBuf>,
 }
 
 /// What makes a domain a recovery VM of ours.
@@ -120,10 +130,10 @@ impl Domain {
             is_uefi,
             nvram,
             has_tpm: named("tpm").next().is_some(),
-            has_agent: agent.is_some(),
-            is_agent_connected: agent.and_then(|channel| {
-                let state = attribute(child(channel, "target"), "state")?;
-                Some(state == "connected")
+            agent: agent.map(|channel| AgentChannel {
+                is_connected: attribute(child(channel, "target"), "state").as_deref() == Some("connected"),
+                alias: attribute(child(channel, "alias"), "name"),
+                socket: attribute(child(channel, "source"), "path").map(PathBuf::from),
             }),
             has_passthrough: named("hostdev").next().is_some(),
             disks: named("disk").filter_map(read_disk).collect(),
@@ -241,7 +251,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!((domain.vcpus, domain.memory_bytes, domain.is_uefi), (1, 192 << 20, true));
-        assert!(domain.has_agent && !domain.has_tpm && domain.recovery.unwrap().is_test);
+        assert!(domain.agent.is_some() && !domain.has_tpm && domain.recovery.unwrap().is_test);
         let disk = domain.disk("vda").unwrap();
         assert_eq!((disk.index, disk.boot_order, disk.path.as_deref()), (Some(3), Some(1), Some("/r/top")));
         assert_eq!(disk.backing.iter().map(|image| image.index.unwrap()).collect::<Vec<_>>(), [5, 6]);
