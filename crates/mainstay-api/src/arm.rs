@@ -2,8 +2,12 @@
 //!
 //! Fields that Mainstay does not use are left out of requests and ignored when they come; times are RFC 3339 text.
 
+mod recovery_plan;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+pub use recovery_plan::*;
 
 /// The namespace of all resource types here.
 pub const NAMESPACE: &str = "Microsoft.RecoveryServices";
@@ -784,9 +788,9 @@ pub struct JobTask {
     pub state_description: String,
     /// `TaskDetails`.
     pub task_type: String,
-    /// Null; see [`crate::v1::TaskStatus`].
+    /// Of an action or a machine of a recovery plan; see also [`crate::v1::TaskStatus`].
     pub custom_details: Option<Value>,
-    /// Null.
+    /// Of a group of a recovery plan: its machines' tasks.
     pub group_task_custom_details: Option<Value>,
     /// What went wrong.
     pub errors: Vec<JobErrorDetails>,

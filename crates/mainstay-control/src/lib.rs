@@ -46,6 +46,8 @@ pub struct Control {
     pub changed: tokio::sync::Notify,
     /// The health that was last told, by item. Lost at a restart: the present health is then told again if it is bad.
     health_told: std::sync::Mutex<std::collections::HashMap<ItemId, Health>>,
+    /// The directory whose programs recovery plans may run; without it they run none.
+    pub scripts: std::sync::OnceLock<std::path::PathBuf>,
     /// Replication cycles under way.
     pub cycles: reconcilers::Cycles,
 }
@@ -61,6 +63,7 @@ impl Control {
             engine: Engine::default(),
             health_told: std::sync::Mutex::default(),
             changed: tokio::sync::Notify::new(),
+            scripts: std::sync::OnceLock::new(),
             cycles: reconcilers::Cycles::default(),
         })
     }

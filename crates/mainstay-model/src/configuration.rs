@@ -27,6 +27,12 @@ pub enum ConfigurationChange {
     DiscoverProtectableItem,
     /// The hosts of a site were asked what is on them, to bring what is known up to date.
     CheckConsistency,
+    /// A recovery plan was made.
+    CreateRecoveryPlan,
+    /// A recovery plan was changed.
+    UpdateRecoveryPlan,
+    /// A recovery plan was removed.
+    DeleteRecoveryPlan,
     /// All hosts were asked, to bring the vault's health up to date.
     RefreshVaultHealth,
 }

@@ -7,6 +7,7 @@ mod ids;
 mod job;
 pub mod projection;
 mod protected_item;
+pub mod recovery_plan;
 mod replication_policy;
 mod retention;
 
@@ -19,6 +20,7 @@ pub use job::{Ending, JobLog, Next, StepPlan, StepState};
 pub use protected_item::{
     Event, ItemState, Location, Operation, Outcome, Phase, Refusal, Running, TestFailoverState,
 };
+pub use recovery_plan::RecoveryPlan;
 pub use replication_policy::{
     COPY_FREQUENCY_SECONDS_MAX, COPY_FREQUENCY_SECONDS_MIN, InvalidPolicy, RETENTION_HOURS_MAX,
     ReplicationPolicy,

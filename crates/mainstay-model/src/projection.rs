@@ -62,7 +62,8 @@ pub fn allowed_operations(state: &ItemState) -> Vec<&'static str> {
     state.allowed_operations().into_iter().filter_map(operation_name).collect()
 }
 
-fn operation_name(operation: Operation) -> Option<&'static str> {
+/// Site Recovery's name of an operation, as in `allowedOperations`.
+pub fn operation_name(operation: Operation) -> Option<&'static str> {
     Some(match operation {
         Operation::TestFailover => "TestFailover",
         Operation::TestFailoverCleanup => "TestFailoverCleanup",
@@ -144,6 +145,15 @@ pub fn configuration_job(change: ConfigurationChange) -> (&'static str, &'static
             ("DiscoverProtectableItem", "Discover virtual machines", "Server")
         }
         ConfigurationChange::CheckConsistency => ("CheckConsistency", "Check consistency", "Server"),
+        ConfigurationChange::CreateRecoveryPlan => {
+            ("CreateRecoveryPlan", "Create a recovery plan", "RecoveryPlan")
+        }
+        ConfigurationChange::UpdateRecoveryPlan => {
+            ("UpdateRecoveryPlan", "Save a recovery plan", "RecoveryPlan")
+        }
+        ConfigurationChange::DeleteRecoveryPlan => {
+            ("DeleteRecoveryPlan", "Delete a recovery plan", "RecoveryPlan")
+        }
         ConfigurationChange::RefreshVaultHealth => ("RefreshVaultHealth", "Refresh vault health", "Other"),
     }
 }

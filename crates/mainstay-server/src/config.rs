@@ -24,6 +24,8 @@ pub struct ServerConfig {
     /// Space in MiB that recovery points leave free on their file system: for the database, whose jobs and events must be
     /// written also when the site is full, and for what makes space again.
     pub store_reserve_mib: u64,
+    /// Directory of the programs that recovery plans may run; empty = they run none.
+    pub script_dir: Option<PathBuf>,
     /// How long a guest may take to shut down in a failover or failback, in seconds.
     pub shutdown_timeout_seconds: u32,
 }
@@ -38,6 +40,7 @@ impl Default for ServerConfig {
             agent_endpoint: String::new(),
             store_dir: None,
             store_reserve_mib: 1024,
+            script_dir: None,
             shutdown_timeout_seconds: u32::try_from(SHUTDOWN_TIMEOUT.as_secs()).unwrap_or(u32::MAX),
         }
     }

@@ -79,7 +79,14 @@ async fn open(config: &ServerConfig, clock: Arc<dyn Clock>) -> anyhow::Result<Ar
     };
     let options = StoreOptions { has_room: Arc::new(has_room), ..StoreOptions::default() };
     let store = Store::open(storage, options);
-    Ok(Control::new(db, Arc::new(store), clock))
+    let control = Control::new(db, Arc::new(store), clock);
+    if let Some(scripts) = &config.script_dir {
+        let scripts =
+            scripts.canonicalize().with_context(|| format!("script directory {}", scripts.display()))?;
+        // New just now: it is empty.
+        let _ = control.scripts.set(scripts);
+    }
+    Ok(control)
 }
 
 fn create_private_dir(path: &Path) -> std::io::Result<()> {

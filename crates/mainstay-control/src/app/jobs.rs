@@ -39,7 +39,7 @@ impl Control {
         }
     }
 
-    fn with_progress(&self, mut job: JobRecord) -> JobRecord {
+    pub(super) fn with_progress(&self, mut job: JobRecord) -> JobRecord {
         if let Some(progress) = self.engine.progress(job.id)
             && let Some(step) =
                 job.steps.iter_mut().find(|step| step.state == mainstay_model::StepState::Started)

@@ -1,7 +1,9 @@
 //! Jobs as stored: the step log is part of the job's document, so that a step's entry, the job's state and the item's
 //! state are written in one transaction.
 
-use mainstay_model::{ConfigurationChange, Ending, ItemId, JobId, Operation, StepState, projection};
+use mainstay_model::{
+    ConfigurationChange, Ending, ItemId, JobId, Operation, RecoveryPlan, StepState, projection,
+};
 use mainstay_provider::{ErrorKind, Progress, SiteError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -43,12 +45,15 @@ pub struct JobRecord {
     pub id: JobId,
     /// What it does.
     pub operation: Operation,
-    /// To which item.
+    /// To which item; nil if it is a recovery plan's job.
     pub item: ItemId,
-    /// The item's resource name, for people, also after it is gone.
+    /// The item's or the plan's resource name, for people, also after it is gone.
     pub item_name: String,
-    /// The VM's name.
+    /// The VM's or the plan's name.
     pub vm_name: String,
+    /// The plan that it carries out, as it was when the job was accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Box<RecoveryPlan>>,
     /// The item's fabric.
     pub fabric: String,
     /// What was asked for; its shape belongs to the workflow.

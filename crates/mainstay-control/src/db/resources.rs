@@ -22,6 +22,8 @@ pub enum ResourceKind {
     Token,
     /// A registration key, named by the digest of its secret.
     RegistrationKey,
+    /// A recovery plan.
+    RecoveryPlan,
     /// A service principal, named by its client id.
     ServicePrincipal,
 }
@@ -36,6 +38,7 @@ impl ResourceKind {
             Self::ContainerMapping => "container-mapping",
             Self::Token => "token",
             Self::RegistrationKey => "registration-key",
+            Self::RecoveryPlan => "recovery-plan",
             Self::ServicePrincipal => "service-principal",
         }
     }

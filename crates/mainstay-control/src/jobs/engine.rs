@@ -10,7 +10,8 @@ use std::{
 };
 
 use mainstay_model::{
-    Ending, Event, Health, JobId, JobLog, Next, Operation, Outcome, Running, StepPlan, StepState, projection,
+    Ending, Event, Health, ItemId, JobId, JobLog, Next, Operation, Outcome, RecoveryPlan, Running, StepPlan,
+    StepState, projection,
 };
 use mainstay_provider::Progress;
 use serde_json::Value;
@@ -21,6 +22,7 @@ use uuid::Uuid;
 use super::{Done, ItemChange, Step, StepContext, Task, Undone};
 use crate::{
     Control, ControlError,
+    app::RecoveryPlanRecord,
     db::{ItemRecord, JobError, JobRecord, JobState, StepRecord},
     workflows,
 };
@@ -119,15 +121,28 @@ impl Control {
     /// within the same transaction.
     pub async fn start_job(
         self: &Arc<Self>,
-        item: mainstay_model::ItemId,
+        item: ItemId,
+        request: JobRequest,
+    ) -> Result<JobRecord, ControlError> {
+        self.start_job_as(JobId(Uuid::now_v7()), item, request).await
+    }
+
+    /// The same with an identifier that the caller knows beforehand; a job that exists already is answered as it is.
+    pub(crate) async fn start_job_as(
+        self: &Arc<Self>,
+        id: JobId,
+        item: ItemId,
         request: JobRequest,
     ) -> Result<JobRecord, ControlError> {
         let mut transaction = self.db.begin().await?;
+        if let Some(job) = transaction.job(id).await? {
+            return Ok(job);
+        }
         let mut record = transaction
             .item(item)
             .await?
             .ok_or_else(|| ControlError::not_found("replicated item", item.to_string()))?;
-        let job = self.new_job(&record, request);
+        let job = self.new_job(id, &record, request);
         begin(&mut record, &job)?;
         transaction.update_item(&record).await?;
         transaction.put_job(&job).await?;
@@ -142,7 +157,7 @@ impl Control {
         mut record: ItemRecord,
         request: JobRequest,
     ) -> Result<JobRecord, ControlError> {
-        let job = self.new_job(&record, request);
+        let job = self.new_job(JobId(Uuid::now_v7()), &record, request);
         begin(&mut record, &job)?;
         let mut transaction = self.db.begin().await?;
         transaction.insert_item(&record).await?;
@@ -152,11 +167,59 @@ impl Control {
         Ok(job)
     }
 
-    fn new_job(&self, item: &ItemRecord, request: JobRequest) -> JobRecord {
-        let steps = workflows::steps(request.operation)
+    /// Accepts a job of a recovery plan, which carries out one at a time.
+    pub(crate) async fn start_plan_job(
+        self: &Arc<Self>,
+        plan: &str,
+        request: JobRequest,
+    ) -> Result<JobRecord, ControlError> {
+        let mut transaction = self.db.begin().await?;
+        let mut record = transaction
+            .resource::<RecoveryPlanRecord>(plan)
+            .await?
+            .ok_or_else(|| ControlError::not_found("recovery plan", plan))?;
+        if let Some(running) = record.running {
+            return Err(ControlError::NotAllowed {
+                reason: format!("recovery plan '{}' is being carried out (job {running})", record.name),
+                allowed: Vec::new(),
+            });
+        }
+        let job = self.new_job_of(
+            JobId(Uuid::now_v7()),
+            Subject {
+                item: ItemId(Uuid::nil()),
+                item_name: record.name.clone(),
+                vm_name: record.name.clone(),
+                fabric: record.fabric.clone(),
+                plan: Some(Box::new(record.plan.clone())),
+            },
+            request,
+        );
+        record.running = Some(job.id);
+        record.last_job = Some(job.id);
+        transaction.put_resource(&record).await?;
+        transaction.put_job(&job).await?;
+        transaction.commit().await?;
+        self.launch(job.id);
+        Ok(job)
+    }
+
+    fn new_job(&self, id: JobId, item: &ItemRecord, request: JobRequest) -> JobRecord {
+        let subject = Subject {
+            item: item.id,
+            item_name: item.name.clone(),
+            vm_name: item.vm_name.clone(),
+            fabric: item.fabric.clone(),
+            plan: None,
+        };
+        self.new_job_of(id, subject, request)
+    }
+
+    fn new_job_of(&self, id: JobId, subject: Subject, request: JobRequest) -> JobRecord {
+        let steps = workflows::steps(request.operation, subject.plan.as_deref())
             .iter()
             .map(|step| StepRecord {
-                name: step.task.name.to_owned(),
+                name: step.task.name.to_string(),
                 state: StepState::NotStarted,
                 started_ms: None,
                 ended_ms: None,
@@ -167,12 +230,13 @@ impl Control {
             })
             .collect();
         JobRecord {
-            id: JobId(Uuid::now_v7()),
+            id,
             operation: request.operation,
-            item: item.id,
-            item_name: item.name.clone(),
-            vm_name: item.vm_name.clone(),
-            fabric: item.fabric.clone(),
+            item: subject.item,
+            item_name: subject.item_name,
+            vm_name: subject.vm_name,
+            plan: subject.plan,
+            fabric: subject.fabric,
             params: request.params,
             requested_by: request.requested_by,
             state: JobState::InProgress,
@@ -338,7 +402,7 @@ impl Control {
     /// The steps of a job's workflow. They depend on the phase that the item had when the job began, which is the phase
     /// it has still: phases move when jobs end.
     fn workflow_steps(&self, job: &JobRecord) -> Vec<Step> {
-        workflows::steps(job.operation)
+        workflows::steps(job.operation, job.plan.as_deref())
     }
 
     async fn run_step(
@@ -378,7 +442,7 @@ impl Control {
             cancel: &active.cancel,
             progress: &active.progress,
         };
-        tracing::info!(job = %job.id, item = job.item_name, step = step.task.name, "step begins");
+        tracing::info!(job = %job.id, item = job.item_name, step = %step.task.name, "step begins");
         let action = async {
             if fault == Fault::Repeat {
                 step.action.run(&context).await?;
@@ -453,7 +517,7 @@ impl Control {
         let context =
             StepContext { control: self, job: &job, index, cancel: &never, progress: &active.progress };
         let fault = self.fault(&job, index, true);
-        tracing::info!(job = %job.id, item = job.item_name, step = step.task.name, "step is undone");
+        tracing::info!(job = %job.id, item = job.item_name, step = %step.task.name, "step is undone");
         let result = async {
             if fault == Fault::Repeat {
                 step.action.undo(&context).await?;
@@ -541,6 +605,14 @@ impl Control {
                 }
             }
         }
+        // A plan whose job is stuck stays with it, as an item would.
+        if event.is_some()
+            && job.plan.is_some()
+            && let Some(mut plan) = transaction.resource::<RecoveryPlanRecord>(&job.item_name).await?
+        {
+            plan.note_ending(job.operation, ending, now_ms);
+            transaction.put_resource(&plan).await?;
+        }
         transaction.put_job(&job).await?;
         let (severity, word) = match ending {
             Ending::Succeeded => (Health::Normal, "Succeeded"),
@@ -564,6 +636,15 @@ impl Control {
     }
 }
 
+/// What a job is about.
+struct Subject {
+    item: ItemId,
+    item_name: String,
+    vm_name: String,
+    fabric: String,
+    plan: Option<Box<RecoveryPlan>>,
+}
+
 fn begin(item: &mut ItemRecord, job: &JobRecord) -> Result<(), ControlError> {
     let running = Running { operation: job.operation, job: job.id };
     if let Outcome::State(state) = item.state.apply(Event::Begin(running))? {
@@ -576,14 +657,14 @@ fn not_allowed(job: &JobRecord, reason: &str) -> ControlError {
     ControlError::NotAllowed { reason: format!("job {}: {reason}", job.id), allowed: Vec::new() }
 }
 
-/// The tasks of an operation's jobs, in the order of their step logs.
-pub fn tasks(operation: Operation) -> Vec<Task> {
-    workflows::steps(operation).into_iter().map(|step| step.task).collect()
+/// The tasks of a job, in the order of its step log.
+pub fn tasks(job: &JobRecord) -> Vec<Task> {
+    workflows::steps(job.operation, job.plan.as_deref()).into_iter().map(|step| step.task).collect()
 }
 
 /// The pure log of a job.
 pub fn job_log(job: &JobRecord) -> JobLog {
-    let steps = workflows::steps(job.operation);
+    let steps = workflows::steps(job.operation, job.plan.as_deref());
     job_log_of(job, &steps)
 }
 

@@ -1,6 +1,7 @@
 //! A workflow's step: what it is given, what it answers.
 
 use std::{
+    borrow::Cow,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -19,14 +20,14 @@ use crate::{
 };
 
 /// A task's names as clients of the Site Recovery API know them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
     /// `taskId`.
-    pub id: &'static str,
+    pub id: Cow<'static, str>,
     /// `name`; also the step's name in the log.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// `friendlyName`.
-    pub friendly_name: &'static str,
+    pub friendly_name: Cow<'static, str>,
 }
 
 /// A step of a workflow.
@@ -42,13 +43,13 @@ pub struct Step {
 impl Step {
     /// A step that can be undone.
     pub fn new(
-        id: &'static str,
-        name: &'static str,
-        friendly_name: &'static str,
+        id: impl Into<Cow<'static, str>>,
+        name: impl Into<Cow<'static, str>>,
+        friendly_name: impl Into<Cow<'static, str>>,
         action: impl StepAction + 'static,
     ) -> Self {
         Self {
-            task: Task { id, name, friendly_name },
+            task: Task { id: id.into(), name: name.into(), friendly_name: friendly_name.into() },
             is_point_of_no_return: false,
             action: Box::new(action),
         }

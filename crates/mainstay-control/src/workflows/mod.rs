@@ -8,12 +8,14 @@ mod enable;
 mod failback;
 mod failover;
 mod points;
+mod recovery_plan;
 mod resynchronize;
 mod reverse;
+mod script;
 mod test_failover;
 mod update;
 
-use mainstay_model::{Ending, ItemId, JobId, Operation, Phase, SessionId};
+use mainstay_model::{Ending, ItemId, JobId, Operation, Phase, RecoveryPlan, SessionId};
 use mainstay_provider::{ErrorKind, Replicate, Replicated, SiteError};
 use uuid::Uuid;
 
@@ -27,11 +29,17 @@ pub use failback::{FailbackParams, SHUTDOWN_TIMEOUT};
 pub use failover::FailoverParams;
 pub(crate) use points::point_time_ms;
 pub use points::{PointChoice, pick_point};
+pub(crate) use recovery_plan::Standing;
+pub use recovery_plan::child_job;
+pub(crate) use script::check_script;
 pub use test_failover::TestFailoverParams;
 pub use update::UpdateParams;
 
-/// The steps of an operation's workflow.
-pub(crate) fn steps(operation: Operation) -> Vec<Step> {
+/// The steps of an operation's workflow: of an item, or of a plan.
+pub(crate) fn steps(operation: Operation, plan: Option<&RecoveryPlan>) -> Vec<Step> {
+    if let Some(plan) = plan {
+        return recovery_plan::steps(plan, operation);
+    }
     match operation {
         Operation::EnableProtection => enable::steps(),
         Operation::FinalizeProtection => enable::finalize_steps(),

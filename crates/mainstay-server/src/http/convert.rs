@@ -1,5 +1,7 @@
 //! From the control plane's records to the API's resources, and ids back to names.
 
+use std::collections::HashMap;
+
 use jiff::Timestamp;
 use mainstay_api::arm::{
     self, AZURE, ContainerMappingProperties, ContainerProperties, CurrentScenario, DiskDetails,
@@ -13,8 +15,12 @@ use mainstay_control::{
     app::{ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord},
     db::{ConfigurationJob, EventRecord, ItemRecord, JobEntry, JobError, JobRecord, JobState, StepRecord},
     jobs::{Task, job_log, tasks},
+    workflows::child_job,
 };
-use mainstay_model::{Ending, Health, StepState, projection};
+use mainstay_model::{
+    Ending, Health, ItemId, JobId, RecoveryPlan, StepState, projection,
+    recovery_plan::{self, ActionKind, PlanTask},
+};
 use mainstay_provider::{Firmware, Network, Progress};
 use mainstay_store::{Consistency, PointInfo};
 use serde_json::{Value, json};
@@ -69,6 +75,10 @@ impl Ids<'_> {
         format!("{}/replicationPolicies/{name}", self.0.id())
     }
 
+    pub(super) fn recovery_plan(&self, name: &str) -> String {
+        format!("{}/replicationRecoveryPlans/{name}", self.0.id())
+    }
+
     pub(super) fn job(&self, name: impl std::fmt::Display) -> String {
         format!("{}/replicationJobs/{name}", self.0.id())
     }
@@ -78,7 +88,7 @@ impl Ids<'_> {
     }
 }
 
-fn resource<P>(id: String, kind: &str, properties: P) -> Resource<P> {
+pub(super) fn resource<P>(id: String, kind: &str, properties: P) -> Resource<P> {
     let name = last_segment(&id).to_owned();
     Resource { id, name, kind: format!("{NAMESPACE}/vaults/{kind}"), location: None, properties }
 }
@@ -294,18 +304,6 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
         };
         errors.push(health_error(&vm, &warning, "TestFailover", &now));
     }
-    let current_scenario = match view.job {
-        Some(job) => CurrentScenario {
-            scenario_name: projection::scenario_name(job.operation).to_owned(),
-            job_id: ids.job(job.id),
-            start_time: time_text(job.created_ms),
-        },
-        None => CurrentScenario {
-            scenario_name: "None".to_owned(),
-            job_id: ids.job("None"),
-            start_time: "1753-01-01T01:01:01Z".to_owned(),
-        },
-    };
     let last_point = record.replication.last_point_ms.map(time_text);
     resource(
         ids.item(fabric, &record.name),
@@ -339,7 +337,7 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
             policy_friendly_name: record.policy.clone(),
             last_successful_failover_time: record.last_failover_ms.map(time_text),
             last_successful_test_failover_time: record.last_test_failover_ms.map(time_text),
-            current_scenario,
+            current_scenario: current_scenario(ids, view.job),
             failover_recovery_point_id: record
                 .recovery_vm
                 .map(|copy| format!("{}/recoveryPoints/{}", ids.item(fabric, &record.name), copy.point)),
@@ -443,9 +441,9 @@ pub(super) fn recovery_point(item_id: &str, point: &PointInfo) -> Resource<Recov
     )
 }
 
-pub(super) fn job_entry(ids: &Ids<'_>, entry: &JobEntry) -> Resource<JobProperties> {
+pub(super) fn job_entry(ids: &Ids<'_>, entry: &JobEntry, children: &Children) -> Resource<JobProperties> {
     match entry {
-        JobEntry::Item(record) => job(ids, record),
+        JobEntry::Item(record) => job(ids, record, children),
         JobEntry::Configuration(record) => configuration_job(ids, record),
     }
 }
@@ -489,8 +487,25 @@ fn configuration_job(ids: &Ids<'_>, record: &ConfigurationJob) -> Resource<JobPr
     )
 }
 
-pub(super) fn job(ids: &Ids<'_>, record: &JobRecord) -> Resource<JobProperties> {
-    let (state, description) = match record.state {
+/// What is under way, or was last.
+pub(super) fn current_scenario(ids: &Ids<'_>, job: Option<&JobRecord>) -> CurrentScenario {
+    match job {
+        Some(job) => CurrentScenario {
+            scenario_name: projection::scenario_name(job.operation).to_owned(),
+            job_id: ids.job(job.id),
+            start_time: time_text(job.created_ms),
+        },
+        None => CurrentScenario {
+            scenario_name: "None".to_owned(),
+            job_id: ids.job("None"),
+            start_time: "1753-01-01T01:01:01Z".to_owned(),
+        },
+    }
+}
+
+/// `state` and `stateDescription`.
+pub(super) fn job_state(record: &JobRecord) -> (&'static str, &'static str) {
+    match record.state {
         JobState::InProgress => ("InProgress", "InProgress"),
         JobState::Suspended => ("Suspended", "WaitingForUserInput"),
         JobState::Cancelling => ("Cancelling", "Cancelling"),
@@ -500,7 +515,14 @@ pub(super) fn job(ids: &Ids<'_>, record: &JobRecord) -> Resource<JobProperties> 
         JobState::Ended(Ending::Failed) => ("Failed", "Failed"),
         JobState::Ended(Ending::Cancelled) => ("Cancelled", "Cancelled"),
         JobState::Ended(Ending::Stuck) => ("Failed", "Stuck"),
-    };
+    }
+}
+
+/// Machines' jobs of a recovery plan's job.
+pub(super) type Children = HashMap<JobId, JobRecord>;
+
+fn job(ids: &Ids<'_>, record: &JobRecord, children: &Children) -> Resource<JobProperties> {
+    let (state, description) = job_state(record);
     let mut errors: Vec<_> = record
         .steps
         .iter()
@@ -516,12 +538,12 @@ pub(super) fn job(ids: &Ids<'_>, record: &JobRecord) -> Resource<JobProperties> 
             errors.insert(0, job_error(record, step, &stuck));
         }
     }
-    let tasks = record
-        .steps
-        .iter()
-        .zip(tasks(record.operation))
-        .map(|(step, task)| job_task(record, step, task))
-        .collect();
+    let mut tasks: Vec<_> =
+        record.steps.iter().zip(tasks(record)).map(|(step, task)| job_task(record, step, task)).collect();
+    if let Some(plan) = record.plan.as_deref() {
+        plan_tasks(ids, record, plan, children, &mut tasks);
+    }
+    let is_plan = record.plan.is_some();
     resource(
         ids.job(record.id),
         "replicationJobs",
@@ -536,9 +558,9 @@ pub(super) fn job(ids: &Ids<'_>, record: &JobRecord) -> Resource<JobProperties> 
             start_time: Some(time_text(record.created_ms)),
             end_time: record.ended_ms.map(time_text),
             allowed_actions: allowed_actions(record),
-            target_object_id: record.item.to_string(),
+            target_object_id: if is_plan { record.item_name.clone() } else { record.item.to_string() },
             target_object_name: record.vm_name.clone(),
-            target_instance_type: "ProtectionEntity".to_owned(),
+            target_instance_type: if is_plan { "RecoveryPlan" } else { "ProtectionEntity" }.to_owned(),
             custom_details: json!({
                 "instanceType": "AsrJobDetails",
                 "affectedObjectDetails": {
@@ -551,6 +573,95 @@ pub(super) fn job(ids: &Ids<'_>, record: &JobRecord) -> Resource<JobProperties> 
             }),
         },
     )
+}
+
+/// Completes the tasks of a recovery plan's job: what actions are, and which machines' jobs belong to a group.
+fn plan_tasks(
+    ids: &Ids<'_>,
+    record: &JobRecord,
+    plan: &RecoveryPlan,
+    children: &Children,
+    tasks: &mut [JobTask],
+) {
+    let kinds = recovery_plan::tasks(plan, record.operation);
+    for ((task, kind), step) in tasks.iter_mut().zip(kinds).zip(&record.steps) {
+        let machines: Vec<ItemId> = match kind {
+            PlanTask::Group(index) => {
+                plan.groups.get(index).map(|group| group.items.clone()).unwrap_or_default()
+            }
+            PlanTask::All | PlanTask::SynchronizeAll => plan.items().collect(),
+            PlanTask::Action(place, side, index) => {
+                let Some(action) = plan.action(place, side, index) else { continue };
+                let details = match &action.kind {
+                    ActionKind::Manual { instructions } => json!({
+                        "instanceType": "ManualActionTaskDetails",
+                        "name": action.name,
+                        "instructions": instructions,
+                        "observation": "",
+                    }),
+                    ActionKind::Script { path, is_primary, .. } => json!({
+                        "instanceType": "ScriptActionTaskDetails",
+                        "name": action.name,
+                        "path": path,
+                        "output": step.output["output"].as_str().unwrap_or_default(),
+                        "isPrimarySideScript": is_primary,
+                    }),
+                };
+                task.task_type = details["instanceType"].as_str().unwrap_or_default().to_owned();
+                task.custom_details = Some(details);
+                continue;
+            }
+            _ => continue,
+        };
+        let group_type = match kind {
+            PlanTask::Group(_) => "BootGroup",
+            PlanTask::SynchronizeAll => "RpFailbackDataSyncTask",
+            _ => "AllMachines",
+        };
+        let child_tasks = machines.iter().filter_map(|item| children.get(&child_job(record.id, *item)));
+        let child_tasks: Vec<_> = child_tasks.map(|child| machine_task(ids, child)).collect();
+        task.task_type = "RecoveryPlanGroupTaskDetails".to_owned();
+        task.group_task_custom_details = Some(json!({
+            "instanceType": "RecoveryPlanGroupTaskDetails",
+            "name": task.friendly_name,
+            "groupId": task.name,
+            "rpGroupType": group_type,
+            "childTasks": child_tasks,
+        }));
+    }
+}
+
+/// A machine's job as a task of its plan's job.
+fn machine_task(ids: &Ids<'_>, child: &JobRecord) -> JobTask {
+    let (state, description) = job_state(child);
+    let all =
+        child.steps.iter().flat_map(|step| step.errors.iter().map(|error| job_error(child, step, error)));
+    JobTask {
+        task_id: child.id.to_string(),
+        name: child.item_name.clone(),
+        start_time: Some(time_text(child.created_ms)),
+        end_time: Some(child.ended_ms.map_or_else(no_time, time_text)),
+        allowed_actions: Vec::new(),
+        friendly_name: child.vm_name.clone(),
+        state: state.to_owned(),
+        state_description: description.to_owned(),
+        task_type: "VirtualMachineTaskDetails".to_owned(),
+        custom_details: Some(json!({
+            "instanceType": "VirtualMachineTaskDetails",
+            "skippedReason": "None",
+            "skippedReasonString": null,
+            "jobTask": {
+                "jobId": ids.job(child.id),
+                "jobFriendlyName": projection::friendly_name(child.operation),
+                "targetObjectId": child.item.to_string(),
+                "targetObjectName": child.vm_name,
+                "targetInstanceType": "Vm",
+                "jobScenarioName": projection::scenario_name(child.operation),
+            },
+        })),
+        group_task_custom_details: None,
+        errors: all.collect(),
+    }
 }
 
 fn has_warnings(record: &JobRecord) -> bool {
@@ -586,8 +697,8 @@ fn job_task(job: &JobRecord, step: &StepRecord, task: Task) -> JobTask {
         StepState::UndoFailed => ("Failed", "UndoFailed"),
     };
     JobTask {
-        task_id: task.id.to_owned(),
-        name: task.name.to_owned(),
+        task_id: task.id.into_owned(),
+        name: task.name.into_owned(),
         start_time: Some(step.started_ms.map_or_else(no_time, time_text)),
         end_time: Some(step.ended_ms.map_or_else(no_time, time_text)),
         allowed_actions: if step.state == StepState::Waiting {
@@ -595,7 +706,7 @@ fn job_task(job: &JobRecord, step: &StepRecord, task: Task) -> JobTask {
         } else {
             Vec::new()
         },
-        friendly_name: task.friendly_name.to_owned(),
+        friendly_name: task.friendly_name.into_owned(),
         state: state.to_owned(),
         state_description: description.to_owned(),
         task_type: "TaskDetails".to_owned(),

@@ -276,7 +276,7 @@ async fn show_with(
     Ok(convert::item(&Ids(&call.api.vault), &view))
 }
 
-fn expect_direction(input: &FailoverInput, wanted: &str) -> Result<(), ApiError> {
+pub(super) fn expect_direction(input: &FailoverInput, wanted: &str) -> Result<(), ApiError> {
     match input.failover_direction.as_deref() {
         None => Ok(()),
         Some(direction) if direction.eq_ignore_ascii_case(wanted) => Ok(()),
@@ -288,7 +288,7 @@ fn expect_direction(input: &FailoverInput, wanted: &str) -> Result<(), ApiError>
     }
 }
 
-fn point_choice(details: &FailoverDetails, default: PointChoice) -> Result<PointChoice, ApiError> {
+pub(super) fn point_choice(details: &FailoverDetails, default: PointChoice) -> Result<PointChoice, ApiError> {
     match details.recovery_point_id.as_deref() {
         None | Some("") => Ok(default),
         Some(id) => parse_point(id),
@@ -314,7 +314,10 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn failover_params(input: &FailoverInput, shutdown_timeout: Duration) -> Result<FailoverParams, ApiError> {
+pub(super) fn failover_params(
+    input: &FailoverInput,
+    shutdown_timeout: Duration,
+) -> Result<FailoverParams, ApiError> {
     Ok(FailoverParams {
         point: point_choice(&input.provider_specific_details, PointChoice::Latest)?,
         shutdown_source: input
@@ -325,7 +328,10 @@ fn failover_params(input: &FailoverInput, shutdown_timeout: Duration) -> Result<
     })
 }
 
-fn failback_params(input: &FailoverInput, shutdown_timeout: Duration) -> Result<FailbackParams, ApiError> {
+pub(super) fn failback_params(
+    input: &FailoverInput,
+    shutdown_timeout: Duration,
+) -> Result<FailbackParams, ApiError> {
     let details = &input.provider_specific_details;
     let synchronize_before = match details.data_sync_option.as_deref() {
         None | Some("ForDownTime") => true,

@@ -1,5 +1,7 @@
 //! Jobs, the status of operations (which are jobs), and events.
 
+use std::collections::HashMap;
+
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::OperationStatus;
@@ -25,7 +27,12 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     match (&call.method, path.as_slice()) {
         (&Method::GET, ["replicationjobs"]) => list_jobs(call).await,
         (&Method::GET, ["replicationjobs", name]) => {
-            json(&convert::job_entry(&ids, &control.job_entry(job_id(name)?).await?))
+            let entry = control.job_entry(job_id(name)?).await?;
+            let children = match &entry {
+                JobEntry::Item(job) => control.child_jobs(job).await?,
+                JobEntry::Configuration(_) => HashMap::new(),
+            };
+            json(&convert::job_entry(&ids, &entry, &children))
         }
         (&Method::POST, ["replicationjobs", name, verb]) => {
             let id = job_id(name)?;
@@ -99,7 +106,8 @@ async fn list_jobs(call: &Call) -> Result<Response, ApiError> {
         .filter(|_| has_more)
         .map(|last| call.next_page(&format!("{}.{}", last.created_ms(), last.id())));
     let ids = Ids(&call.api.vault);
-    page(entries.iter().map(|entry| convert::job_entry(&ids, entry)).collect(), next)
+    let none = HashMap::new();
+    page(entries.iter().map(|entry| convert::job_entry(&ids, entry, &none)).collect(), next)
 }
 
 const JOB_FIELDS: &str = "JobStatus, JobName, ObjectName, StartTime, EndTime";

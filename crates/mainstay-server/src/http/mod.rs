@@ -10,6 +10,7 @@ mod identity;
 mod items;
 mod jobs;
 mod limits;
+mod recovery_plans;
 mod resources;
 mod v1;
 mod vault_health;
@@ -337,6 +338,7 @@ async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
             let rest: Vec<&str> = path.iter().skip(1).map(String::as_str).collect();
             vault_health::dispatch(call, &rest).await
         }
+        Some("replicationrecoveryplans") => recovery_plans::dispatch(call).await,
         Some("replicationprotecteditems") => items::list_all(call).await,
         Some("replicationfabrics")
             if path.get(4).is_some_and(|segment| segment == "replicationprotecteditems") =>
