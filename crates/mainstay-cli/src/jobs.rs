@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mainstay_api::{
-    arm::{CommentsInput, JobProperties, Request, Resource},
+    arm::{CommentsInput, JobProperties, JobTask, Request, Resource},
     v1::{JobStatus, TaskStatus},
 };
 use reqwest::Method;
@@ -136,6 +136,12 @@ fn show(job: &Job) {
     let rows = it
         .tasks
         .iter()
+        .flat_map(|task| {
+            let machines = machines(task)
+                .into_iter()
+                .map(|machine| JobTask { friendly_name: format!("  {}", machine.friendly_name), ..machine });
+            std::iter::once(task.clone()).chain(machines)
+        })
         .map(|task| {
             let errors: Vec<_> =
                 task.errors.iter().map(|error| error.service_error_details.message.as_str()).collect();
@@ -148,6 +154,21 @@ fn show(job: &Job) {
         })
         .collect();
     output::table(&["TASK", "STATE", "", "NOTES"], rows);
+    for text in it.tasks.iter().filter_map(instructions) {
+        output::hint(&text);
+    }
+}
+
+/// What a person is to do, if the task waits for one.
+fn instructions(task: &JobTask) -> Option<String> {
+    let text = task.custom_details.as_ref()?["instructions"].as_str()?;
+    (task.state == "Suspended").then(|| format!("{}: {text}", task.friendly_name))
+}
+
+/// A task's machines, if it is a group of a recovery plan, and how each stands.
+fn machines(task: &JobTask) -> Vec<JobTask> {
+    let tasks = task.group_task_custom_details.as_ref().map(|details| details["childTasks"].clone());
+    tasks.and_then(|tasks| serde_json::from_value(tasks).ok()).unwrap_or_default()
 }
 
 async fn act(session: &Session, name: &str, verb: &str, wait: &WaitArguments) -> anyhow::Result<Exit> {
@@ -239,6 +260,17 @@ async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
                 told.push(line);
             }
         }
+        for machine in job.properties.tasks.iter().flat_map(machines) {
+            let line = match machine.state.as_str() {
+                "Succeeded" => format!("    ✓ {}", machine.friendly_name),
+                "Failed" | "Cancelled" => format!("    ✗ {} ({})", machine.friendly_name, machine.state),
+                _ => continue,
+            };
+            if !told.contains(&line) {
+                bar.suspend(|| output::note(&line));
+                told.push(line);
+            }
+        }
         let it = &job.properties;
         match it.state.as_str() {
             "InProgress" | "NotStarted" | "Cancelling" => {
@@ -262,13 +294,19 @@ async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
                     "{} of '{}': {} ({})",
                     it.friendly_name, it.target_object_name, it.state, it.state_description
                 ));
+                for text in it.tasks.iter().filter_map(instructions) {
+                    output::hint(&text);
+                }
+                if it.state == "Suspended" {
+                    output::hint(&format!("`mainstay job resume {name}` goes on."));
+                }
                 return Ok(job);
             }
         }
     }
 }
 
-fn progress_text(task: &mainstay_api::arm::JobTask, status: Option<&TaskStatus>) -> String {
+fn progress_text(task: &JobTask, status: Option<&TaskStatus>) -> String {
     let mut text = task.friendly_name.clone();
     let Some(TaskStatus { progress, .. }) = status else { return text };
     if !progress.phase.is_empty() {

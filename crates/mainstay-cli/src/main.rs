@@ -8,6 +8,7 @@ mod items;
 mod jobs;
 mod lab;
 mod output;
+mod plans;
 mod principals;
 mod resources;
 mod server;
@@ -89,6 +90,9 @@ enum Command {
     Resync(items::OperationArguments),
     /// Stops replicating; the active VM stays as it is.
     Disable(items::DisableArguments),
+    /// Recovery plans: groups of machines, failed over in order by one command.
+    #[command(subcommand)]
+    Plan(plans::PlanCommand),
     /// Says how to reach a VM's console.
     Console(items::ItemArguments),
     /// Jobs.
@@ -109,6 +113,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
     let arguments = Arguments::parse();
+    if matches!(arguments.command, Command::Server(_) | Command::Agent(_)) {
+        use_small_pages();
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -119,6 +126,14 @@ fn main() -> std::process::ExitCode {
     match runtime.block_on(run(arguments)) {
         Ok(code) => code.into(),
         Err(error) => exit::report(&error).into(),
+    }
+}
+
+/// Daemons run for months, and hold many small things of different ages. Huge pages keep 2 MiB for each that is left over: a
+/// server of three busy VMs had 1.5 GB after an hour with them, and a tenth of that without.
+fn use_small_pages() {
+    if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
+        output::note(&format!("huge pages stay on: {error}"));
     }
 }
 
@@ -157,6 +172,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
             items::operation(&connect.open().await?, arguments, "repairReplication").await
         }
         Command::Disable(arguments) => items::disable(&connect.open().await?, arguments).await,
+        Command::Plan(command) => plans::run(&connect.open().await?, command).await,
         Command::Console(arguments) => items::console(&connect.open().await?, arguments).await,
         Command::Job(command) => jobs::run(&connect.open().await?, command).await,
         Command::Completion { shell } => {

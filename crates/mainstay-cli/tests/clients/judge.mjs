@@ -14,9 +14,14 @@ const [directory, recording] = process.argv.slice(2);
 // Called by every client and described by no official file: see docs/asr-compatibility.md.
 const undescribed = [/\/replicationOperationStatus\//i, /\/operationresults\//i];
 
-// What the service's own recorded answers have too, and the validator does not take: the type has a subtype, and oav then
-// looks for the word among the subtypes only.
-const recorded = [{ operation: /^ReplicationProtectableItems_/, code: "DISCRIMINATOR_VALUE_NOT_FOUND", message: '"HyperVVirtualMachine"' }];
+// What the service's own recorded answers have too, and the validator does not take: the type has a subtype, or is a subtype's
+// subtype, and oav then looks for the word in the wrong generation.
+const not_found = "DISCRIMINATOR_VALUE_NOT_FOUND";
+const recorded = [
+  { operation: /^ReplicationProtectableItems_/, code: not_found, message: '"HyperVVirtualMachine"' },
+  { operation: /^ReplicationJobs_/, code: not_found, message: '"RecoveryPlanGroupTaskDetails"' },
+  { operation: /^ReplicationJobs_/, code: not_found, message: '"VirtualMachineTaskDetails"' },
+];
 const is_recorded = ({ operation, code, message }) =>
   recorded.some((known) => known.operation.test(operation) && known.code === code && message.includes(known.message));
 
