@@ -183,9 +183,9 @@ pub(crate) async fn run(session: &Session, command: PlanCommand) -> anyhow::Resu
         PlanCommand::Show { name, json } => {
             let plan: Plan = session.client.get(&path(&name)).await?;
             if json {
-                output::json(&plan)?
+                output::json(&plan)?;
             } else {
-                show(session, &plan).await?
+                show(session, &plan).await?;
             }
             Ok(Exit::Done)
         }

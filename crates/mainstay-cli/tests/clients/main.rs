@@ -190,8 +190,8 @@ async fn the_python_sdk_carries_out_a_recovery_plan_by_the_official_files() -> R
         ("manual-action", RECOVERY),
         ("planned-failover", RECOVERY),
         ("failback", HOME),
-        ("failover", RECOVERY),
-        ("removed", RECOVERY),
+        ("reverse-replication", HOME),
+        ("removed", HOME),
     ];
     let recordings = tempfile::tempdir()?;
     let recording = recordings.path().join("recording.jsonl");
@@ -199,11 +199,11 @@ async fn the_python_sdk_carries_out_a_recovery_plan_by_the_official_files() -> R
         let second = LedgerVm { network: Some(lab.network(HOME)?), ..LedgerVm::new("vm2") };
         lab.add(&second, &|_, _| Ok(())).await?;
         lab.ledger("vm2", LedgerCopy::Active, PATIENCE).await?;
-        let mainstay = |arguments: &[&str]| -> Result<()> {
+        let mainstay = |arguments: &[&str]| -> Result<String> {
             let mut command = Command::new(env!("CARGO_BIN_EXE_mainstay"));
             let output = command.arg("--lab").arg(dir).args(arguments).output()?;
             ensure!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-            Ok(())
+            Ok(String::from_utf8(output.stdout)?)
         };
         let often = ["--copy-frequency", "30", "--retention", "2", "--app-consistent-frequency", "0"];
         mainstay(&[&["policy", "create", "often"][..], &often].concat())?;
@@ -213,6 +213,22 @@ async fn the_python_sdk_carries_out_a_recovery_plan_by_the_official_files() -> R
         let mut program = python_script("plan.py");
         program.arg(dir.join("lab.json")).arg(format!("{VM},vm2")).arg(&recording).arg(PINNED);
         let look = async |step: &str| {
+            if step == "manual-action" {
+                // While it is carried out it can neither be changed nor removed.
+                let refused = mainstay(&["plan", "delete", "shop"]).err().context("a plan was removed")?;
+                ensure!(refused.to_string().contains("is being carried out"), "{refused}");
+            }
+            if step == "created" {
+                let shown = mainstay(&["plan", "show", "shop"])?;
+                ensure!(shown.contains("check the database (manual)") && shown.contains("vm2"), "{shown}");
+                mainstay(&["plan", "create", "other", "--group", "vm2", "--group", VM])?;
+                let file = dir.join("other.json");
+                std::fs::write(&file, mainstay(&["plan", "show", "other", "--json"])?)?;
+                let file = file.to_str().context("a path")?;
+                mainstay(&["plan", "create", "other", "--file", file])?;
+                ensure!(mainstay(&["plan", "list"])?.contains("other"));
+                mainstay(&["plan", "delete", "other"])?;
+            }
             let site = STEPS.iter().find(|(name, _)| *name == step).context("a step of the plan")?.1;
             look(lab, VM, step, site).await?;
             // Its turn comes when the person has answered; until then it is shut down.
