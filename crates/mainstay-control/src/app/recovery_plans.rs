@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mainstay_model::{
     ConfigurationChange, Ending, JobId, Operation, RecoveryPlan,
-    recovery_plan::{ActionKind, OPERATIONS, Place},
+    recovery_plan::{ActionKind, OPERATIONS, Place, kind_of},
 };
 use serde::{Deserialize, Serialize};
 
@@ -224,6 +224,21 @@ impl Control {
             ControlError::invalid("InvalidParameters", error.to_string(), "Please report this.")
         })?;
         self.start_plan_job(name, JobRequest { operation, params, requested_by: by.0 }).await
+    }
+
+    /// Cancels the failover that a plan is carrying out.
+    pub async fn cancel_recovery_plan(self: &Arc<Self>, name: &str) -> Result<JobRecord, ControlError> {
+        let record = self.recovery_plan(name).await?;
+        let running = match record.running {
+            Some(job) => self.db.job(job).await?.filter(|job| kind_of(job.operation).is_some()),
+            None => None,
+        };
+        let Some(job) = running else {
+            let reason = format!("no failover of recovery plan '{}' is under way", record.name);
+            let items = self.plan_items(&record.plan).await?;
+            return Err(ControlError::NotAllowed { reason, allowed: record.allowed_operations(&items) });
+        };
+        self.cancel_job(job.id).await
     }
 
     /// The jobs of the machines that a plan's job has started so far.

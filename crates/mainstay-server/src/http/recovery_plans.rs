@@ -118,6 +118,7 @@ async fn begin(call: &Call, name: &str, verb: &str) -> Result<mainstay_model::Jo
             }
         }
         "failovercommit" => control.start_recovery_plan(name, Operation::Commit, (), by).await?,
+        "failovercancel" => control.cancel_recovery_plan(name).await?,
         "reprotect" => control.start_recovery_plan(name, Operation::ReverseReplicate, (), by).await?,
         _ => return Err(ApiError::no_such_path()),
     };

@@ -227,8 +227,11 @@ async fn cancelling_stops_what_is_under_way_and_begins_nothing_more() {
     let world = world_with_plan(|plan| plan.groups[1].actions.start.push(manual("wait"))).await;
     let job = begin(&world, Operation::PlannedFailover).await.unwrap();
     assert_eq!(world.end(job.id).await, JobEnd::Suspended);
-    world.ask(|control| async move { control.cancel_job(job.id).await }).await.unwrap();
+    let cancel =
+        async || world.ask(|control| async move { control.cancel_recovery_plan("shop").await }).await;
+    cancel().await.unwrap();
     assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Cancelled));
+    assert!(matches!(cancel().await, Err(ControlError::NotAllowed { .. })));
     world.settle().await;
     world.check().await;
     // What has failed over stays; what was only shut down runs again.
