@@ -2,6 +2,7 @@
 //!
 //! Fields that Mainstay does not use are left out of requests and ignored when they come; times are RFC 3339 text.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -34,8 +35,9 @@ pub struct Resource<P> {
 }
 
 /// A page of resources.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(rename = "{T}List")]
 pub struct List<T> {
     /// The resources.
     pub value: Vec<T>,
@@ -45,14 +47,14 @@ pub struct List<T> {
 }
 
 /// The body of an error answer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     /// The error.
     pub error: Error,
 }
 
 /// An error.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Error {
     /// Stable name.
@@ -64,7 +66,7 @@ pub struct Error {
 }
 
 /// Detail of an error.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ErrorDetail {
     /// Stable name.
