@@ -65,6 +65,7 @@ requirements="$(dirname "$0")/requirements.txt"
 tools=.cache/tools
 install_tools() {
   install_node_packages
+  install_azure_cli
   if cmp -s "$requirements" "$tools/requirements.txt"; then return; fi
   echo "setup: installing ${tools}" >&2
   rm -rf "$tools"
@@ -84,6 +85,18 @@ install_node_packages() {
   cp "$(dirname "$0")/package.json" "$(dirname "$0")/package-lock.json" "$node_packages/"
   npm ci --prefix "$node_packages" --no-audit --no-fund --loglevel=error >&2
   cp "$(dirname "$0")/package-lock.json" "$node_packages/installed.json"
+}
+
+# The az command line, apart: it wants older versions of what the tools use.
+azure_cli=.cache/azure-cli
+azure_cli_requirements="$(dirname "$0")/azure-cli.txt"
+install_azure_cli() {
+  if cmp -s "$azure_cli_requirements" "$azure_cli/requirements.txt"; then return; fi
+  echo "setup: installing $azure_cli" >&2
+  rm -rf "$azure_cli"
+  python3 -m venv "$azure_cli"
+  "$azure_cli/bin/pip" install --quiet --disable-pip-version-check --requirement "$azure_cli_requirements"
+  cp "$azure_cli_requirements" "$azure_cli/requirements.txt"
 }
 
 if [ ${#missing[@]} -eq 0 ]; then

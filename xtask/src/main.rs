@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod cpio;
 mod guest;
+mod openapi;
 mod tidy;
 
 use std::path::Path;
@@ -19,6 +20,7 @@ fn main() -> anyhow::Result<()> {
         Xtask::Bench { arguments } => bench::run(repository, &arguments),
         Xtask::Ci => ci::run(repository),
         Xtask::Guest { refresh } => guest::run(refresh),
+        Xtask::Openapi => openapi::run(repository),
         Xtask::Soak => ci::soak(repository),
         Xtask::Tidy => tidy::run(repository),
     }
@@ -37,6 +39,8 @@ enum Xtask {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Writes `docs/api/openapi-v1.json` anew, from the server's code.
+    Openapi,
     /// The long tests: random kills on real VMs, many seeds of the simulation.
     Soak,
     /// Dependency direction, file sizes, format documents.

@@ -4,6 +4,7 @@
 
 mod recovery_plan;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -38,8 +39,9 @@ pub struct Resource<P> {
 }
 
 /// A page of resources.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(rename = "{T}List")]
 pub struct List<T> {
     /// The resources.
     pub value: Vec<T>,
@@ -49,14 +51,14 @@ pub struct List<T> {
 }
 
 /// The body of an error answer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     /// The error.
     pub error: Error,
 }
 
 /// An error.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Error {
     /// Stable name.
@@ -68,7 +70,7 @@ pub struct Error {
 }
 
 /// Detail of an error.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ErrorDetail {
     /// Stable name.
@@ -184,6 +186,7 @@ pub struct PolicyDetails {
     /// Seconds between deltas.
     pub replication_interval: u32,
     /// Not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub online_replication_start_time: Option<String>,
     /// `Disabled`.
     pub encryption: String,
@@ -259,6 +262,12 @@ pub struct ContainerMappingProperties {
     pub state: String,
     /// `Normal`.
     pub health: String,
+    /// Reasons for another health.
+    #[serde(default)]
+    pub health_error_details: Vec<Value>,
+    /// Null, as recorded.
+    #[serde(default)]
+    pub provider_specific_details: Option<Value>,
 }
 
 /// A request for a container mapping.
@@ -301,8 +310,23 @@ pub struct VirtualMachineDetails {
     pub source_item_id: String,
     /// Generation: `1` (BIOS) or `2` (UEFI).
     pub generation: String,
+    /// Null: what runs in the VM is not looked at.
+    #[serde(default)]
+    pub os_details: Option<Value>,
     /// Disks.
     pub disk_details: Vec<DiskDetails>,
+    /// `NotPresent`, `Present` or `Unknown`: disks that are a device of the host.
+    #[serde(default)]
+    pub has_physical_disk: String,
+    /// The same of Fibre Channel adapters.
+    #[serde(default)]
+    pub has_fibre_channel_adapter: String,
+    /// The same of disks that several VMs share.
+    #[serde(default)]
+    pub has_shared_vhd: String,
+    /// The host.
+    #[serde(default)]
+    pub hyper_v_host_id: String,
 }
 
 /// A disk of a discovered VM.
@@ -401,8 +425,10 @@ pub struct ItemProperties {
     /// Its name.
     pub policy_friendly_name: String,
     /// When a failover last succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_successful_failover_time: Option<String>,
     /// When a test failover was last cleaned up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_successful_test_failover_time: Option<String>,
     /// What is under way.
     pub current_scenario: CurrentScenario,
@@ -412,6 +438,9 @@ pub struct ItemProperties {
     pub provider_specific_details: ItemDetails,
     /// The recovery container's ARM id.
     pub recovery_container_id: String,
+    /// What events of the item have in common: its internal id.
+    #[serde(default)]
+    pub event_correlation_id: String,
 }
 
 /// What is under way on an item.
@@ -619,6 +648,31 @@ pub struct ItemNic {
     /// `Keep` or `Generate`: Mainstay's addition to requests; answers have it in [`crate::v1::ItemStatus`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac_policy: Option<String>,
+    /// What only Azure has; absent in requests.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub azure: Option<AzureNicDetails>,
+}
+
+/// Fields of an adapter that have a meaning in Azure only.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[expect(missing_docs, reason = "the names are Azure's, and none of them means anything here")]
+pub struct AzureNicDetails {
+    pub replica_nic_id: Option<String>,
+    pub source_nic_arm_id: Option<String>,
+    #[serde(rename = "vMNetworkName")]
+    pub vm_network_name: Option<String>,
+    pub recovery_network_security_group_id: Option<String>,
+    pub enable_accelerated_networking_on_recovery: Option<bool>,
+    pub tfo_network_security_group_id: Option<String>,
+    pub enable_accelerated_networking_on_tfo: Option<bool>,
+    pub recovery_nic_name: Option<String>,
+    pub recovery_nic_resource_group_name: Option<String>,
+    pub reuse_existing_nic: bool,
+    pub tfo_recovery_nic_name: Option<String>,
+    pub tfo_recovery_nic_resource_group_name: Option<String>,
+    pub tfo_reuse_existing_nic: bool,
+    pub target_nic_name: Option<String>,
 }
 
 /// An address of an adapter.
@@ -635,6 +689,34 @@ pub struct ItemIpConfig {
     /// `Static` or `Dynamic`.
     #[serde(rename = "recoveryIPAddressType")]
     pub recovery_ip_address_type: Option<String>,
+    /// What only Azure has; absent in requests.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub azure: Option<AzureIpConfigDetails>,
+}
+
+/// Fields of an address that have a meaning in Azure only; null.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+#[expect(missing_docs, reason = "the names are Azure's, and none of them means anything here")]
+pub struct AzureIpConfigDetails {
+    pub name: Option<String>,
+    pub subnet_name: Option<String>,
+    #[serde(rename = "staticIPAddress")]
+    pub static_ip_address: Option<String>,
+    #[serde(rename = "ipAddressType")]
+    pub ip_address_type: Option<String>,
+    pub recovery_subnet_name: Option<String>,
+    #[serde(rename = "recoveryPublicIPAddressId")]
+    pub recovery_public_ip_address_id: Option<String>,
+    #[serde(rename = "recoveryLBBackendAddressPoolIds")]
+    pub recovery_lb_backend_address_pool_ids: Option<Vec<String>>,
+    pub tfo_subnet_name: Option<String>,
+    #[serde(rename = "tfoStaticIPAddress")]
+    pub tfo_static_ip_address: Option<String>,
+    #[serde(rename = "tfoPublicIPAddressId")]
+    pub tfo_public_ip_address_id: Option<String>,
+    #[serde(rename = "tfoLBBackendAddressPoolIds")]
+    pub tfo_lb_backend_address_pool_ids: Option<Vec<String>>,
 }
 
 /// A request to change an item; what is left out is kept.

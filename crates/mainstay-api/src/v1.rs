@@ -2,11 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+use serde_json::{Number, Value};
+
+/// Days that a token or a service principal can last at most: a century.
+pub const DAYS_MAX: u32 = 36_500;
+
+/// Reads a number of days as JSON means numbers: `7.0` is the same as `7`.
+fn days<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let Some(number) = Option::<Number>::deserialize(deserializer)? else { return Ok(None) };
+    let is_whole = |value: &f64| value.fract() == 0.0;
+    let days = number.as_f64().filter(is_whole).filter(|days| (0.0..=f64::from(DAYS_MAX)).contains(days));
+    let days = days.ok_or_else(|| {
+        D::Error::custom(format!("'days' must be a whole number from 0 to {DAYS_MAX}, not {number}"))
+    })?;
+    Ok(Some(days as u32))
+}
 
 /// Answer of `GET /api/v1/vault`: where the ARM resources are.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Vault {
     /// Subscription id.
@@ -20,7 +35,7 @@ pub struct Vault {
 }
 
 /// Answer of `POST /api/v1/fabrics/{fabric}/registrationKeys`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RegistrationKey {
     /// What to give to `mainstay agent register`: the server's address, the CA's fingerprint and the secret.
@@ -32,12 +47,13 @@ pub struct RegistrationKey {
 }
 
 /// Request of `POST /api/v1/register`, the only one that needs no token: the key is the proof.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RegisterRequest {
     /// The key's secret.
     pub secret: String,
     /// The host's name.
+    #[schemars(length(max = 63), regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
     pub host: String,
     /// The agent's version.
     pub version: String,
@@ -46,7 +62,7 @@ pub struct RegisterRequest {
 }
 
 /// Answer of `POST /api/v1/register`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RegisterAnswer {
     /// The host's identifier.
@@ -62,7 +78,7 @@ pub struct RegisterAnswer {
 }
 
 /// Answer of `GET /api/v1/items/{id}`: what ARM has no field for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ItemStatus {
     /// The item's internal id.
@@ -93,7 +109,7 @@ pub struct ItemStatus {
 }
 
 /// Answer of `GET /api/v1/jobs/{id}`: what ARM has no field for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct JobStatus {
     /// The job's name.
@@ -112,7 +128,7 @@ impl JobStatus {
 }
 
 /// What is known of a task besides its state.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TaskStatus {
     /// The task's name.
@@ -126,7 +142,7 @@ pub struct TaskStatus {
 }
 
 /// Progress of a replication cycle, or of a job's task.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CycleProgress {
     /// What is being done.
@@ -140,27 +156,29 @@ pub struct CycleProgress {
 }
 
 /// Answer of `GET /api/v1/items/{id}/console`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Console {
     /// The command that reaches the console, on the host.
     pub command: String,
 }
 
 /// Request of `POST /api/v1/tokens`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenRequest {
     /// For people: whose it is.
     pub label: String,
     /// `Reader`, `Operator` or `Contributor`.
+    #[schemars(extend("enum" = ["Reader", "Operator", "Contributor"]))]
     pub role: String,
-    /// Days until it stops to work; absent = never.
-    #[serde(default)]
+    /// Days until it stops to work, [`DAYS_MAX`] at most; absent = never.
+    #[serde(default, deserialize_with = "days")]
+    #[schemars(range(min = 0, max = 36500))]
     pub days: Option<u32>,
 }
 
 /// A token; the secret is shown only once, when it is made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Token {
     /// Identifies it.
@@ -168,6 +186,7 @@ pub struct Token {
     /// Whose it is.
     pub label: String,
     /// What it allows.
+    #[schemars(extend("enum" = ["Reader", "Operator", "Contributor"]))]
     pub role: String,
     /// When it stops to work.
     pub expires: Option<String>,
@@ -177,20 +196,23 @@ pub struct Token {
 }
 
 /// Request of `POST /api/v1/servicePrincipals`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServicePrincipalRequest {
     /// For people: what it is for.
+    #[schemars(length(max = 63), regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
     pub name: String,
     /// `Reader`, `Operator` or `Contributor`.
+    #[schemars(extend("enum" = ["Reader", "Operator", "Contributor"]))]
     pub role: String,
-    /// Days until it stops to work; absent = never.
-    #[serde(default)]
+    /// Days until it stops to work, [`DAYS_MAX`] at most; absent = never.
+    #[serde(default, deserialize_with = "days")]
+    #[schemars(range(min = 0, max = 36500))]
     pub days: Option<u32>,
 }
 
 /// A service principal; the secret is shown only once, when it is made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServicePrincipal {
     /// What it signs in as.
@@ -200,6 +222,7 @@ pub struct ServicePrincipal {
     /// What it is for.
     pub name: String,
     /// What it may do.
+    #[schemars(extend("enum" = ["Reader", "Operator", "Contributor"]))]
     pub role: String,
     /// When it was made.
     pub created: String,
@@ -208,4 +231,46 @@ pub struct ServicePrincipal {
     /// The secret.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret: Option<String>,
+}
+
+/// An entry of the audit trail: who did what, or tried to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AuditEntry {
+    /// Identifier, ordered by time.
+    pub id: String,
+    /// When, milliseconds since the Unix epoch.
+    pub time_ms: i64,
+    /// The token's, service principal's or agent's name; empty if it is not known.
+    pub who: String,
+    /// The address it came from; empty if it was not kept.
+    pub from: String,
+    /// The method.
+    pub action: String,
+    /// The path.
+    pub target: String,
+    /// Whether it was allowed.
+    pub is_allowed: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_are_whole_numbers_in_a_range() {
+        let read = |days: &str| {
+            let text = format!("{{\"label\": \"x\", \"role\": \"Reader\", \"days\": {days}}}");
+            serde_json::from_str::<TokenRequest>(&text).map(|request| request.days)
+        };
+        assert_eq!(read("0").unwrap(), Some(0));
+        assert_eq!(read("7").unwrap(), Some(7));
+        assert_eq!(read("7.0").unwrap(), Some(7));
+        assert_eq!(read("36500").unwrap(), Some(DAYS_MAX));
+        assert_eq!(read("null").unwrap(), None);
+        for bad in ["-1", "1.5", "36501", "1e300", "100000000000000001", "\"7\""] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+        let absent = serde_json::from_str::<TokenRequest>("{\"label\": \"x\", \"role\": \"Reader\"}");
+        assert_eq!(absent.unwrap().days, None);
+    }
 }

@@ -180,7 +180,7 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
         output::line(&format!(
             "  adapter {}: network {network}, address {}, MAC {}",
             nic.nic_id,
-            address.unwrap_or_else(|| "as the network gives".to_owned()),
+            address.filter(|text| !text.is_empty()).unwrap_or_else(|| "as the network gives".to_owned()),
             or_dash(&status.mac_policies.get(&nic.nic_id).cloned()),
         ));
     }

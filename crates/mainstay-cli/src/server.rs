@@ -72,6 +72,8 @@ enum ServerCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Prints the OpenAPI document of `/api/v1`, which a server also answers at `/api/v1/openapi.json`.
+    Openapi,
     /// Runs the server until SIGTERM; the same as without a subcommand.
     Run {
         #[command(flatten)]
@@ -143,6 +145,10 @@ pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
                 None => output::note("the server was initialised before; its tokens are as they were"),
             }
             output::note("The token is shown only now. Start the server with `mainstay server run`.");
+            Ok(Exit::Done)
+        }
+        ServerCommand::Openapi => {
+            output::line(mainstay_server::openapi_document().trim_end());
             Ok(Exit::Done)
         }
         ServerCommand::Run { server, logging } => {

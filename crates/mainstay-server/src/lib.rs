@@ -13,4 +13,5 @@ mod token_key;
 
 pub use authority::{Authority, AuthorityError};
 pub use config::ServerConfig;
+pub use http::document_text as openapi_document;
 pub use server::{Initialized, Running, initialize, run, run_with_clock};

@@ -1,5 +1,7 @@
 //! Clients that Mainstay did not write, driving the whole tutorial on real VMs.
 
+mod azure;
+
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

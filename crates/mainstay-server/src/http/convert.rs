@@ -93,8 +93,19 @@ pub(super) fn resource<P>(id: String, kind: &str, properties: P) -> Resource<P> 
     Resource { id, name, kind: format!("{NAMESPACE}/vaults/{kind}"), location: None, properties }
 }
 
-pub(super) fn fabric(ids: &Ids<'_>, record: &FabricRecord, is_healthy: bool) -> Resource<FabricProperties> {
-    let no_encryption = json!({ "kekState": "None", "kekCertThumbprint": null, "kekCertExpiryDate": null });
+/// `hosts`: the fabric's.
+pub(super) fn fabric(
+    ids: &Ids<'_>,
+    record: &FabricRecord,
+    hosts: &[&ProviderRecord],
+    is_healthy: bool,
+) -> Resource<FabricProperties> {
+    let no_encryption = json!({ "kekState": "None", "kekCertThumbprint": null });
+    let hosts: Vec<_> = hosts
+        .iter()
+        // The agent is what replicates, as Azure's is.
+        .map(|host| json!({ "id": host.id, "name": host.name, "marsAgentVersion": host.version }))
+        .collect();
     resource(
         ids.fabric(&record.name),
         "replicationFabrics",
@@ -103,7 +114,7 @@ pub(super) fn fabric(ids: &Ids<'_>, record: &FabricRecord, is_healthy: bool) -> 
             internal_identifier: record.id.to_string(),
             health: if is_healthy { "Normal" } else { "Critical" }.to_owned(),
             bcdr_state: "Valid".to_owned(),
-            custom_details: json!({ "instanceType": "HyperVSite" }),
+            custom_details: json!({ "instanceType": "HyperVSite", "hyperVHosts": hosts }),
             health_error_details: Vec::new(),
             encryption_details: no_encryption.clone(),
             rollover_encryption_details: no_encryption,
@@ -194,6 +205,8 @@ pub(super) fn container_mapping(
             source_protection_container_friendly_name: source.name.clone(),
             state: "Paired".to_owned(),
             health: "Normal".to_owned(),
+            health_error_details: Vec::new(),
+            provider_specific_details: None,
         },
     )
 }
@@ -228,6 +241,11 @@ pub(super) fn protectable_item(
                 instance_type: "HyperVVirtualMachine".to_owned(),
                 source_item_id: vm.id.to_string(),
                 generation: if vm.firmware == Firmware::Uefi { "2" } else { "1" }.to_owned(),
+                os_details: None,
+                has_physical_disk: "NotPresent".to_owned(),
+                has_fibre_channel_adapter: "NotPresent".to_owned(),
+                has_shared_vhd: "Unknown".to_owned(),
+                hyper_v_host_id: found.provider.to_string(),
                 disk_details: vm
                     .disks
                     .iter()
@@ -367,9 +385,13 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
                 source_vm_cpu_count: record.target.vcpus.map(i64::from),
                 use_managed_disks: "false".to_owned(),
                 last_recovery_point_received: last_point,
-                azure: arm::AzureItemDetails::default(),
+                azure: arm::AzureItemDetails {
+                    selected_source_nic_id: record.target.nics.first().map(|nic| nic.mac.clone()),
+                    ..arm::AzureItemDetails::default()
+                },
             },
             recovery_container_id: ids.container(recovery_fabric),
+            event_correlation_id: record.id.to_string(),
         },
     )
 }
@@ -401,10 +423,12 @@ fn item_nic(ids: &Ids<'_>, record: &ItemRecord, nic: &mainstay_provider::NicPlan
         ip_configs: vec![ItemIpConfig {
             is_primary: Some(true),
             is_seleted_for_failover: Some(true),
-            recovery_static_ip_address: nic.address.clone(),
+            // Empty, as recorded, where the network gives it.
+            recovery_static_ip_address: Some(nic.address.clone().unwrap_or_default()),
             recovery_ip_address_type: Some(
                 if nic.address.is_some() { "Static" } else { "Dynamic" }.to_owned(),
             ),
+            azure: Some(arm::AzureIpConfigDetails::default()),
         }],
         selection_type: Some("SelectedByUser".to_owned()),
         tfo_vm_network_id: record
@@ -413,6 +437,7 @@ fn item_nic(ids: &Ids<'_>, record: &ItemRecord, nic: &mainstay_provider::NicPlan
             .as_ref()
             .map(|name| ids.network(&record.recovery_fabric, name)),
         mac_policy: None,
+        azure: Some(arm::AzureNicDetails::default()),
     }
 }
 

@@ -1,7 +1,10 @@
 //! Errors as the service answers them: code, message, causes and what to do.
 
 use axum::response::{IntoResponse, Response};
-use hyper::{StatusCode, header};
+use hyper::{
+    Method, StatusCode,
+    header::{self, HeaderName, HeaderValue},
+};
 use mainstay_api::arm;
 use mainstay_control::ControlError;
 use mainstay_provider::ErrorKind;
@@ -14,7 +17,8 @@ pub(super) struct ApiError {
     message: String,
     remedy: String,
     allowed: Option<Vec<String>>,
-    retry_after: Option<i64>,
+    /// What the answer says besides its body. Boxed: errors are returned everywhere and rarely have one.
+    header: Option<Box<(HeaderName, HeaderValue)>>,
 }
 
 impl ApiError {
@@ -30,7 +34,7 @@ impl ApiError {
             message: message.into(),
             remedy: remedy.into(),
             allowed: None,
-            retry_after: None,
+            header: None,
         }
     }
 
@@ -55,7 +59,7 @@ impl ApiError {
             "too many sign-ins from this address have failed, and this one did too",
             format!("Check the token or key, and try again in {seconds} s."),
         );
-        error.retry_after = Some(seconds);
+        error.header = Some(Box::new((header::RETRY_AFTER, seconds.into())));
         error
     }
 
@@ -66,6 +70,19 @@ impl ApiError {
             "there is nothing at this path",
             "Check the path and the method.",
         )
+    }
+
+    pub(super) fn method_not_allowed(allowed: &[&Method]) -> Self {
+        let allowed: Vec<&str> = allowed.iter().map(|method| method.as_str()).collect();
+        let allowed = allowed.join(", ");
+        let mut error = Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "MethodNotAllowed",
+            "there is something at this path, but not with this method",
+            format!("Use {allowed}."),
+        );
+        error.header = HeaderValue::try_from(allowed).ok().map(|allowed| Box::new((header::ALLOW, allowed)));
+        error
     }
 
     pub(super) fn invalid_page() -> Self {
@@ -147,12 +164,10 @@ impl IntoResponse for ApiError {
         let body = serde_json::to_vec(&body).unwrap_or_default();
         let mut response = (self.status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
-            response
-                .headers_mut()
-                .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if let Some(seconds) = self.retry_after {
-            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+        if let Some((name, value)) = self.header.map(|header| *header) {
+            response.headers_mut().insert(name, value);
         }
         response
     }

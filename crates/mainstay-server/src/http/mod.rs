@@ -39,6 +39,7 @@ use uuid::Uuid;
 use crate::{Authority, token_key::TokenKey};
 use error::ApiError;
 pub(crate) use limits::Limit;
+pub use v1::document_text;
 
 /// Largest request body; the largest real one is a few KiB.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -235,8 +236,10 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         return identity::answer(&api, route, &parts, &lower, &body, peer).await;
     }
     let body = read_body(body, BODY_BYTES_MAX).await?;
-    if parts.method == Method::POST && lower.as_slice() == ["api", "v1", "register"] {
-        return match v1::register(&api, &body).await {
+    if let ["api", "v1", rest @ ..] = lower.as_slice()
+        && let Some(answer) = v1::dispatch_open(&api, &parts.method, rest, &body).await
+    {
+        return match answer {
             Err(error) if error.is_unauthenticated() => Err(refuse(&api, "", &parts, peer, error).await),
             answer => answer,
         };
@@ -351,9 +354,8 @@ async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
 
 /// Reading needs a Reader, failing over and back an Operator, everything else a Contributor.
 fn required_role(method: &Method, path: &[&str]) -> Role {
-    // Who can sign in, and as what, is nobody else's business.
-    if path.starts_with(&["api", "v1", "serviceprincipals"]) {
-        return Role::Contributor;
+    if let ["api", "v1", rest @ ..] = path {
+        return v1::required_role(method, rest);
     }
     if method == Method::GET {
         return Role::Reader;
@@ -482,6 +484,8 @@ mod tests {
         assert_eq!(required_role(&Method::POST, &["x", "unplannedfailover"]), Role::Operator);
         assert_eq!(required_role(&Method::POST, &["x", "remove"]), Role::Contributor);
         assert_eq!(required_role(&Method::GET, &["api", "v1", "serviceprincipals"]), Role::Contributor);
+        assert_eq!(required_role(&Method::POST, &["api", "v1", "tokens"]), Role::Contributor);
+        assert_eq!(required_role(&Method::GET, &["api", "v1", "tokens"]), Role::Reader);
         assert_eq!(required_role(&Method::PUT, &["x", "cancel"]), Role::Contributor);
     }
 }

@@ -3,9 +3,13 @@
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::{
-    AZURE, ContainerMappingInput, NetworkProperties, PolicyInput, PolicySettings, Request, Resource,
+    AZURE, ContainerMappingInput, FabricProperties, NetworkProperties, PolicyInput, PolicySettings, Request,
+    Resource,
 };
-use mainstay_control::{ControlError, app::FabricRecord};
+use mainstay_control::{
+    ControlError,
+    app::{FabricRecord, ProviderRecord},
+};
 use mainstay_model::{ConfigurationChange, ProviderId, ReplicationPolicy};
 
 use super::{
@@ -21,8 +25,9 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     match path.as_slice() {
         ["replicationfabrics"] if call.method == Method::GET => {
             let mut shown = Vec::new();
+            let hosts = call.control().providers().await?;
             for fabric in call.control().fabrics().await? {
-                shown.push(convert::fabric(&Ids(&call.api.vault), &fabric, is_healthy(call, &fabric).await?));
+                shown.push(shown_fabric(call, &fabric, &hosts));
             }
             list(shown)
         }
@@ -44,12 +49,12 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     }
 }
 
-async fn is_healthy(call: &Call, fabric: &FabricRecord) -> Result<bool, ApiError> {
-    let providers = call.control().providers().await?;
-    Ok(providers
-        .iter()
-        .filter(|provider| provider.fabric.eq_ignore_ascii_case(&fabric.name))
-        .all(|provider| call.control().sites.is_connected(provider.id)))
+/// A fabric's resource, with those of all hosts that are its.
+fn shown_fabric(call: &Call, fabric: &FabricRecord, hosts: &[ProviderRecord]) -> Resource<FabricProperties> {
+    let is_here = |host: &&ProviderRecord| host.fabric.eq_ignore_ascii_case(&fabric.name);
+    let hosts: Vec<_> = hosts.iter().filter(is_here).collect();
+    let is_healthy = hosts.iter().all(|host| call.control().sites.is_connected(host.id));
+    convert::fabric(&Ids(&call.api.vault), fabric, &hosts, is_healthy)
 }
 
 async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiError> {
@@ -68,7 +73,7 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
     }
     let fabric = control.fabric(name).await?;
     match (&call.method, rest) {
-        (&Method::GET, []) => json(&convert::fabric(&ids, &fabric, is_healthy(call, &fabric).await?)),
+        (&Method::GET, []) => json(&shown_fabric(call, &fabric, &control.providers().await?)),
         (&Method::POST, ["checkconsistency"]) => {
             let change = ConfigurationChange::CheckConsistency;
             let job = control.refresh_providers(Some(&fabric.name), change, call.who.clone()).await?;

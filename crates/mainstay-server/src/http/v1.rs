@@ -1,16 +1,21 @@
 //! What Azure has no word for: `/api/v1`.
 
-use axum::response::Response;
+mod openapi;
+mod routes;
+
+use std::sync::LazyLock;
+
+use axum::response::{IntoResponse as _, Response};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use hyper::{Method, StatusCode};
+use hyper::{Method, StatusCode, header};
 use mainstay_api::v1::{
-    Console, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, ServicePrincipal,
+    AuditEntry, Console, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, ServicePrincipal,
     ServicePrincipalRequest, Token, TokenRequest, Vault,
 };
 use mainstay_control::{
     ControlError,
     app::{Role, ServicePrincipalRecord, TokenRecord},
-    db::ItemRecord,
+    db::{AuditRecord, ItemRecord},
 };
 use mainstay_model::ItemId;
 use mainstay_provider::{NicPlan, NoProgress, ReadConsole, call as call_site};
@@ -22,27 +27,64 @@ use super::{
     error::ApiError,
     jobs, json, list,
 };
+use routes::{Found, OpenRoute, Route, SignedRoute};
 
 /// Milliseconds of a day.
 const DAY_MS: i64 = 24 * 3_600_000;
 
+/// The OpenAPI document, as it is checked in and answered.
+static DOCUMENT: LazyLock<String> = LazyLock::new(|| format!("{:#}\n", openapi::document()));
+
+/// The OpenAPI document of `/api/v1`, as text.
+pub fn document_text() -> &'static str {
+    &DOCUMENT
+}
+
+/// The role that a request needs.
+pub(super) fn required_role(method: &Method, path: &[&str]) -> Role {
+    routes::required_role(method, path)
+}
+
+/// Answers requests that need no sign-in; the path below `/api/v1` in lower case.
+pub(super) async fn dispatch_open(
+    api: &Api,
+    method: &Method,
+    path: &[&str],
+    body: &[u8],
+) -> Option<Result<Response, ApiError>> {
+    let Found::Operation(operation) = routes::find(method, path) else { return None };
+    let Route::Open(route) = operation.route else { return None };
+    Some(match route {
+        OpenRoute::Document => {
+            Ok(([(header::CONTENT_TYPE, "application/json")], document_text()).into_response())
+        }
+        OpenRoute::Register => register(api, body).await,
+    })
+}
+
 pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
-    let path = call.path();
-    let path: Vec<&str> = path.iter().map(String::as_str).collect();
+    let path: Vec<&str> = call.segments.iter().map(String::as_str).collect();
+    let operation = match routes::find(&call.method, &path) {
+        Found::Operation(operation) => operation,
+        Found::OtherMethods(allowed) => return Err(ApiError::method_not_allowed(&allowed)),
+        Found::Nothing => return Err(ApiError::no_such_path()),
+    };
+    // Answered before anybody signs in.
+    let Route::Signed(_, route) = operation.route else { return Err(ApiError::no_such_path()) };
+    // Every path has one parameter at most, in this place.
+    let name = path.get(1).copied().unwrap_or_default();
     let control = call.control();
-    match (&call.method, path.as_slice()) {
-        (&Method::GET, ["vault"]) => json(&Vault {
+    match route {
+        SignedRoute::Vault => json(&Vault {
             subscription: call.api.vault.subscription.clone(),
             resource_group: call.api.vault.resource_group.clone(),
             name: call.api.vault.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }),
-        (&Method::POST, ["fabrics", _, "registrationkeys"]) => {
-            registration_key(call, &call.segments[1]).await
-        }
-        (&Method::GET, ["items", id]) => json(&item_status(call, id).await?),
-        (&Method::GET, ["items", id, "console"]) => {
-            let item = find_item(call, id).await?;
+        SignedRoute::CreateRegistrationKey => registration_key(call, name).await,
+        SignedRoute::Item => json(&item_status(call, name).await?),
+        SignedRoute::ItemConsole => {
+            let item = find_item(call, name).await?;
             let vm = item
                 .active_vm()
                 .ok_or_else(|| ControlError::not_found("active copy of", item.vm_name.as_str()))?;
@@ -51,42 +93,46 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
                 call_site(&*site, ReadConsole { vm }, &NoProgress).await.map_err(ControlError::from)?;
             json(&Console { command })
         }
-        (&Method::GET, ["jobs", id]) => json(&convert::job_status(&jobs::find(call, id).await?)),
-        (&Method::GET, ["tokens"]) => {
+        SignedRoute::Job => json(&convert::job_status(&jobs::find(call, name).await?)),
+        SignedRoute::Tokens => {
             list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
         }
-        (&Method::POST, ["tokens"]) => {
+        SignedRoute::CreateToken => {
             let request: TokenRequest = call.body()?;
             let role = parse_role(&request.role)?;
             let (record, secret) =
                 control.create_token(&request.label, role, expires_ms(call, request.days)).await?;
             json(&shown(record, Some(secret.0)))
         }
-        (&Method::DELETE, ["tokens", digest]) => {
-            control.revoke_token(digest).await?;
-            json(&value!({}))
+        SignedRoute::RevokeToken => {
+            control.revoke_token(&name.to_lowercase()).await?;
+            Ok(StatusCode::NO_CONTENT.into_response())
         }
-        (&Method::GET, ["serviceprincipals"]) => {
+        SignedRoute::ServicePrincipals => {
             let principals = control.service_principals().await?;
             list(principals.into_iter().map(|principal| shown_principal(call, principal, None)).collect())
         }
-        (&Method::POST, ["serviceprincipals"]) => {
+        SignedRoute::CreateServicePrincipal => {
             let request: ServicePrincipalRequest = call.body()?;
             let role = parse_role(&request.role)?;
             let expires_ms = expires_ms(call, request.days);
             let (record, secret) = control.create_service_principal(&request.name, role, expires_ms).await?;
             json(&shown_principal(call, record, Some(secret.0)))
         }
-        (&Method::DELETE, ["serviceprincipals", client_id]) => {
-            control.remove_service_principal(client_id).await?;
-            json(&value!({}))
+        SignedRoute::RemoveServicePrincipal => {
+            control.remove_service_principal(&name.to_lowercase()).await?;
+            Ok(StatusCode::NO_CONTENT.into_response())
         }
-        (&Method::GET, ["audit"]) => {
+        SignedRoute::Audit => {
             let records = control.db.audit_trail().await.map_err(ControlError::from)?;
-            list(records)
+            list(records.into_iter().map(audit_entry).collect())
         }
-        _ => Err(ApiError::no_such_path()),
     }
+}
+
+fn audit_entry(record: AuditRecord) -> AuditEntry {
+    let AuditRecord { id, time_ms, who, from, action, target, is_allowed } = record;
+    AuditEntry { id, time_ms, who, from, action, target, is_allowed }
 }
 
 fn shown(record: TokenRecord, secret: Option<String>) -> Token {
@@ -138,8 +184,8 @@ async fn registration_key(call: &Call, fabric: &str) -> Result<Response, ApiErro
     })
 }
 
-/// Exchanges a registration key for a certificate. The only request without a token: the key is the proof.
-pub(super) async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
+/// Exchanges a registration key for a certificate. No token is needed: the key is the proof.
+async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
     let request: RegisterRequest = serde_json::from_slice(body).map_err(|error| {
         ApiError::bad_request("InvalidRequestBody", format!("the request body cannot be read: {error}"), "")
     })?;
