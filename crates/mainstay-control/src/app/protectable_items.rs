@@ -36,7 +36,7 @@ impl Control {
                     item.recovery_vm.is_some_and(|copy| copy.vm == vm.id)
                         || item.test_vm.is_some_and(|copy| copy.vm == vm.id)
                 };
-                if items.iter().any(is_ours) {
+                if items.iter().any(|item| is_ours(item)) {
                     continue;
                 }
                 let item = items.iter().find(|item| item.vm == vm.id).map(|item| item.id);

@@ -143,11 +143,8 @@ impl Control {
 
     /// An item of a fabric by its name.
     pub async fn item_named(&self, fabric: &str, name: &str) -> Result<ItemRecord, ControlError> {
-        let items = self.db.items().await?;
-        items
-            .into_iter()
-            .find(|item| item.fabric.eq_ignore_ascii_case(fabric) && item.name.eq_ignore_ascii_case(name))
-            .ok_or_else(|| ControlError::not_found("replicated item", name))
+        let item = self.db.item_named(fabric, name).await?;
+        item.ok_or_else(|| ControlError::not_found("replicated item", name))
     }
 
     /// Whether a host may touch an item's data in the store: it must be a side of the item. What cannot be found out is not

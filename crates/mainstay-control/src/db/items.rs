@@ -212,6 +212,16 @@ impl Db {
         row.map(|row| read(&row)).transpose()
     }
 
+    /// Reads an item by its fabric and name, without regard to case.
+    pub async fn item_named(&self, fabric: &str, name: &str) -> Result<Option<ItemRecord>, DbError> {
+        let row = sqlx::query("SELECT id, version, document FROM items WHERE fabric = $1 AND name = $2")
+            .bind(fabric.to_lowercase())
+            .bind(name.to_lowercase())
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(|row| read(&row)).transpose()
+    }
+
     /// At most `count` items, by fabric and name, after the one of the given fabric and name (in lower case).
     pub async fn items_after(
         &self,
@@ -229,14 +239,6 @@ impl Db {
         .bind(i64::try_from(count).unwrap_or(i64::MAX))
         .fetch_all(&self.pool)
         .await?;
-        rows.iter().map(read).collect()
-    }
-
-    /// All items, by fabric and name.
-    pub async fn items(&self) -> Result<Vec<ItemRecord>, DbError> {
-        let rows = sqlx::query("SELECT id, version, document FROM items ORDER BY fabric, name")
-            .fetch_all(&self.pool)
-            .await?;
         rows.iter().map(read).collect()
     }
 }
@@ -267,6 +269,7 @@ impl Transaction {
         if result.rows_affected() == 0 {
             return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
         }
+        self.has_item_changes = true;
         Ok(())
     }
 
@@ -283,17 +286,19 @@ impl Transaction {
         if result.rows_affected() == 0 {
             return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
         }
+        self.has_item_changes = true;
         Ok(())
     }
 
     /// Removes an item.
     pub async fn remove_item(&mut self, id: ItemId) -> Result<(), DbError> {
         sqlx::query("DELETE FROM items WHERE id = $1").bind(id.to_string()).execute(&mut *self.inner).await?;
+        self.has_item_changes = true;
         Ok(())
     }
 }
 
-fn read(row: &sqlx::sqlite::SqliteRow) -> Result<ItemRecord, DbError> {
+pub(super) fn read(row: &sqlx::sqlite::SqliteRow) -> Result<ItemRecord, DbError> {
     let mut item: ItemRecord = decode("item", row.try_get("id")?, row.try_get("document")?)?;
     item.version = row.try_get("version")?;
     Ok(item)

@@ -5,17 +5,20 @@
 //! are `$1`, types are `TEXT` and `BIGINT`: the text is the same for SQLite and PostgreSQL.
 
 mod events;
+mod item_cache;
 mod items;
 mod jobs;
 mod query;
 mod resources;
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
     Row as _, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
+
+use item_cache::{Announcement, ItemCache};
 
 pub use events::{AuditRecord, EventRecord};
 pub use items::{
@@ -67,11 +70,14 @@ pub enum DbError {
 #[derive(Clone)]
 pub struct Db {
     pool: SqlitePool,
+    item_cache: Arc<ItemCache>,
 }
 
 /// A transaction; dropped without [`Transaction::commit`] it never was.
 pub struct Transaction {
     inner: sqlx::Transaction<'static, sqlx::Sqlite>,
+    item_cache: Arc<ItemCache>,
+    has_item_changes: bool,
 }
 
 /// Each entry brings the schema from its index to the next version. Entries are never changed once released.
@@ -151,13 +157,17 @@ impl Db {
                 .await?;
             transaction.commit().await?;
         }
-        Ok(Self { pool })
+        Ok(Self { pool, item_cache: Arc::default() })
     }
 
     /// Begins a transaction.
     pub async fn begin(&self) -> Result<Transaction, DbError> {
         // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another one wrote.
-        Ok(Transaction { inner: self.pool.begin_with("BEGIN IMMEDIATE").await? })
+        Ok(Transaction {
+            inner: self.pool.begin_with("BEGIN IMMEDIATE").await?,
+            item_cache: self.item_cache.clone(),
+            has_item_changes: false,
+        })
     }
 
     /// Closes all connections; what was committed is on disk.
@@ -169,6 +179,7 @@ impl Db {
 impl Transaction {
     /// Makes everything that was written in it durable at once.
     pub async fn commit(self) -> Result<(), DbError> {
+        let _announced_at_the_end = self.has_item_changes.then(|| Announcement(self.item_cache.clone()));
         Ok(self.inner.commit().await?)
     }
 }

@@ -1,6 +1,9 @@
 //! A change of an item's health is an event.
 
-use std::sync::{Arc, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError},
+};
 
 use mainstay_model::Health;
 
@@ -8,9 +11,15 @@ use crate::{Control, ControlError};
 
 impl Control {
     pub(super) async fn reconcile_health(self: Arc<Self>) -> Result<(), ControlError> {
-        let items = self.db.items().await?;
-        for item in &items {
-            let (health, errors, rpo) = self.item_health(item).await?;
+        let policies: HashMap<_, _> = self
+            .policies()
+            .await?
+            .into_iter()
+            .map(|record| (record.name.to_lowercase(), record.policy))
+            .collect();
+        for item in &self.db.items().await? {
+            let Some(policy) = policies.get(&item.policy.to_lowercase()) else { continue };
+            let (health, errors, rpo) = self.item_health_under(item, policy);
             if let Some(rpo) = rpo {
                 metrics::gauge!("mainstay_item_rpo_seconds", "item" => item.name.clone()).set(rpo as f64);
             }

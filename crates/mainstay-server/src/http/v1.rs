@@ -3,7 +3,7 @@
 mod openapi;
 mod routes;
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use axum::response::{IntoResponse as _, Response};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
@@ -224,7 +224,7 @@ async fn find_item(call: &Call, id: &str) -> Result<ItemRecord, ApiError> {
     }
     let items = call.control().db.items().await.map_err(ControlError::from)?;
     let found = items.into_iter().find(|item| item.name.eq_ignore_ascii_case(id));
-    found.ok_or_else(|| ControlError::not_found("replicated item", id).into())
+    found.map(Arc::unwrap_or_clone).ok_or_else(|| ControlError::not_found("replicated item", id).into())
 }
 
 async fn item_status(call: &Call, id: &str) -> Result<ItemStatus, ApiError> {

@@ -1,6 +1,6 @@
 //! What must be true whenever a world has settled.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use mainstay_control::db::ItemRecord;
 use mainstay_model::{Location, Operation, VmId};
@@ -84,7 +84,7 @@ impl World {
     }
 
     /// Nothing of ours is anywhere that no item accounts for.
-    fn check_traces(&self, items: &[ItemRecord]) {
+    fn check_traces(&self, items: &[Arc<ItemRecord>]) {
         let copies: BTreeSet<_> = items
             .iter()
             .flat_map(|item| item.recovery_vm.into_iter().chain(item.test_vm))
@@ -123,7 +123,7 @@ impl World {
     }
 
     /// A recovery VM that its item left behind on purpose: protection was disabled while it was the active one.
-    fn is_expected_gone(&self, name: &str, items: &[ItemRecord]) -> bool {
+    fn is_expected_gone(&self, name: &str, items: &[Arc<ItemRecord>]) -> bool {
         items.iter().any(|item| name.starts_with(&item.target.name)) || name.ends_with("-test")
     }
 }
