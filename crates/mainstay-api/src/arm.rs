@@ -2,6 +2,20 @@
 //!
 //! Fields that Mainstay does not use are left out of requests and ignored when they come; times are RFC 3339 text.
 
+mod exports;
+mod items;
+mod networks;
+mod settings;
+
+pub use exports::{EXPORT_JOB_DETAILS, ExportJobDetails, JobQueryParameter};
+pub use items::{ResolveHealthError, ResolveHealthInput, TargetComputeSizeProperties};
+pub use networks::{
+    LogicalNetworkProperties, NetworkMappingInput, NetworkMappingProperties, NetworkMappingSettings,
+};
+pub use settings::{
+    AlertProperties, CertificateInput, ExtendedInfoProperties, NameQuestion, VaultSettingProperties,
+};
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -15,6 +29,15 @@ pub const AZURE: &str = "Microsoft Azure";
 pub const HYPERV_REPLICA_AZURE: &str = "HyperVReplicaAzure";
 /// The instance type of a failback request.
 pub const HYPERV_REPLICA_AZURE_FAILBACK: &str = "HyperVReplicaAzureFailback";
+
+/// Clients write null where they leave something out.
+fn null_as_default<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: Default + Deserialize<'de>,
+    D: serde::Deserializer<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
 
 /// A resource envelope.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -192,8 +215,11 @@ pub struct PolicyDetails {
 #[serde(rename_all = "camelCase")]
 pub struct PolicyInput {
     /// The values; the update calls them `replicationProviderSettings`.
-    #[serde(alias = "replicationProviderSettings")]
+    #[serde(alias = "replicationProviderSettings", default, deserialize_with = "null_as_default")]
     pub provider_specific_input: PolicySettings,
+    /// The values as they were answered, when a client sends back what it got.
+    #[serde(default, deserialize_with = "null_as_default", skip_serializing)]
+    pub provider_specific_details: PolicySettings,
 }
 
 /// Values of a policy, as asked for; those left out are kept, or have defaults.
@@ -201,9 +227,10 @@ pub struct PolicyInput {
 #[serde(rename_all = "camelCase", default)]
 pub struct PolicySettings {
     /// [`HYPERV_REPLICA_AZURE`].
+    #[serde(deserialize_with = "null_as_default")]
     pub instance_type: String,
     /// Hours for which recovery points are kept.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(alias = "recoveryPointHistoryDurationInHours", skip_serializing_if = "Option::is_none")]
     pub recovery_point_history_duration: Option<u32>,
     /// Hours between application-consistent points.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -325,7 +352,7 @@ pub struct EnableProtectionInput {
     /// The protectable item's ARM id.
     pub protectable_item_id: String,
     /// Details.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub provider_specific_details: EnableDetails,
 }
 
@@ -334,6 +361,7 @@ pub struct EnableProtectionInput {
 #[serde(rename_all = "camelCase", default)]
 pub struct EnableDetails {
     /// [`HYPERV_REPLICA_AZURE`].
+    #[serde(deserialize_with = "null_as_default")]
     pub instance_type: String,
     /// The target name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -341,6 +369,15 @@ pub struct EnableDetails {
     /// The target network.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_azure_network_id: Option<String>,
+    /// The VM's identifier on its host, if it is told a second time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hv_host_vm_id: Option<String>,
+    /// Key of the disk that the VM boots from, if it is told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhd_id: Option<String>,
+    /// The target size: `VCPUS` or `VCPUSxMEMORY_MIB`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_vm_size: Option<String>,
     /// Keys of the disks to replicate; absent = all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks_to_include: Option<Vec<String>>,
@@ -454,7 +491,7 @@ pub struct HealthError {
     pub entity_id: String,
     /// Stable id.
     pub error_id: String,
-    /// `NotAllowed`.
+    /// `Allowed` or `NotAllowed`.
     pub customer_resolvability: String,
 }
 
@@ -685,6 +722,7 @@ pub struct FailoverInput {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_id: Option<String>,
     /// Details.
+    #[serde(deserialize_with = "null_as_default")]
     pub provider_specific_details: FailoverDetails,
 }
 
@@ -693,6 +731,7 @@ pub struct FailoverInput {
 #[serde(rename_all = "camelCase", default)]
 pub struct FailoverDetails {
     /// [`HYPERV_REPLICA_AZURE`] or [`HYPERV_REPLICA_AZURE_FAILBACK`].
+    #[serde(deserialize_with = "null_as_default")]
     pub instance_type: String,
     /// The point's ARM id or name; absent = latest. Mainstay also takes `Latest`, `LatestProcessed` and
     /// `LatestApplicationConsistent`, the service's words for recovery plans.
@@ -716,6 +755,7 @@ pub struct ApplyRecoveryPointInput {
     /// The point's ARM id or name.
     pub recovery_point_id: String,
     /// Details.
+    #[serde(deserialize_with = "null_as_default")]
     pub provider_specific_details: FailoverDetails,
 }
 

@@ -145,6 +145,13 @@ pub fn configuration_job(change: ConfigurationChange) -> (&'static str, &'static
         }
         ConfigurationChange::CheckConsistency => ("CheckConsistency", "Check consistency", "Server"),
         ConfigurationChange::RefreshVaultHealth => ("RefreshVaultHealth", "Refresh vault health", "Other"),
+        // Recorded.
+        ConfigurationChange::ExportJobs => ("ExportJobs", "Export jobs", "Other"),
+        ConfigurationChange::MapNetwork => ("MapNetwork", "Map a network", "Other"),
+        ConfigurationChange::UnmapNetwork => ("UnmapNetwork", "Remove a network mapping", "Other"),
+        ConfigurationChange::ResolveHealthErrors => {
+            ("ResolveHealthErrors", "Resolve health errors", "ProtectionEntity")
+        }
     }
 }
 

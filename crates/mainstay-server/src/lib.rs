@@ -9,8 +9,10 @@ mod config;
 mod http;
 mod listener;
 mod server;
+mod smtp;
 mod token_key;
 
 pub use authority::{Authority, AuthorityError};
 pub use config::ServerConfig;
 pub use server::{Initialized, Running, initialize, run, run_with_clock};
+pub use smtp::{SmtpConfig, SmtpTls};

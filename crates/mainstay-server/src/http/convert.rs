@@ -10,7 +10,10 @@ use mainstay_api::arm::{
 };
 use mainstay_api::v1::{CycleProgress, JobStatus, TaskStatus};
 use mainstay_control::{
-    app::{ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord},
+    app::{
+        ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord,
+        is_resolvable, rehearsal_warning,
+    },
     db::{ConfigurationJob, EventRecord, ItemRecord, JobEntry, JobError, JobRecord, JobState, StepRecord},
     jobs::{Task, job_log, tasks},
 };
@@ -78,7 +81,7 @@ impl Ids<'_> {
     }
 }
 
-fn resource<P>(id: String, kind: &str, properties: P) -> Resource<P> {
+pub(super) fn resource<P>(id: String, kind: &str, properties: P) -> Resource<P> {
     let name = last_segment(&id).to_owned();
     Resource { id, name, kind: format!("{NAMESPACE}/vaults/{kind}"), location: None, properties }
 }
@@ -253,7 +256,7 @@ fn health_error(vm: &str, error: &mainstay_model::HealthError, category: &str, t
         recovery_provider_error_message: None,
         entity_id: vm.to_owned(),
         error_id: error.code.clone(),
-        customer_resolvability: "NotAllowed".to_owned(),
+        customer_resolvability: if is_resolvable(&error.code) { "Allowed" } else { "NotAllowed" }.to_owned(),
     }
 }
 
@@ -279,21 +282,8 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
     let (test_state, test_text) = projection::test_failover_state(record.state.test_failover);
     let mut errors: Vec<_> =
         view.errors.iter().map(|error| health_error(&vm, error, "Replication", &now)).collect();
-    let is_rehearsed = record.last_test_failover_ms.is_some();
-    if !is_rehearsed {
-        let warning = mainstay_model::HealthError {
-            code: "161011".to_owned(),
-            level: Health::Warning,
-            message: format!(
-                "No successful test failover has been done on the virtual machine '{}'.",
-                record.vm_name
-            ),
-            possible_causes: "No test failover was done and cleaned up since the VM is replicated."
-                .to_owned(),
-            recommended_action: "Do a test failover on the virtual machine.".to_owned(),
-        };
-        errors.push(health_error(&vm, &warning, "TestFailover", &now));
-    }
+    let warning = rehearsal_warning(record);
+    errors.extend(warning.iter().map(|warning| health_error(&vm, warning, "TestFailover", &now)));
     let current_scenario = match view.job {
         Some(job) => CurrentScenario {
             scenario_name: projection::scenario_name(job.operation).to_owned(),
@@ -333,7 +323,7 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
                 .map(str::to_owned)
                 .collect(),
             replication_health: health_word(view.health),
-            failover_health: if is_rehearsed { "Normal" } else { "Warning" }.to_owned(),
+            failover_health: if warning.is_none() { "Normal" } else { "Warning" }.to_owned(),
             health_errors: errors,
             policy_id: ids.policy(&record.policy),
             policy_friendly_name: record.policy.clone(),
