@@ -25,7 +25,9 @@ pub use network_mappings::NetworkMappingRecord;
 pub(crate) use network_mappings::mapped;
 pub use policies::PolicyRecord;
 pub use protectable_items::ProtectableItem;
-pub use protected_items::{EnableRequest, Requester, check_address, is_resolvable, rehearsal_warning};
+pub use protected_items::{
+    EnableRequest, MEMORY_BYTES_MIN, Requester, check_address, is_resolvable, rehearsal_warning,
+};
 pub use providers::{ProviderRecord, REGISTRATION_KEY_HOURS, RegistrationKeyRecord};
 pub use service_principals::ServicePrincipalRecord;
 pub use tokens::{Role, TokenRecord, TokenSecret};

@@ -431,7 +431,7 @@ pub fn rehearsal_warning(item: &ItemRecord) -> Option<HealthError> {
 }
 
 /// Smallest memory of a recovery VM: less boots nothing.
-const MEMORY_BYTES_MIN: u64 = 16 << 20;
+pub const MEMORY_BYTES_MIN: u64 = 16 << 20;
 
 fn check_target(item: &ItemRecord, target: &TargetRecord) -> Result<(), ControlError> {
     if target.name.trim().is_empty() {

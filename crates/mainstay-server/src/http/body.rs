@@ -23,6 +23,8 @@ pub(super) enum Takes {
     Fraction(f64, f64),
     /// Text of so many characters at most, without control characters other than line ends.
     Text(usize),
+    /// A name that a VM can have on a host.
+    VmName,
     /// The ARM id or name of a resource.
     Id,
     /// A GUID.
@@ -68,6 +70,8 @@ pub(super) const fn required(path: &'static str, takes: Takes) -> Field {
 
 /// Longest remark, as long as the service's portal takes one.
 pub(super) const COMMENTS_MAX: usize = 1024;
+/// Longest name of a VM: what Azure takes for Linux.
+const VM_NAME_MAX: usize = 64;
 /// Longest id: what ARM itself takes.
 const ID_MAX: usize = 2048;
 /// What an error repeats of a value or message at most.
@@ -167,7 +171,7 @@ pub(super) const ENABLE: &[Field] = &[
     field("properties.providerSpecificDetails.vmName", Takes::Text(256)),
     field("properties.providerSpecificDetails.osType", OS_TYPE),
     field("properties.providerSpecificDetails.vhdId", Takes::Text(256)),
-    field("properties.providerSpecificDetails.targetAzureVmName", Takes::Text(64)),
+    field("properties.providerSpecificDetails.targetAzureVmName", Takes::VmName),
     field("properties.providerSpecificDetails.targetAzureNetworkId", Takes::Id),
     field("properties.providerSpecificDetails.targetVmSize", Takes::Size),
     field("properties.providerSpecificDetails.disksToInclude", Takes::List(64)),
@@ -181,8 +185,8 @@ pub(super) const ENABLE: &[Field] = &[
 
 pub(super) const UPDATE_ITEM: &[Field] = &[
     field("properties", Takes::Object),
-    field("properties.recoveryAzureVMName", Takes::Text(64)),
-    field("properties.recoveryAzureVmName", Takes::Text(64)),
+    field("properties.recoveryAzureVMName", Takes::VmName),
+    field("properties.recoveryAzureVmName", Takes::VmName),
     field("properties.recoveryAzureVMSize", Takes::Size),
     field("properties.selectedRecoveryAzureNetworkId", Takes::Id),
     field("properties.selectedTfoAzureNetworkId", Takes::Id),
@@ -353,8 +357,8 @@ pub(super) const RESOLVE_HEALTH: &[Field] = &[
 
 /// Besides [`ENABLE`].
 pub(super) const PUT_ITEM_AGAIN: &[Field] = &[
-    field("properties.providerSpecificDetails.recoveryAzureVmName", Takes::Text(64)),
-    field("properties.providerSpecificDetails.recoveryAzureVMName", Takes::Text(64)),
+    field("properties.providerSpecificDetails.recoveryAzureVmName", Takes::VmName),
+    field("properties.providerSpecificDetails.recoveryAzureVMName", Takes::VmName),
     field("properties.providerSpecificDetails.recoveryAzureVMSize", Takes::Size),
     field("properties.providerSpecificDetails.selectedRecoveryAzureNetworkId", Takes::Id),
     field("properties.providerSpecificDetails.vmNics", Takes::List(64)),
@@ -364,6 +368,32 @@ pub(super) const PUT_ITEM_AGAIN: &[Field] = &[
     field("properties.providerSpecificDetails.vmNics[].ipConfigs", Takes::List(64)),
     field("properties.providerSpecificDetails.vmNics[].ipConfigs[]", Takes::Object),
     field("properties.providerSpecificDetails.vmNics[].ipConfigs[].recoveryStaticIPAddress", Takes::Address),
+];
+
+/// The vault itself. What it says of alerts, keys and networks belongs to Azure.
+pub(super) const VAULT: &[Field] = &[
+    field("location", Takes::Text(64)),
+    field("tags", Takes::Object),
+    field("sku", Takes::Object),
+    field("sku.name", Takes::Word(&["Standard", "RS0"])),
+    field("identity", Takes::Object),
+    PROPERTIES,
+    field("properties.publicNetworkAccess", Takes::Word(&["Enabled", "Disabled"])),
+];
+
+/// Longest life of a token or a service principal: a century, which is for ever.
+const DAYS: Takes = Takes::Number(1, 36_500);
+
+pub(super) const TOKEN: &[Field] =
+    &[required("label", Takes::Text(128)), required("role", Takes::Text(32)), field("days", DAYS)];
+
+pub(super) const SERVICE_PRINCIPAL: &[Field] =
+    &[required("name", Takes::Text(128)), required("role", Takes::Text(32)), field("days", DAYS)];
+
+pub(super) const REGISTER: &[Field] = &[
+    required("secret", Takes::Text(256)),
+    required("host", Takes::Text(63)),
+    required("version", Takes::Text(64)),
 ];
 
 pub(super) const COMMENTS: &[Field] = &[PROPERTIES, field("properties.comments", Takes::Text(COMMENTS_MAX))];
@@ -472,6 +502,12 @@ impl Takes {
                 text.chars().count() <= characters_max
                     && text.chars().all(|c| is_plain(c) || matches!(c, '\n' | '\r' | '\t'))
             }
+            Self::VmName => {
+                text.chars().count() <= VM_NAME_MAX
+                    && text.chars().all(|c| is_plain(c) && c != '/')
+                    && !text.trim().is_empty()
+                    && !matches!(text, "." | "..")
+            }
             Self::Id => {
                 text.len() <= ID_MAX && text.chars().all(is_plain) && !last_segment(text).trim().is_empty()
             }
@@ -493,12 +529,13 @@ impl Takes {
             Self::Number(from, to) => format!("a whole number from {from} to {to}"),
             Self::Fraction(from, to) => format!("a number from {from} to {to}"),
             Self::Text(characters_max) => format!("plain text of {characters_max} characters at most"),
+            Self::VmName => format!("a name of {VM_NAME_MAX} characters at most without '/'"),
             Self::Id => "the id or name of a resource".to_owned(),
             Self::Guid => "a GUID".to_owned(),
             Self::Mac => "a MAC address such as 52:54:00:12:34:56".to_owned(),
             Self::Ip => "an IP address such as 10.0.0.7".to_owned(),
             Self::Address => "an address with its prefix length such as 10.0.0.7/24".to_owned(),
-            Self::Size => "VCPUSxMEMORY_MIB such as 2x1024".to_owned(),
+            Self::Size => "VCPUSxMEMORY_MIB such as 2x1024 (at least 1x16)".to_owned(),
             Self::Time => "a time such as 2026-01-31T23:59:59Z".to_owned(),
             Self::Email => "an e-mail address".to_owned(),
             Self::Nothing(reason) => format!("nothing, because {reason}"),
@@ -584,6 +621,9 @@ mod tests {
             (Takes::Address, "fd00::1/64", "10.0.0.7/33"),
             (Takes::Ip, "10.0.0.7", "10.0.0.7/24"),
             (Takes::Size, "2x1024", "Standard_D2"),
+            (Takes::VmName, "web 1", "a/b"),
+            (Takes::Size, "1x16", "0x1024"),
+            (Takes::Size, "4096", "4x15"),
             (Takes::Guid, "f8491e4f-817a-40dd-a90c-af773978c75b", "f8491e4f"),
             (Takes::Time, "2026-01-31T23:59:59Z", "yesterday"),
             (Takes::Email, "ops@example.org", "ops at example.org"),

@@ -11,7 +11,7 @@ use mainstay_api::arm::{
 };
 use mainstay_control::{
     ControlError,
-    app::{EnableRequest, FabricRecord, PolicyRecord},
+    app::{EnableRequest, FabricRecord, MEMORY_BYTES_MIN, PolicyRecord},
     db::{ItemRecord, JobRecord, TargetRecord},
     workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
 };
@@ -464,6 +464,11 @@ pub(super) fn updated_target(item: &ItemRecord, update: UpdateItemInput) -> Resu
     Ok(target)
 }
 
+/// More processors than any hypervisor gives a VM.
+const VCPUS_MAX: u32 = 4096;
+/// More memory than any host has: 64 TiB.
+const MEMORY_BYTES_MAX: u64 = 64 << 40;
+
 /// Reads `VCPUS` or `VCPUSxMEMORY_MIB`; an empty text means as at home.
 pub(super) fn parse_size(size: &str) -> Result<(Option<u32>, Option<u64>), ApiError> {
     let bad = || {
@@ -481,5 +486,8 @@ pub(super) fn parse_size(size: &str) -> Result<(Option<u32>, Option<u64>), ApiEr
         None => (size, None),
     };
     let memory = memory.map(|mebibytes| mebibytes.checked_mul(1 << 20).ok_or_else(bad)).transpose()?;
-    Ok((Some(vcpus.parse().map_err(|_| bad())?), memory))
+    let vcpus: u32 = vcpus.parse().map_err(|_| bad())?;
+    let is_possible = (1..=VCPUS_MAX).contains(&vcpus)
+        && memory.is_none_or(|bytes| (MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes));
+    if is_possible { Ok((Some(vcpus), memory)) } else { Err(bad()) }
 }

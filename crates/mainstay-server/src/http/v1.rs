@@ -19,7 +19,7 @@ use serde_json::json as value;
 use crate::{Authority, AuthorityError};
 
 use super::{
-    Api, Call,
+    Api, Call, body,
     convert::{self, time_text},
     error::ApiError,
     jobs, json, list,
@@ -58,7 +58,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
         }
         (&Method::POST, ["tokens"]) => {
-            let request: TokenRequest = call.body(&[])?;
+            let request: TokenRequest = call.body(body::TOKEN)?;
             let role = parse_role(&request.role)?;
             let (record, secret) =
                 control.create_token(&request.label, role, expires_ms(call, request.days)).await?;
@@ -73,7 +73,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             list(principals.into_iter().map(|principal| shown_principal(call, principal, None)).collect())
         }
         (&Method::POST, ["serviceprincipals"]) => {
-            let request: ServicePrincipalRequest = call.body(&[])?;
+            let request: ServicePrincipalRequest = call.body(body::SERVICE_PRINCIPAL)?;
             let role = parse_role(&request.role)?;
             let expires_ms = expires_ms(call, request.days);
             let (record, secret) = control.create_service_principal(&request.name, role, expires_ms).await?;
@@ -142,7 +142,7 @@ async fn registration_key(call: &Call, fabric: &str) -> Result<Response, ApiErro
 
 /// Exchanges a registration key for a certificate. The only request without a token: the key is the proof.
 pub(super) async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
-    let request: RegisterRequest = super::body::read(body, &[])?;
+    let request: RegisterRequest = body::read(body, body::REGISTER)?;
     api.control.registration_key(&request.secret).await.map_err(|error| match error {
         ControlError::Invalid { code, message, remedy } => {
             ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy)
