@@ -2,15 +2,20 @@
 //!
 //! Fields that Mainstay does not use are left out of requests and ignored when they come; times are RFC 3339 text.
 
+mod azure;
 mod exports;
+mod health;
 mod items;
 mod networks;
 mod settings;
 
+pub use azure::{AzureDiskDetails, AzureItemDetails};
 pub use exports::{EXPORT_JOB_DETAILS, ExportJobDetails, JobQueryParameter};
+pub use health::{HealthErrorSummary, ResourceHealthSummary, VaultHealthProperties};
 pub use items::{ResolveHealthError, ResolveHealthInput, TargetComputeSizeProperties};
 pub use networks::{
     LogicalNetworkProperties, NetworkMappingInput, NetworkMappingProperties, NetworkMappingSettings,
+    NetworkProperties,
 };
 pub use settings::{
     AlertProperties, CertificateInput, ExtendedInfoProperties, NameQuestion, VaultSettingProperties,
@@ -542,54 +547,6 @@ pub struct ItemDetails {
     pub azure: AzureItemDetails,
 }
 
-/// Fields of a replicated item that have a meaning in Azure only. They are answered, because clients look for them, with
-/// what the service answers when nothing was chosen.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "the names are Azure's, and none of them means anything here")]
-pub struct AzureItemDetails {
-    pub recovery_azure_storage_account: Option<String>,
-    pub recovery_azure_log_storage_account_id: Option<String>,
-    pub selected_source_nic_id: Option<String>,
-    #[serde(rename = "oSDetails")]
-    pub os_details: Option<Value>,
-    pub enable_rdp_on_target_option: String,
-    pub recovery_azure_resource_group_id: Option<String>,
-    pub recovery_availability_set_id: Option<String>,
-    pub target_availability_zone: Option<String>,
-    pub target_proximity_placement_group_id: Option<String>,
-    pub license_type: String,
-    pub sql_server_license_type: String,
-    pub target_vm_tags: Value,
-    pub seed_managed_disk_tags: Option<Value>,
-    pub target_managed_disk_tags: Option<Value>,
-    pub target_nic_tags: Value,
-    pub protected_managed_disks: Vec<Value>,
-}
-
-impl Default for AzureItemDetails {
-    fn default() -> Self {
-        Self {
-            recovery_azure_storage_account: None,
-            recovery_azure_log_storage_account_id: None,
-            selected_source_nic_id: None,
-            os_details: None,
-            enable_rdp_on_target_option: "Never".to_owned(),
-            recovery_azure_resource_group_id: None,
-            recovery_availability_set_id: None,
-            target_availability_zone: None,
-            target_proximity_placement_group_id: None,
-            license_type: "NotSpecified".to_owned(),
-            sql_server_license_type: "NotSpecified".to_owned(),
-            target_vm_tags: Value::Object(serde_json::Map::new()),
-            seed_managed_disk_tags: None,
-            target_managed_disk_tags: None,
-            target_nic_tags: Value::Object(serde_json::Map::new()),
-            protected_managed_disks: Vec::new(),
-        }
-    }
-}
-
 /// How far the initial replication is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -620,17 +577,6 @@ pub struct ItemDisk {
     /// What only Azure has.
     #[serde(flatten)]
     pub azure: AzureDiskDetails,
-}
-
-/// Fields of a replicated disk that have a meaning in Azure only; null.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "the names are Azure's, and none of them means anything here")]
-pub struct AzureDiskDetails {
-    pub target_disk_location: Option<String>,
-    pub target_disk_name: Option<String>,
-    pub disk_encryption_set_id: Option<String>,
-    pub custom_target_disk_name: Option<String>,
 }
 
 /// An adapter of a replicated item.
@@ -864,52 +810,6 @@ pub struct ServiceError {
     pub activity_id: String,
 }
 
-/// How the vault is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct VaultHealthProperties {
-    /// Of the vault itself.
-    pub vault_errors: Vec<HealthError>,
-    /// Of the replicated items.
-    pub protected_items_health: ResourceHealthSummary,
-    /// Of the sites.
-    pub fabrics_health: ResourceHealthSummary,
-    /// Of their containers.
-    pub containers_health: ResourceHealthSummary,
-}
-
-/// How resources of a kind are.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ResourceHealthSummary {
-    /// How many there are.
-    pub resource_count: i64,
-    /// What is wrong, by cause.
-    pub issues: Vec<HealthErrorSummary>,
-    /// How many of each health.
-    pub categorized_resource_counts: std::collections::BTreeMap<String, i64>,
-}
-
-/// A cause, and what it affects.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct HealthErrorSummary {
-    /// Stable name.
-    pub summary_code: String,
-    /// `Replication`, `FabricInfrastructure`.
-    pub category: String,
-    /// `Warning` or `Error`.
-    pub severity: String,
-    /// What is wrong with the first of them.
-    pub summary_message: String,
-    /// `ProtectedItems`, `Fabric`, `ProtectionContainer`.
-    pub affected_resource_type: String,
-    /// `HyperVSite`.
-    pub affected_resource_subtype: String,
-    /// Identifiers of the affected.
-    pub affected_resource_correlation_ids: Vec<String>,
-}
-
 /// An event.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -930,18 +830,4 @@ pub struct EventProperties {
     pub fabric_id: Option<String>,
     /// Empty.
     pub health_errors: Vec<Value>,
-}
-
-/// A network of a fabric.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct NetworkProperties {
-    /// `HyperVSite`.
-    pub fabric_type: String,
-    /// Empty.
-    pub subnets: Vec<Value>,
-    /// Name for people.
-    pub friendly_name: String,
-    /// `Production` or `Isolated`.
-    pub network_type: String,
 }

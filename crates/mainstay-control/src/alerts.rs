@@ -97,9 +97,13 @@ impl Alerts {
     /// Sends what is owed until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
-            if let Err(error) = self.pass().await {
-                // What is owed stays owed.
-                tracing::warn!(%error, "alerts could not be looked at");
+            tokio::select! {
+                // A mail server that hangs must not hold the end up: what it has not taken is owed still.
+                () = stop.cancelled() => return,
+                result = self.pass() => if let Err(error) = result {
+                    // What is owed stays owed.
+                    tracing::warn!(%error, "alerts could not be looked at");
+                },
             }
             tokio::select! {
                 () = stop.cancelled() => return,

@@ -1,6 +1,21 @@
-//! Networks' mappings and logical networks.
+//! Networks, their mappings, and logical networks.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// A network of a fabric.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NetworkProperties {
+    /// `HyperVSite`.
+    pub fabric_type: String,
+    /// Empty.
+    pub subnets: Vec<Value>,
+    /// Name for people.
+    pub friendly_name: String,
+    /// `Production` or `Isolated`.
+    pub network_type: String,
+}
 
 /// A mapping of a network to one of a recovery site.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
