@@ -2,13 +2,30 @@
 //!
 //! Fields that Mainstay does not use are left out of requests and ignored when they come; times are RFC 3339 text.
 
+mod azure;
+mod exports;
+mod health;
+mod items;
+mod networks;
 mod recovery_plan;
+mod settings;
+
+pub use azure::{AzureDiskDetails, AzureItemDetails};
+pub use exports::{EXPORT_JOB_DETAILS, ExportJobDetails, JobQueryParameter};
+pub use health::{HealthErrorSummary, ResourceHealthSummary, VaultHealthProperties};
+pub use items::{ResolveHealthError, ResolveHealthInput, TargetComputeSizeProperties};
+pub use networks::{
+    LogicalNetworkProperties, NetworkMappingInput, NetworkMappingProperties, NetworkMappingSettings,
+    NetworkProperties,
+};
+pub use recovery_plan::*;
+pub use settings::{
+    AlertProperties, CertificateInput, ExtendedInfoProperties, NameQuestion, VaultSettingProperties,
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-
-pub use recovery_plan::*;
 
 /// The namespace of all resource types here.
 pub const NAMESPACE: &str = "Microsoft.RecoveryServices";
@@ -20,6 +37,15 @@ pub const AZURE: &str = "Microsoft Azure";
 pub const HYPERV_REPLICA_AZURE: &str = "HyperVReplicaAzure";
 /// The instance type of a failback request.
 pub const HYPERV_REPLICA_AZURE_FAILBACK: &str = "HyperVReplicaAzureFailback";
+
+/// Clients write null where they leave something out.
+fn null_as_default<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: Default + Deserialize<'de>,
+    D: serde::Deserializer<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
 
 /// A resource envelope.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -199,8 +225,11 @@ pub struct PolicyDetails {
 #[serde(rename_all = "camelCase")]
 pub struct PolicyInput {
     /// The values; the update calls them `replicationProviderSettings`.
-    #[serde(alias = "replicationProviderSettings")]
+    #[serde(alias = "replicationProviderSettings", default, deserialize_with = "null_as_default")]
     pub provider_specific_input: PolicySettings,
+    /// The values as they were answered, when a client sends back what it got.
+    #[serde(default, deserialize_with = "null_as_default", skip_serializing)]
+    pub provider_specific_details: PolicySettings,
 }
 
 /// Values of a policy, as asked for; those left out are kept, or have defaults.
@@ -208,9 +237,10 @@ pub struct PolicyInput {
 #[serde(rename_all = "camelCase", default)]
 pub struct PolicySettings {
     /// [`HYPERV_REPLICA_AZURE`].
+    #[serde(deserialize_with = "null_as_default")]
     pub instance_type: String,
     /// Hours for which recovery points are kept.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(alias = "recoveryPointHistoryDurationInHours", skip_serializing_if = "Option::is_none")]
     pub recovery_point_history_duration: Option<u32>,
     /// Hours between application-consistent points.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -353,7 +383,7 @@ pub struct EnableProtectionInput {
     /// The protectable item's ARM id.
     pub protectable_item_id: String,
     /// Details.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub provider_specific_details: EnableDetails,
 }
 
@@ -362,6 +392,7 @@ pub struct EnableProtectionInput {
 #[serde(rename_all = "camelCase", default)]
 pub struct EnableDetails {
     /// [`HYPERV_REPLICA_AZURE`].
+    #[serde(deserialize_with = "null_as_default")]
     pub instance_type: String,
     /// The target name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -369,6 +400,15 @@ pub struct EnableDetails {
     /// The target network.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_azure_network_id: Option<String>,
+    /// The VM's identifier on its host, if it is told a second time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hv_host_vm_id: Option<String>,
+    /// Key of the disk that the VM boots from, if it is told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhd_id: Option<String>,
+    /// The target size: `VCPUS` or `VCPUSxMEMORY_MIB`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_vm_size: Option<String>,
     /// Keys of the disks to replicate; absent = all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks_to_include: Option<Vec<String>>,
@@ -487,7 +527,7 @@ pub struct HealthError {
     pub entity_id: String,
     /// Stable id.
     pub error_id: String,
-    /// `NotAllowed`.
+    /// `Allowed` or `NotAllowed`.
     pub customer_resolvability: String,
 }
 
@@ -538,54 +578,6 @@ pub struct ItemDetails {
     pub azure: AzureItemDetails,
 }
 
-/// Fields of a replicated item that have a meaning in Azure only. They are answered, because clients look for them, with
-/// what the service answers when nothing was chosen.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "the names are Azure's, and none of them means anything here")]
-pub struct AzureItemDetails {
-    pub recovery_azure_storage_account: Option<String>,
-    pub recovery_azure_log_storage_account_id: Option<String>,
-    pub selected_source_nic_id: Option<String>,
-    #[serde(rename = "oSDetails")]
-    pub os_details: Option<Value>,
-    pub enable_rdp_on_target_option: String,
-    pub recovery_azure_resource_group_id: Option<String>,
-    pub recovery_availability_set_id: Option<String>,
-    pub target_availability_zone: Option<String>,
-    pub target_proximity_placement_group_id: Option<String>,
-    pub license_type: String,
-    pub sql_server_license_type: String,
-    pub target_vm_tags: Value,
-    pub seed_managed_disk_tags: Option<Value>,
-    pub target_managed_disk_tags: Option<Value>,
-    pub target_nic_tags: Value,
-    pub protected_managed_disks: Vec<Value>,
-}
-
-impl Default for AzureItemDetails {
-    fn default() -> Self {
-        Self {
-            recovery_azure_storage_account: None,
-            recovery_azure_log_storage_account_id: None,
-            selected_source_nic_id: None,
-            os_details: None,
-            enable_rdp_on_target_option: "Never".to_owned(),
-            recovery_azure_resource_group_id: None,
-            recovery_availability_set_id: None,
-            target_availability_zone: None,
-            target_proximity_placement_group_id: None,
-            license_type: "NotSpecified".to_owned(),
-            sql_server_license_type: "NotSpecified".to_owned(),
-            target_vm_tags: Value::Object(serde_json::Map::new()),
-            seed_managed_disk_tags: None,
-            target_managed_disk_tags: None,
-            target_nic_tags: Value::Object(serde_json::Map::new()),
-            protected_managed_disks: Vec::new(),
-        }
-    }
-}
-
 /// How far the initial replication is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -616,17 +608,6 @@ pub struct ItemDisk {
     /// What only Azure has.
     #[serde(flatten)]
     pub azure: AzureDiskDetails,
-}
-
-/// Fields of a replicated disk that have a meaning in Azure only; null.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-#[expect(missing_docs, reason = "the names are Azure's, and none of them means anything here")]
-pub struct AzureDiskDetails {
-    pub target_disk_location: Option<String>,
-    pub target_disk_name: Option<String>,
-    pub disk_encryption_set_id: Option<String>,
-    pub custom_target_disk_name: Option<String>,
 }
 
 /// An adapter of a replicated item.
@@ -771,6 +752,7 @@ pub struct FailoverInput {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_id: Option<String>,
     /// Details.
+    #[serde(deserialize_with = "null_as_default")]
     pub provider_specific_details: FailoverDetails,
 }
 
@@ -779,6 +761,7 @@ pub struct FailoverInput {
 #[serde(rename_all = "camelCase", default)]
 pub struct FailoverDetails {
     /// [`HYPERV_REPLICA_AZURE`] or [`HYPERV_REPLICA_AZURE_FAILBACK`].
+    #[serde(deserialize_with = "null_as_default")]
     pub instance_type: String,
     /// The point's ARM id or name; absent = latest. Mainstay also takes `Latest`, `LatestProcessed` and
     /// `LatestApplicationConsistent`, the service's words for recovery plans.
@@ -802,6 +785,7 @@ pub struct ApplyRecoveryPointInput {
     /// The point's ARM id or name.
     pub recovery_point_id: String,
     /// Details.
+    #[serde(deserialize_with = "null_as_default")]
     pub provider_specific_details: FailoverDetails,
 }
 
@@ -910,52 +894,6 @@ pub struct ServiceError {
     pub activity_id: String,
 }
 
-/// How the vault is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct VaultHealthProperties {
-    /// Of the vault itself.
-    pub vault_errors: Vec<HealthError>,
-    /// Of the replicated items.
-    pub protected_items_health: ResourceHealthSummary,
-    /// Of the sites.
-    pub fabrics_health: ResourceHealthSummary,
-    /// Of their containers.
-    pub containers_health: ResourceHealthSummary,
-}
-
-/// How resources of a kind are.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ResourceHealthSummary {
-    /// How many there are.
-    pub resource_count: i64,
-    /// What is wrong, by cause.
-    pub issues: Vec<HealthErrorSummary>,
-    /// How many of each health.
-    pub categorized_resource_counts: std::collections::BTreeMap<String, i64>,
-}
-
-/// A cause, and what it affects.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct HealthErrorSummary {
-    /// Stable name.
-    pub summary_code: String,
-    /// `Replication`, `FabricInfrastructure`.
-    pub category: String,
-    /// `Warning` or `Error`.
-    pub severity: String,
-    /// What is wrong with the first of them.
-    pub summary_message: String,
-    /// `ProtectedItems`, `Fabric`, `ProtectionContainer`.
-    pub affected_resource_type: String,
-    /// `HyperVSite`.
-    pub affected_resource_subtype: String,
-    /// Identifiers of the affected.
-    pub affected_resource_correlation_ids: Vec<String>,
-}
-
 /// An event.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -976,18 +914,4 @@ pub struct EventProperties {
     pub fabric_id: Option<String>,
     /// Empty.
     pub health_errors: Vec<Value>,
-}
-
-/// A network of a fabric.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct NetworkProperties {
-    /// `HyperVSite`.
-    pub fabric_type: String,
-    /// Empty.
-    pub subnets: Vec<Value>,
-    /// Name for people.
-    pub friendly_name: String,
-    /// `Production` or `Isolated`.
-    pub network_type: String,
 }

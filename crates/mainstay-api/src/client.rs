@@ -70,6 +70,9 @@ pub struct Client {
 /// How long a single request may take; long work is a job and answers at once.
 const REQUEST_MAX: Duration = Duration::from_secs(60);
 
+/// How long a download may take.
+const DOWNLOAD_MAX: Duration = Duration::from_secs(3600);
+
 /// Percent-encodes a segment of a path, or a value of a query.
 pub fn encode_segment(segment: &str) -> String {
     let mut text = String::new();
@@ -136,6 +139,33 @@ impl Client {
         Ok(found)
     }
 
+    /// Downloads what a link of this server offers, piece by piece. The link carries its own secret; the token stays here.
+    pub async fn download(
+        &self,
+        link: &str,
+        mut take: impl FnMut(&[u8]) -> std::io::Result<()>,
+    ) -> Result<(), ClientError> {
+        let unreachable = |error: reqwest::Error| ClientError::Unreachable {
+            url: self.url.clone(),
+            reason: causes(&error.without_url()),
+        };
+        // As with pages: the server's name is ours, whatever it calls itself.
+        let path = link.split_once("://").map_or(link, |(_, rest)| rest);
+        let path = &path[path.find('/').unwrap_or(path.len())..];
+        let request = self.http.get(format!("{}{path}", self.url)).timeout(DOWNLOAD_MAX);
+        let mut response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        if !status.is_success() {
+            let body = response.bytes().await.map_err(unreachable)?;
+            return Err(refusal(status, &body));
+        }
+        while let Some(piece) = response.chunk().await.map_err(unreachable)? {
+            take(&piece)
+                .map_err(|error| ClientError::Settings(format!("the download cannot be written: {error}")))?;
+        }
+        Ok(())
+    }
+
     /// Sends a body and reads the answer.
     pub async fn post<T: DeserializeOwned>(
         &self,
@@ -198,16 +228,20 @@ impl Client {
         if status.is_success() {
             return Ok((operation, body));
         }
-        let error = match serde_json::from_slice::<arm::ErrorBody>(&body) {
-            Ok(body) => body.error,
-            Err(_) => arm::Error {
-                code: status.as_str().to_owned(),
-                message: format!("{status}: {}", String::from_utf8_lossy(&body)),
-                details: Vec::new(),
-            },
-        };
-        Err(ClientError::Refused { status: status.as_u16(), error: Box::new(error) })
+        Err(refusal(status, &body))
     }
+}
+
+fn refusal(status: reqwest::StatusCode, body: &[u8]) -> ClientError {
+    let error = match serde_json::from_slice::<arm::ErrorBody>(body) {
+        Ok(body) => body.error,
+        Err(_) => arm::Error {
+            code: status.as_str().to_owned(),
+            message: format!("{status}: {}", String::from_utf8_lossy(body)),
+            details: Vec::new(),
+        },
+    };
+    ClientError::Refused { status: status.as_u16(), error: Box::new(error) }
 }
 
 fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T, ClientError> {

@@ -51,11 +51,13 @@ pub struct RegistrationKey {
 #[serde(rename_all = "camelCase")]
 pub struct RegisterRequest {
     /// The key's secret.
+    #[schemars(length(min = 1, max = 256), regex(pattern = r"^[^\u0000-\u001f\u007f-\u009f]+$"))]
     pub secret: String,
     /// The host's name.
     #[schemars(length(max = 63), regex(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
     pub host: String,
     /// The agent's version.
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[^\u0000-\u001f\u007f-\u009f]+$"))]
     pub version: String,
     /// Certificate signing request, PEM. The private key stays on the host.
     pub certificate_request: String,
@@ -167,13 +169,14 @@ pub struct Console {
 #[serde(rename_all = "camelCase")]
 pub struct TokenRequest {
     /// For people: whose it is.
+    #[schemars(length(min = 1, max = 128), regex(pattern = r"^[^\u0000-\u001f\u007f-\u009f]+$"))]
     pub label: String,
     /// `Reader`, `Operator` or `Contributor`.
     #[schemars(extend("enum" = ["Reader", "Operator", "Contributor"]))]
     pub role: String,
     /// Days until it stops to work, [`DAYS_MAX`] at most; absent = never.
     #[serde(default, deserialize_with = "days")]
-    #[schemars(range(min = 0, max = 36500))]
+    #[schemars(range(min = 1, max = 36500))]
     pub days: Option<u32>,
 }
 
@@ -207,7 +210,7 @@ pub struct ServicePrincipalRequest {
     pub role: String,
     /// Days until it stops to work, [`DAYS_MAX`] at most; absent = never.
     #[serde(default, deserialize_with = "days")]
-    #[schemars(range(min = 0, max = 36500))]
+    #[schemars(range(min = 1, max = 36500))]
     pub days: Option<u32>,
 }
 

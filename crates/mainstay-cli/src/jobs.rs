@@ -1,11 +1,12 @@
 //! Jobs: beginning them, watching them, and what people can do to them.
 
-use std::time::Duration;
+use std::{io::Write as _, path::PathBuf, time::Duration};
 
-use clap::{Args, Subcommand};
+use anyhow::Context as _;
+use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mainstay_api::{
-    arm::{CommentsInput, JobProperties, JobTask, Request, Resource},
+    arm::{CommentsInput, ExportJobDetails, JobProperties, JobQueryParameter, JobTask, Request, Resource},
     v1::{JobStatus, TaskStatus},
 };
 use reqwest::Method;
@@ -51,6 +52,8 @@ pub(crate) enum JobCommand {
         /// The job's id.
         job: String,
     },
+    /// Downloads jobs as JSON, XML or comma-separated values.
+    Export(ExportArguments),
     /// Cancels a job: what it did is undone.
     Cancel {
         /// The job's id.
@@ -113,10 +116,81 @@ pub(crate) async fn run(session: &Session, command: JobCommand) -> anyhow::Resul
             let job = follow(session, &job).await?;
             Ok(ending(&job))
         }
+        JobCommand::Export(arguments) => export(session, arguments).await,
         JobCommand::Cancel { job, wait } => act(session, &job, "cancel", &wait).await,
         JobCommand::Resume { job, wait } => resume(session, &job, &wait).await,
         JobCommand::Restart { job, wait } => act(session, &job, "restart", &wait).await,
     }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ExportForm {
+    /// The jobs as ARM resources.
+    Json,
+    /// One element for each job.
+    Xml,
+    /// Comma-separated values, for spreadsheets.
+    Csv,
+}
+
+#[derive(Args)]
+pub(crate) struct ExportArguments {
+    /// Jobs accepted not before (RFC 3339).
+    #[arg(long, value_name = "TIME")]
+    from: Option<String>,
+    /// Jobs accepted not after.
+    #[arg(long, value_name = "TIME")]
+    to: Option<String>,
+    /// Jobs of this fabric.
+    #[arg(long)]
+    fabric: Option<String>,
+    /// Jobs in this state (Succeeded, Failed, ...); can be given several times.
+    #[arg(long, value_name = "STATE")]
+    state: Vec<String>,
+    /// Jobs with this scenario name (TestFailover, UnplannedFailover, ...).
+    #[arg(long, value_name = "NAME")]
+    scenario: Option<String>,
+    /// The form.
+    #[arg(long, value_enum, default_value = "json")]
+    format: ExportForm,
+    /// Where to; standard output by default.
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+async fn export(session: &Session, arguments: ExportArguments) -> anyhow::Result<Exit> {
+    let form = match arguments.format {
+        ExportForm::Json => "Json",
+        ExportForm::Xml => "Xml",
+        ExportForm::Csv => "Excel",
+    };
+    let query = JobQueryParameter {
+        start_time: arguments.from,
+        end_time: arguments.to,
+        fabric_id: arguments.fabric,
+        job_status: (!arguments.state.is_empty()).then(|| arguments.state.join(",")),
+        job_output_type: Some(form.to_owned()),
+        job_name: arguments.scenario,
+        ..JobQueryParameter::default()
+    };
+    let path = format!("{}/replicationJobs/export", session.vault);
+    let name = session.client.begin(Method::POST, &path, Some(&query)).await?;
+    let job = read(session, &name.context("the server answered without an operation")?).await?;
+    let details: ExportJobDetails = serde_json::from_value(job.properties.custom_details)?;
+    let (Some(uri), Some(token)) = (details.blob_uri, details.sas_token) else {
+        anyhow::bail!("job {} offers nothing to download", job.name);
+    };
+    let link = format!("{uri}?{token}");
+    match arguments.file {
+        None => session.client.download(&link, output::piece).await?,
+        Some(path) => {
+            let mut file =
+                std::fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
+            session.client.download(&link, |piece| file.write_all(piece)).await?;
+            file.sync_all().with_context(|| format!("write {}", path.display()))?;
+        }
+    }
+    Ok(Exit::Done)
 }
 
 async fn read(session: &Session, name: &str) -> anyhow::Result<Job> {

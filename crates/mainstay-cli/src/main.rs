@@ -13,6 +13,7 @@ mod principals;
 mod resources;
 mod server;
 mod session;
+mod settings;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use exit::Exit;
@@ -101,6 +102,12 @@ enum Command {
     /// Events.
     #[command(subcommand)]
     Event(resources::EventCommand),
+    /// Who is told by mail of what goes wrong.
+    #[command(subcommand)]
+    Alert(settings::AlertCommand),
+    /// Networks, and which of the recovery site's they are mapped to.
+    #[command(subcommand)]
+    Network(settings::NetworkCommand),
     /// Writes a completion script for a shell.
     Completion {
         /// The shell.
@@ -175,6 +182,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Plan(command) => plans::run(&connect.open().await?, command).await,
         Command::Console(arguments) => items::console(&connect.open().await?, arguments).await,
         Command::Job(command) => jobs::run(&connect.open().await?, command).await,
+        Command::Alert(command) => settings::alert(&connect.open().await?, command).await,
+        Command::Network(command) => settings::network(&connect.open().await?, command).await,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "mainstay", &mut std::io::stdout());
             Ok(Exit::Done)

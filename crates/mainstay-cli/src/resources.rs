@@ -231,6 +231,7 @@ impl PolicyValues {
                     application_consistent_snapshot_frequency_in_hours: self.app_consistent_frequency,
                     replication_interval: self.copy_frequency,
                 },
+                provider_specific_details: PolicySettings::default(),
             },
         }
     }

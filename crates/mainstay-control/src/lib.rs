@@ -4,10 +4,12 @@
 //! * [`jobs`]: the engine that carries out what takes more than one request.
 //! * [`workflows`]: the jobs' steps, one file per operation.
 //! * [`reconcilers`]: what must stay true without anybody asking.
+//! * [`alerts`]: mails about events.
 //! * [`db`]: the only module that knows SQL.
 //!
 //! It knows sites only as [`mainstay_provider::Site`] and nothing of HTTP.
 
+pub mod alerts;
 pub mod app;
 mod clock;
 pub mod db;

@@ -35,4 +35,12 @@ pub enum ConfigurationChange {
     DeleteRecoveryPlan,
     /// All hosts were asked, to bring the vault's health up to date.
     RefreshVaultHealth,
+    /// Jobs were offered for download.
+    ExportJobs,
+    /// A network was mapped to one of a recovery site.
+    MapNetwork,
+    /// Such a mapping was removed.
+    UnmapNetwork,
+    /// Health errors were put out of sight by somebody who has seen them.
+    ResolveHealthErrors,
 }

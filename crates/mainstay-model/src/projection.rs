@@ -155,6 +155,13 @@ pub fn configuration_job(change: ConfigurationChange) -> (&'static str, &'static
             ("DeleteRecoveryPlan", "Delete a recovery plan", "RecoveryPlan")
         }
         ConfigurationChange::RefreshVaultHealth => ("RefreshVaultHealth", "Refresh vault health", "Other"),
+        // Recorded.
+        ConfigurationChange::ExportJobs => ("ExportJobs", "Export jobs", "Other"),
+        ConfigurationChange::MapNetwork => ("MapNetwork", "Map a network", "Other"),
+        ConfigurationChange::UnmapNetwork => ("UnmapNetwork", "Remove a network mapping", "Other"),
+        ConfigurationChange::ResolveHealthErrors => {
+            ("ResolveHealthErrors", "Resolve health errors", "ProtectionEntity")
+        }
     }
 }
 

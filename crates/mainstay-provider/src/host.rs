@@ -17,6 +17,12 @@ pub struct HostFacts {
     pub acceleration: Acceleration,
     /// What this host can do, each stated with its reason when it cannot.
     pub capabilities: Vec<Capability>,
+    /// Its processors; 0 = not known (agents from before this was told).
+    #[serde(default)]
+    pub processors: u32,
+    /// Its memory in bytes; 0 = not known.
+    #[serde(default)]
+    pub memory_bytes: u64,
     /// Free bytes where recovery VMs and scratch files go.
     pub free_bytes: u64,
     /// What the host lacks.

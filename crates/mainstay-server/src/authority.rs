@@ -120,6 +120,12 @@ impl Authority {
         &self.certificate_pem
     }
 
+    /// Whether an agent's request could be signed.
+    pub fn check_agent_request(request_pem: &str) -> Result<(), AuthorityError> {
+        CertificateSigningRequestParams::from_pem(request_pem)?;
+        Ok(())
+    }
+
     /// Signs an agent's request: only its public key is taken from it.
     pub fn sign_agent(&self, request_pem: &str, provider: ProviderId) -> Result<String, AuthorityError> {
         let request = CertificateSigningRequestParams::from_pem(request_pem)?;

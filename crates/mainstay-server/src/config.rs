@@ -5,6 +5,8 @@ use std::{net::SocketAddr, path::PathBuf};
 use mainstay_control::workflows::SHUTDOWN_TIMEOUT;
 use serde::{Deserialize, Serialize};
 
+use crate::smtp::SmtpConfig;
+
 /// The server's settings. Every key can be left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -28,6 +30,8 @@ pub struct ServerConfig {
     pub script_dir: Option<PathBuf>,
     /// How long a guest may take to shut down in a failover or failback, in seconds.
     pub shutdown_timeout_seconds: u32,
+    /// Where alerts go; nobody is told by mail without it.
+    pub smtp: Option<SmtpConfig>,
 }
 
 impl Default for ServerConfig {
@@ -41,6 +45,7 @@ impl Default for ServerConfig {
             store_dir: None,
             store_reserve_mib: 1024,
             script_dir: None,
+            smtp: None,
             shutdown_timeout_seconds: u32::try_from(SHUTDOWN_TIMEOUT.as_secs()).unwrap_or(u32::MAX),
         }
     }

@@ -9,9 +9,11 @@ mod config;
 mod http;
 mod listener;
 mod server;
+mod smtp;
 mod token_key;
 
 pub use authority::{Authority, AuthorityError};
 pub use config::ServerConfig;
 pub use http::document_text as openapi_document;
 pub use server::{Initialized, Running, initialize, run, run_with_clock};
+pub use smtp::{SmtpConfig, SmtpTls};

@@ -7,6 +7,7 @@ use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mainstay_control::{
     Clock, Control, SystemClock,
+    alerts::Alerts,
     app::{Role, TokenSecret, VaultRecord},
     db::Db,
 };
@@ -20,6 +21,7 @@ use crate::{
     Authority, ServerConfig, agents,
     http::{Api, FAILED_SIGN_INS_MAX, Limit, Peer, TOKEN_REQUESTS_MAX, router},
     listener::{Secured, listen},
+    smtp::Smtp,
     token_key::TokenKey,
 };
 
@@ -123,19 +125,22 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     let pki_dir = config.data_dir.join("pki");
     let authority = Authority::open(&pki_dir)?;
     let token_key = TokenKey::open(&pki_dir)?;
+    let name = config.names.first().map_or("localhost", String::as_str);
     let (api_tls, agent_tls) = (authority.api_tls(&config.names)?, authority.agent_tls(&config.names)?);
+    // A configuration that cannot work is told before anything begins.
+    let smtp = config.smtp.as_ref().map(|smtp| Smtp::open(smtp, name)).transpose()?;
     let api_listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
     let agent_listener = TcpListener::bind(config.agent_listen)
         .await
         .with_context(|| format!("listen on {}", config.agent_listen))?;
     let (api_address, agent_address) = (api_listener.local_addr()?, agent_listener.local_addr()?);
-    let name = config.names.first().map_or("localhost", String::as_str);
     let agent_endpoint = if config.agent_endpoint.is_empty() {
         format!("{name}:{}", agent_address.port())
     } else {
         config.agent_endpoint.clone()
     };
+    let vault_name = vault.name.clone();
     let api = Arc::new(Api {
         control: control.clone(),
         authority,
@@ -153,6 +158,10 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     let tasks = TaskTracker::new();
     tasks.spawn(agents::serve(agent_listener, agent_tls, control.clone(), stop.clone()));
     tasks.spawn(serve_api(api_listener, api_tls, router(api), stop.clone()));
+    if let (Some(sender), Some(smtp)) = (smtp, &config.smtp) {
+        let alerts = Alerts::new(control.clone(), Arc::new(sender), smtp.owners.clone(), vault_name);
+        tasks.spawn(alerts.run(stop.clone()));
+    }
     tasks.spawn(control.clone().run_reconcilers(stop.clone()));
     let resumed = control.resume_jobs().await?;
     tracing::info!(%api_address, %agent_address, resumed, "the server is ready");

@@ -2,76 +2,28 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
 
-use std::{net::SocketAddr, sync::Arc};
+mod support;
+
+use std::sync::Arc;
 
 use base64::{
     Engine as _,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
 };
 use mainstay_api::{
-    Client, Connection, arm,
+    arm,
     v1::{ServicePrincipal, ServicePrincipalRequest},
 };
-use mainstay_control::{Clock, ManualClock, SystemClock};
-use mainstay_server::{Running, ServerConfig, initialize, run_with_clock};
+use mainstay_control::{ManualClock, SystemClock};
 use reqwest::{Response, StatusCode, header};
 use serde_json::Value;
+use support::Server;
 
 const HOUR_MS: i64 = 3_600_000;
 const PRINCIPALS: &str = "/api/v1/servicePrincipals";
 const SCOPE: &str = "https://management.azure.com/.default";
 
-struct Server {
-    _dir: tempfile::TempDir,
-    running: Running,
-    url: String,
-    tenant: String,
-    authority_pem: String,
-    http: reqwest::Client,
-    administrator: Client,
-}
-
 impl Server {
-    async fn start(clock: Arc<dyn Clock>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        let config = ServerConfig {
-            data_dir: dir.path().join("server"),
-            listen: anywhere,
-            agent_listen: anywhere,
-            ..ServerConfig::default()
-        };
-        let made = initialize(&config, "group", "vault").await.unwrap();
-        let running = run_with_clock(&config, clock).await.unwrap();
-        let url = format!("https://127.0.0.1:{}", running.api_address.port());
-        let connection = Connection {
-            url: url.clone(),
-            authority_pem: made.authority_pem.clone(),
-            token: made.token.unwrap().0,
-        };
-        let administrator = Client::new(&connection).unwrap();
-        let authority = reqwest::Certificate::from_pem(made.authority_pem.as_bytes()).unwrap();
-        let http = reqwest::Client::builder().tls_certs_only([authority]).build().unwrap();
-        Self {
-            _dir: dir,
-            running,
-            url,
-            tenant: made.vault.subscription,
-            authority_pem: made.authority_pem,
-            http,
-            administrator,
-        }
-    }
-
-    fn client(&self, token: &str) -> Client {
-        let connection = Connection {
-            url: self.url.clone(),
-            authority_pem: self.authority_pem.clone(),
-            token: token.to_owned(),
-        };
-        Client::new(&connection).unwrap()
-    }
-
     async fn principal(&self, role: &str, days: Option<u32>) -> ServicePrincipal {
         let request = ServicePrincipalRequest { name: "script".to_owned(), role: role.to_owned(), days };
         self.administrator.post(PRINCIPALS, &request).await.unwrap()

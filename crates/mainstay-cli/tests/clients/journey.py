@@ -10,55 +10,14 @@ import json
 import sys
 import time
 
-from azure.core.credentials import AccessToken
-from azure.core.pipeline.policies import SansIOHTTPPolicy
 from azure.mgmt.recoveryservices import RecoveryServicesClient
 from azure.mgmt.recoveryservicessiterecovery import SiteRecoveryManagementClient, models
+
+from connection import options_of
 
 POLL = 1
 # In software emulation on a busy machine a guest takes its time.
 PATIENCE = 600
-
-
-class StaticToken:
-    """What azure-identity would do, with a token of the server's own."""
-
-    def __init__(self, token):
-        self.token = token
-
-    def get_token(self, *_scopes, **_options):
-        return AccessToken(self.token, int(time.time()) + 24 * 3600)
-
-
-class Recorder(SansIOHTTPPolicy):
-    """Writes down what goes over the wire, without the token."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.file = open(path, "w", encoding="utf-8")
-
-    def on_response(self, request, response):
-        sent, got = request.http_request, response.http_response
-        body = sent.content if hasattr(sent, "content") else sent.data
-        got.read()
-        text = got.text()
-        self.file.write(
-            json.dumps(
-                {
-                    "method": sent.method,
-                    "url": sent.url,
-                    "request_headers": {
-                        key.lower(): value for key, value in sent.headers.items() if key != "Authorization"
-                    },
-                    "request_body": json.loads(body) if body else None,
-                    "status": got.status_code,
-                    "response_headers": {key.lower(): value for key, value in got.headers.items()},
-                    "response_body": json.loads(text) if text else None,
-                }
-            )
-            + "\n"
-        )
-        self.file.flush()
 
 
 def told(step, **what):
@@ -80,18 +39,9 @@ def wait(what, probe):
 def main():
     lab = json.load(open(sys.argv[1], encoding="utf-8"))
     vm_name = sys.argv[2]
-    version = {"api_version": sys.argv[4]} if len(sys.argv) > 4 else {}
     group, vault = lab["resource_group"], lab["vault"]
     where = (group, vault)
-    options = {
-        "credential": StaticToken(lab["token"]),
-        "subscription_id": lab["subscription"],
-        "base_url": lab["url"],
-        "connection_verify": lab["ca_file"],
-        "polling_interval": POLL,
-        "per_retry_policies": [Recorder(sys.argv[3])],
-        **version,
-    }
+    options = options_of(lab, sys.argv[3], *sys.argv[4:])
     vaults = RecoveryServicesClient(**options)
     client = SiteRecoveryManagementClient(**options)
 

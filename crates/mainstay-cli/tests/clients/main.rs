@@ -35,16 +35,22 @@ fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// A lab with a guest that writes; taken down whatever happens.
-async fn with_lab(name: &str, work: impl AsyncFnOnce(&mut Lab, &Path) -> Result<()>) -> Result<()> {
+/// A lab, with a guest that writes or without; taken down whatever happens.
+async fn with_lab(
+    name: &str,
+    has_guest: bool,
+    work: impl AsyncFnOnce(&mut Lab, &Path) -> Result<()>,
+) -> Result<()> {
     // Not beneath a test's own directory: the lab's machines may run as another account, which must get through.
     let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
     let options = LabOptions::without_guests(PathBuf::from(env!("CARGO_BIN_EXE_mainstay")))?;
     let done = match Lab::up(&dir, &options).await {
         Ok(mut lab) => {
-            let vm = LedgerVm { network: Some(lab.network(HOME)?), ..LedgerVm::new(VM) };
-            lab.add(&vm, &|_, _| Ok(())).await?;
-            lab.ledger(VM, LedgerCopy::Active, PATIENCE).await?;
+            if has_guest {
+                let vm = LedgerVm { network: Some(lab.network(HOME)?), ..LedgerVm::new(VM) };
+                lab.add(&vm, &|_, _| Ok(())).await?;
+                lab.ledger(VM, LedgerCopy::Active, PATIENCE).await?;
+            }
             work(&mut lab, &dir).await
         }
         Err(error) => Err(error),
@@ -106,7 +112,7 @@ fn clients() -> PathBuf {
 /// A program of a client: the interpreter and the script, ready for the arguments.
 type Client = fn() -> Command;
 
-fn python_script(script: &str) -> Command {
+fn python_program(script: &str) -> Command {
     let mut program = Command::new(repository().join(".cache/tools/bin/python"));
     program.arg(clients().join(script));
     // Nothing is written into the repository.
@@ -115,7 +121,7 @@ fn python_script(script: &str) -> Command {
 }
 
 fn python() -> Command {
-    python_script("journey.py")
+    python_program("journey.py")
 }
 
 fn node(script: &str) -> Command {
@@ -134,7 +140,7 @@ fn javascript() -> Command {
 async fn tutorial(name: &str, client: Client, version: Option<&str>) -> Result<()> {
     let recordings = tempfile::tempdir()?;
     let recording = recordings.path().join("recording.jsonl");
-    with_lab(&format!("{name}-{}", version.unwrap_or("default")), async |lab, dir| {
+    with_lab(&format!("{name}-{}", version.unwrap_or("default")), true, async |lab, dir| {
         let mut program = client();
         program.arg(dir.join("lab.json")).arg(VM).arg(&recording).args(version);
         program.env("NODE_EXTRA_CA_CERTS", &lab.file().ca_file);
@@ -145,11 +151,16 @@ async fn tutorial(name: &str, client: Client, version: Option<&str>) -> Result<(
         journey(program, &STEPS.map(|(name, _)| name), look).await
     })
     .await?;
-    if version == Some(PINNED) { judge(&recording, 40, 26) } else { Ok(()) }
+    if version == Some(PINNED) { judge(&recording, JOURNEY) } else { Ok(()) }
 }
 
-/// Judges what was recorded, which is so many pairs of so many operations at least: fewer were not recorded, or not judged.
-fn judge(recording: &Path, judged_min: u64, operations_min: usize) -> Result<()> {
+/// What was judged at least, pairs and operations; fewer were not recorded, or not judged.
+type Judged = (u64, usize);
+const JOURNEY: Judged = (40, 26);
+const OPERATIONS: Judged = (35, 30);
+const PLAN: Judged = (30, 14);
+
+fn judge(recording: &Path, (judged_min, operations_min): Judged) -> Result<()> {
     let output = node("judge.mjs").arg(clients().join("openapi")).arg(recording).output()?;
     ensure!(output.status.success(), "oav: {}", String::from_utf8_lossy(&output.stderr));
     let outcome: Value = serde_json::from_slice(&output.stdout)
@@ -197,7 +208,7 @@ async fn the_python_sdk_carries_out_a_recovery_plan_by_the_official_files() -> R
     ];
     let recordings = tempfile::tempdir()?;
     let recording = recordings.path().join("recording.jsonl");
-    with_lab("plan", async |lab, dir| {
+    with_lab("plan", true, async |lab, dir| {
         let second = LedgerVm { network: Some(lab.network(HOME)?), ..LedgerVm::new("vm2") };
         lab.add(&second, &|_, _| Ok(())).await?;
         lab.ledger("vm2", LedgerCopy::Active, PATIENCE).await?;
@@ -212,7 +223,7 @@ async fn the_python_sdk_carries_out_a_recovery_plan_by_the_official_files() -> R
         for vm in [VM, "vm2"] {
             mainstay(&["protect", vm, "--policy", "often"])?;
         }
-        let mut program = python_script("plan.py");
+        let mut program = python_program("plan.py");
         program.arg(dir.join("lab.json")).arg(format!("{VM},vm2")).arg(&recording).arg(PINNED);
         let look = async |step: &str| {
             if step == "manual-action" {
@@ -239,5 +250,25 @@ async fn the_python_sdk_carries_out_a_recovery_plan_by_the_official_files() -> R
         journey(program, &STEPS.map(|(name, _)| name), look).await
     })
     .await?;
-    judge(&recording, 30, 14)
+    judge(&recording, PLAN)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_small_operations_are_as_the_official_files_say() -> Result<()> {
+    for version in [None, Some(PINNED)] {
+        let recordings = tempfile::tempdir()?;
+        let recording = recordings.path().join("recording.jsonl");
+        with_lab(&format!("operations-{}", version.unwrap_or("default")), false, async |_, dir| {
+            let mut program = python_program("operations.py");
+            program.arg(dir.join("lab.json")).arg(&recording).args(version);
+            let output = program.output()?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            Ok(())
+        })
+        .await?;
+        if version.is_some() {
+            judge(&recording, OPERATIONS)?;
+        }
+    }
+    Ok(())
 }

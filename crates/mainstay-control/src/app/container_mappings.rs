@@ -3,7 +3,7 @@
 use mainstay_model::ConfigurationChange;
 use serde::{Deserialize, Serialize};
 
-use super::{Requester, check_name};
+use super::{FabricRecord, Requester, check_name};
 use crate::{
     Control, ControlError,
     db::{ConfigurationJob, Resource, ResourceKind},
@@ -43,8 +43,33 @@ impl Control {
         check_name("container mapping", name)?;
         let fabric = self.fabric(fabric).await?;
         let policy = self.policy(policy).await?;
-        let recovery_fabric = match recovery_fabric {
-            Some(recovery_fabric) => self.fabric(recovery_fabric).await?,
+        let recovery_fabric = self.recovery_fabric(&fabric, recovery_fabric).await?;
+        let record = ContainerMappingRecord {
+            name: name.to_owned(),
+            fabric: fabric.name,
+            recovery_fabric: recovery_fabric.name,
+            policy: policy.name,
+        };
+        let present: Option<ContainerMappingRecord> = self.db.resource(&Resource::name(&record)).await?;
+        if let Some(present) = present.filter(|present| *present != record) {
+            self.check_unused(&present).await?;
+        }
+        let job = self.configuration_job(ConfigurationChange::AssociatePolicy, &record.policy, by);
+        let mut transaction = self.db.begin().await?;
+        transaction.put_resource(&record).await?;
+        transaction.put_configuration_job(&job).await?;
+        transaction.commit().await?;
+        Ok(job)
+    }
+
+    /// The recovery site that a mapping of a fabric means: the named one, or the only other one.
+    pub(super) async fn recovery_fabric(
+        &self,
+        fabric: &FabricRecord,
+        name: Option<&str>,
+    ) -> Result<FabricRecord, ControlError> {
+        let found = match name {
+            Some(name) => self.fabric(name).await?,
             None => {
                 let mut others = self.fabrics().await?;
                 others.retain(|other| other.id != fabric.id);
@@ -54,31 +79,37 @@ impl Control {
                         return Err(ControlError::invalid(
                             "RecoveryFabricAmbiguous",
                             format!("fabric '{}' could be recovered in {count} fabrics", fabric.name),
-                            "Name the recovery fabric's container by its resource id.",
+                            "Name the recovery fabric, or a resource of it by its id.",
                         ));
                     }
                 }
             }
         };
-        if recovery_fabric.id == fabric.id {
+        if found.id == fabric.id {
             return Err(ControlError::invalid(
                 "SameFabric",
                 format!("fabric '{}' cannot be its own recovery site", fabric.name),
                 "Choose another fabric.",
             ));
         }
-        let record = ContainerMappingRecord {
-            name: name.to_owned(),
-            fabric: fabric.name,
-            recovery_fabric: recovery_fabric.name,
-            policy: policy.name,
-        };
-        let job = self.configuration_job(ConfigurationChange::AssociatePolicy, &record.policy, by);
-        let mut transaction = self.db.begin().await?;
-        transaction.put_resource(&record).await?;
-        transaction.put_configuration_job(&job).await?;
-        transaction.commit().await?;
-        Ok(job)
+        Ok(found)
+    }
+
+    /// Refuses to touch a mapping that an item is replicated by.
+    async fn check_unused(&self, mapping: &ContainerMappingRecord) -> Result<(), ControlError> {
+        let items = self.db.items().await?;
+        let user = items.iter().find(|item| {
+            item.fabric.eq_ignore_ascii_case(&mapping.fabric)
+                && item.recovery_fabric.eq_ignore_ascii_case(&mapping.recovery_fabric)
+                && item.policy.eq_ignore_ascii_case(&mapping.policy)
+        });
+        if let Some(item) = user {
+            return Err(ControlError::Conflict(format!(
+                "mapping '{}' is used by the replicated item '{}'",
+                mapping.name, item.name
+            )));
+        }
+        Ok(())
     }
 
     /// All mappings.
@@ -104,18 +135,7 @@ impl Control {
         by: Requester,
     ) -> Result<ConfigurationJob, ControlError> {
         let mapping = self.container_mapping(fabric, name).await?;
-        let items = self.db.items().await?;
-        let user = items.iter().find(|item| {
-            item.fabric.eq_ignore_ascii_case(&mapping.fabric)
-                && item.recovery_fabric.eq_ignore_ascii_case(&mapping.recovery_fabric)
-                && item.policy.eq_ignore_ascii_case(&mapping.policy)
-        });
-        if let Some(item) = user {
-            return Err(ControlError::Conflict(format!(
-                "mapping '{name}' is used by the replicated item '{}'",
-                item.name
-            )));
-        }
+        self.check_unused(&mapping).await?;
         let mut transaction = self.db.begin().await?;
         transaction.remove_resource::<ContainerMappingRecord>(&Resource::name(&mapping)).await?;
         let job = self.configuration_job(ConfigurationChange::DissociatePolicy, &mapping.policy, by);

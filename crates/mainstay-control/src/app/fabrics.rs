@@ -94,6 +94,11 @@ impl Control {
                     .await?;
             }
         }
+        for mapping in transaction.resources::<super::NetworkMappingRecord>().await? {
+            if is_named(&mapping.fabric) || is_named(&mapping.recovery_fabric) {
+                transaction.remove_resource::<super::NetworkMappingRecord>(&Resource::name(&mapping)).await?;
+            }
+        }
         transaction.remove_resource::<FabricRecord>(name).await?;
         let job = self.configuration_job(ConfigurationChange::DeleteFabric, name, by);
         transaction.put_configuration_job(&job).await?;

@@ -1,8 +1,8 @@
 //! Replicated items: protecting a VM, and every verb on what is protected.
 
 use mainstay_model::{
-    Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId, ReplicationPolicy,
-    VmId, replication_health, rpo_seconds,
+    ConfigurationChange, Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId,
+    ReplicationPolicy, VmId, replication_health, rpo_seconds,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::ProtectableItem;
 use crate::{
     Control, ControlError,
-    db::{DiskRecord, ItemRecord, JobRecord, ReplicationRecord, TargetRecord},
+    db::{ConfigurationJob, DiskRecord, ItemRecord, JobRecord, ReplicationRecord, TargetRecord},
     jobs::JobRequest,
     workflows::{
         DisableParams, FailbackParams, FailoverParams, PointChoice, TestFailoverParams, UpdateParams,
@@ -114,6 +114,7 @@ impl Control {
             created_ms: self.clock.now_ms(),
             last_failover_ms: None,
             last_test_failover_ms: None,
+            resolved_errors: Vec::new(),
             version: 1,
         };
         let request =
@@ -228,6 +229,68 @@ impl Control {
             .await
     }
 
+    /// Cancels the failover or failback that is under way; after its point of no return, and when it has ended, there is
+    /// nothing to cancel.
+    pub async fn cancel_failover(
+        self: &std::sync::Arc<Self>,
+        item: &ItemRecord,
+    ) -> Result<JobRecord, ControlError> {
+        let running = item.state.running.filter(|running| {
+            matches!(
+                running.operation,
+                Operation::PlannedFailover | Operation::UnplannedFailover | Operation::Failback
+            )
+        });
+        match running {
+            Some(running) => self.cancel_job(running.job).await,
+            None => Err(ControlError::NotAllowed {
+                reason: format!("no failover of '{}' is under way", item.vm_name),
+                allowed: item.state.allowed_operations(),
+            }),
+        }
+    }
+
+    /// Puts health errors out of sight, all of them or none. Only those that tell of something to do rather than of something
+    /// broken can be.
+    pub async fn resolve_health_errors(
+        &self,
+        item: &ItemRecord,
+        codes: &[String],
+        by: Requester,
+    ) -> Result<ConfigurationJob, ControlError> {
+        let (_, mut present, _) = self.item_health(item).await?;
+        present.extend(rehearsal_warning(item));
+        for code in codes {
+            let known: Vec<_> = present.iter().map(|error| error.code.as_str()).collect();
+            if !known.contains(&code.as_str()) {
+                return Err(ControlError::invalid(
+                    "HealthErrorNotFound",
+                    format!("'{}' has no health error '{code}'", item.vm_name),
+                    format!("Its health errors are: {}.", known.join(", ")),
+                ));
+            }
+            if !is_resolvable(code) {
+                return Err(ControlError::invalid(
+                    "HealthErrorNotResolvable",
+                    format!("health error '{code}' of '{}' goes away with its cause only", item.vm_name),
+                    "Do what the error recommends.",
+                ));
+            }
+        }
+        let job = self.configuration_job(ConfigurationChange::ResolveHealthErrors, &item.vm_name, by);
+        let mut transaction = self.db.begin().await?;
+        let found = transaction.item(item.id).await?;
+        let mut found =
+            found.ok_or_else(|| ControlError::not_found("replicated item", item.name.as_str()))?;
+        found.resolved_errors.extend(codes.iter().cloned());
+        found.resolved_errors.sort();
+        found.resolved_errors.dedup();
+        transaction.update_item(&found).await?;
+        transaction.put_configuration_job(&job).await?;
+        transaction.commit().await?;
+        Ok(job)
+    }
+
     /// Begins a failback.
     pub async fn failback(
         self: &std::sync::Arc<Self>,
@@ -340,8 +403,32 @@ impl Control {
     }
 }
 
+/// Code of the warning that a failover was never rehearsed; the service's.
+const NOT_REHEARSED: &str = "161011";
+
+/// Whether a person may put a health error out of sight.
+pub fn is_resolvable(code: &str) -> bool {
+    code == NOT_REHEARSED
+}
+
+/// The warning about an item whose failover was never rehearsed, unless somebody has put it out of sight.
+pub fn rehearsal_warning(item: &ItemRecord) -> Option<HealthError> {
+    let is_silent =
+        item.last_test_failover_ms.is_some() || item.resolved_errors.iter().any(|code| code == NOT_REHEARSED);
+    (!is_silent).then(|| HealthError {
+        code: NOT_REHEARSED.to_owned(),
+        level: Health::Warning,
+        message: format!(
+            "No successful test failover has been done on the virtual machine '{}'.",
+            item.vm_name
+        ),
+        possible_causes: "No test failover was done and cleaned up since the VM is replicated.".to_owned(),
+        recommended_action: "Do a test failover on the virtual machine.".to_owned(),
+    })
+}
+
 /// Smallest memory of a recovery VM: less boots nothing.
-const MEMORY_BYTES_MIN: u64 = 16 << 20;
+pub const MEMORY_BYTES_MIN: u64 = 16 << 20;
 
 fn check_target(item: &ItemRecord, target: &TargetRecord) -> Result<(), ControlError> {
     if target.name.trim().is_empty() {
@@ -377,7 +464,8 @@ fn check_target(item: &ItemRecord, target: &TargetRecord) -> Result<(), ControlE
     Ok(())
 }
 
-fn check_address(address: &str) -> Result<(), ControlError> {
+/// Checks an address with its prefix length.
+pub fn check_address(address: &str) -> Result<(), ControlError> {
     let parsed = address.split_once('/').and_then(|(ip, prefix)| {
         let ip: std::net::IpAddr = ip.parse().ok()?;
         let prefix: u8 = prefix.parse().ok()?;

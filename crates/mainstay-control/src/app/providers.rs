@@ -84,13 +84,8 @@ impl Control {
         Ok((record, TokenSecret(secret)))
     }
 
-    /// Registers a host that shows a valid key. A host that registers again under the same name keeps its identity.
-    pub async fn register_host(
-        &self,
-        secret: &str,
-        name: &str,
-        version: &str,
-    ) -> Result<ProviderRecord, ControlError> {
+    /// The key that a secret opens, unless it has expired.
+    pub async fn registration_key(&self, secret: &str) -> Result<RegistrationKeyRecord, ControlError> {
         let key: RegistrationKeyRecord = self.db.resource(&digest(secret)).await?.ok_or_else(|| {
             ControlError::invalid(
                 "RegistrationKeyInvalid",
@@ -98,14 +93,25 @@ impl Control {
                 "Make a new one with `mainstay host key --fabric FABRIC` and copy it whole.",
             )
         })?;
-        let now_ms = self.clock.now_ms();
-        if now_ms >= key.expires_ms {
+        if self.clock.now_ms() >= key.expires_ms {
             return Err(ControlError::invalid(
                 "RegistrationKeyExpired",
                 format!("the registration key of fabric '{}' has expired", key.fabric),
                 "Make a new one with `mainstay host key --fabric FABRIC`.",
             ));
         }
+        Ok(key)
+    }
+
+    /// Registers a host that shows a valid key. A host that registers again under the same name keeps its identity.
+    pub async fn register_host(
+        &self,
+        secret: &str,
+        name: &str,
+        version: &str,
+    ) -> Result<ProviderRecord, ControlError> {
+        let key = self.registration_key(secret).await?;
+        let now_ms = self.clock.now_ms();
         super::check_name("host", name)?;
         let present: Vec<ProviderRecord> = self.db.resources().await?;
         let present = present.into_iter().find(|provider| {

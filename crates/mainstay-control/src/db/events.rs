@@ -47,6 +47,25 @@ pub struct AuditRecord {
     pub is_allowed: bool,
 }
 
+/// Code of events about alerts themselves; they are not alerted of.
+pub const ALERTS_FAILED: &str = "AlertDelivery";
+
+/// An event is not owed to anybody, or no longer.
+const SETTLED: i64 = 0;
+/// An event is owed and in no mail yet.
+const OWED: i64 = 1;
+/// An event is in the mail that is being sent.
+const CLAIMED: i64 = 2;
+
+/// Events that are in the mail to be sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwedAlerts {
+    /// How many there are.
+    pub count: usize,
+    /// The newest of them, newest first.
+    pub newest: Vec<EventRecord>,
+}
+
 /// Records answered by one listing at most.
 const LIST_MAX: i64 = 1000;
 
@@ -70,14 +89,76 @@ impl Db {
     }
 }
 
+impl Db {
+    /// How many events are owed to somebody.
+    pub async fn owed_alerts(&self) -> Result<i64, DbError> {
+        let row = sqlx::query("SELECT COUNT(*) AS count FROM events WHERE alert > $1")
+            .bind(SETTLED)
+            .fetch_one(&self.pool)
+            .await?;
+        Ok(row.try_get("count")?)
+    }
+
+    /// Puts what is owed into one mail, together with what was in one that was never sent, and answers it. What is older than
+    /// `from_ms` is no longer owed.
+    pub async fn claim_alerts(&self, from_ms: i64, count_max: usize) -> Result<OwedAlerts, DbError> {
+        // The usual case: it must not cost a write.
+        if self.owed_alerts().await? == 0 {
+            return Ok(OwedAlerts { count: 0, newest: Vec::new() });
+        }
+        let mut transaction = self.begin().await?;
+        for (from, to, before_ms) in
+            [(OWED, SETTLED, from_ms), (CLAIMED, SETTLED, from_ms), (OWED, CLAIMED, i64::MAX)]
+        {
+            sqlx::query("UPDATE events SET alert = $1 WHERE alert = $2 AND time_ms < $3")
+                .bind(to)
+                .bind(from)
+                .bind(before_ms)
+                .execute(&mut *transaction.inner)
+                .await?;
+        }
+        let count: i64 = sqlx::query("SELECT COUNT(*) AS count FROM events WHERE alert = $1")
+            .bind(CLAIMED)
+            .fetch_one(&mut *transaction.inner)
+            .await?
+            .try_get("count")?;
+        let rows = sqlx::query(
+            "SELECT id, document FROM events WHERE alert = $1 ORDER BY time_ms DESC, id DESC LIMIT $2",
+        )
+        .bind(CLAIMED)
+        .bind(i64::try_from(count_max).unwrap_or(i64::MAX))
+        .fetch_all(&mut *transaction.inner)
+        .await?;
+        transaction.commit().await?;
+        let newest = rows
+            .iter()
+            .map(|row| decode("event", row.try_get("id")?, row.try_get("document")?))
+            .collect::<Result<_, _>>()?;
+        Ok(OwedAlerts { count: usize::try_from(count).unwrap_or_default(), newest })
+    }
+
+    /// What was in the mail has been told.
+    pub async fn forget_alerts(&self) -> Result<(), DbError> {
+        let mut transaction = self.begin().await?;
+        sqlx::query("UPDATE events SET alert = $1 WHERE alert = $2")
+            .bind(SETTLED)
+            .bind(CLAIMED)
+            .execute(&mut *transaction.inner)
+            .await?;
+        transaction.commit().await
+    }
+}
+
 impl Transaction {
     /// Adds an event.
     pub async fn add_event(&mut self, event: &EventRecord) -> Result<(), DbError> {
-        sqlx::query("INSERT INTO events (id, time_ms, item, document) VALUES ($1, $2, $3, $4)")
+        let is_owed = event.severity >= Health::Warning && event.code != ALERTS_FAILED;
+        sqlx::query("INSERT INTO events (id, time_ms, item, document, alert) VALUES ($1, $2, $3, $4, $5)")
             .bind(&event.id)
             .bind(event.time_ms)
             .bind(&event.affected_object)
             .bind(encode("event", &event.id, event)?)
+            .bind(if is_owed { OWED } else { SETTLED })
             .execute(&mut *self.inner)
             .await?;
         Ok(())

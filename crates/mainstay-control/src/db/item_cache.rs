@@ -117,6 +117,7 @@ mod tests {
 
     fn item(number: u128) -> ItemRecord {
         ItemRecord {
+            resolved_errors: Vec::new(),
             id: ItemId(Uuid::from_u128(number)),
             name: format!("Item-{number:03}"),
             vm_name: "vm".to_owned(),

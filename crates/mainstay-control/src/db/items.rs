@@ -58,6 +58,9 @@ pub struct ItemRecord {
     pub last_failover_ms: Option<i64>,
     /// When a test failover was last cleaned up.
     pub last_test_failover_ms: Option<i64>,
+    /// Codes of health errors that somebody has seen and wants out of sight.
+    #[serde(default)]
+    pub resolved_errors: Vec<String>,
     /// Counts writes; managed by the database.
     pub version: i64,
 }

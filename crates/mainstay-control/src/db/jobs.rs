@@ -230,7 +230,7 @@ pub enum JobCondition {
 }
 
 impl JobCondition {
-    fn push(&self, query: &mut QueryBuilder<Sqlite>) {
+    pub(super) fn push(&self, query: &mut QueryBuilder<Sqlite>) {
         match self {
             Self::All(parts) => push_joined(query, parts, " AND ", "1 = 1"),
             Self::Any(parts) => push_joined(query, parts, " OR ", "1 = 0"),

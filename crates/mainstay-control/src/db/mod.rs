@@ -4,6 +4,7 @@
 //! conditional on the version that was read, so that two writers never overwrite each other. Placeholders
 //! are `$1`, types are `TEXT` and `BIGINT`: the text is the same for SQLite and PostgreSQL.
 
+mod counts;
 mod events;
 mod item_cache;
 mod items;
@@ -20,7 +21,7 @@ use sqlx::{
 
 use item_cache::{Announcement, ItemCache};
 
-pub use events::{AuditRecord, EventRecord};
+pub use events::{ALERTS_FAILED, AuditRecord, EventRecord, OwedAlerts};
 pub use items::{
     DiskRecord, FailoverRecord, ItemRecord, ReplicationRecord, StandDownRecord, TargetRecord, VmCopy,
 };
@@ -108,6 +109,9 @@ const MIGRATIONS: &[&str] = &["
     CREATE INDEX jobs_created ON jobs (created_ms, id);
     DROP INDEX jobs_state;
     CREATE INDEX jobs_state ON jobs (state, created_ms, id);
+", "
+    ALTER TABLE events ADD COLUMN alert BIGINT NOT NULL DEFAULT 0;
+    CREATE INDEX events_alert ON events (alert, time_ms, id);
 "];
 
 impl Db {

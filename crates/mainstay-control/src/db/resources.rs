@@ -26,6 +26,14 @@ pub enum ResourceKind {
     RecoveryPlan,
     /// A service principal, named by its client id.
     ServicePrincipal,
+    /// Jobs offered for download, named by the job that did it.
+    JobExport,
+    /// A mapping of a network to one of a recovery site.
+    NetworkMapping,
+    /// Who is told of what goes wrong.
+    AlertSetting,
+    /// Settings that the vault keeps for its clients.
+    VaultSetting,
 }
 
 impl ResourceKind {
@@ -40,6 +48,10 @@ impl ResourceKind {
             Self::RegistrationKey => "registration-key",
             Self::RecoveryPlan => "recovery-plan",
             Self::ServicePrincipal => "service-principal",
+            Self::JobExport => "job-export",
+            Self::NetworkMapping => "network-mapping",
+            Self::AlertSetting => "alert-setting",
+            Self::VaultSetting => "vault-setting",
         }
     }
 }
@@ -76,6 +88,16 @@ impl Db {
 }
 
 impl Transaction {
+    /// All resources of a kind, by name.
+    pub async fn resources<R: Resource>(&mut self) -> Result<Vec<R>, DbError> {
+        let kind = R::KIND.key();
+        let rows = sqlx::query("SELECT name, document FROM resources WHERE kind = $1 ORDER BY name")
+            .bind(kind)
+            .fetch_all(&mut *self.inner)
+            .await?;
+        rows.iter().map(|row| decode(kind, row.try_get("name")?, row.try_get("document")?)).collect()
+    }
+
     /// Reads a resource by name.
     pub async fn resource<R: Resource>(&mut self, name: &str) -> Result<Option<R>, DbError> {
         let kind = R::KIND.key();

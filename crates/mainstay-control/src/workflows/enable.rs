@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::points::PointChoice;
 use crate::{
+    app::mapped,
     db::{DiskRecord, JobError},
     jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
 };
@@ -139,8 +140,11 @@ impl StepAction for IdentifyTarget {
             .filter(|network| network.kind == NetworkKind::Production)
             .map(|network| network.name.clone())
             .collect();
-        // The network of the same name, else the only one there is.
-        let mapped = |name: &str| match networks.as_slice() {
+        let mappings = step.control.network_mappings().await?;
+        let by_mapping =
+            |name: &str| mapped(&mappings, &item.fabric, &item.recovery_fabric, name).map(str::to_owned);
+        // Without a mapping the network of the same name, else the only one there is.
+        let by_name = |name: &str| match networks.as_slice() {
             _ if name.is_empty() => None,
             networks if networks.iter().any(|network| network == name) => Some(name.to_owned()),
             [only] => Some(only.clone()),
@@ -151,7 +155,7 @@ impl StepAction for IdentifyTarget {
         for (mac, network) in checked.nics {
             let plan = NicPlan {
                 mac: mac.clone(),
-                network: mapped(&network),
+                network: by_mapping(&network).or_else(|| by_name(&network)),
                 mac_policy: MacPolicy::Keep,
                 address: None,
             };
@@ -159,7 +163,7 @@ impl StepAction for IdentifyTarget {
                 done = done.warning(JobError::new(
                     "NetworkNotMapped",
                     format!("the recovery site has no network '{network}' for adapter {mac}; it would not be connected"),
-                    "Choose a network of the recovery site in the item's network settings.",
+                    "Map the network, or choose a network of the recovery site in the item's network settings.",
                 ));
             }
             nics.push(plan);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use mainstay_model::{Generation, Health, PointId};
 use mainstay_provider::{
-    ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, NicPlan, PowerState, ReadPower, RemoveRecoveryVm,
+    ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, PowerState, ReadPower, RemoveRecoveryVm,
     ShutDownVm, ShutdownOutcome, StartVm,
 };
 use serde::{Deserialize, Serialize};
@@ -162,8 +162,8 @@ pub(super) async fn check_target(step: &StepContext<'_>, item: &ItemRecord) -> R
             "Change the target name in the item's compute settings, or rename that VM.",
         ));
     }
-    for nic in &item.target.nics {
-        if let Some(network) = nic.network.as_ref().or(item.target.network.as_ref())
+    for nic in step.control.planned_nics(item).await? {
+        if let Some(network) = &nic.network
             && !target.inventory.networks.iter().any(|known| known.name == *network)
         {
             return Err(JobError::new(
@@ -432,22 +432,11 @@ pub(super) async fn create_recovery_vm(
         disks,
         vcpus: item.target.vcpus,
         memory_bytes: item.target.memory_bytes,
-        nics: planned_nics(item),
+        nics: step.control.planned_nics(item).await?,
         autostart: item.autostart,
     };
     step.call(item.recovery_provider, create, Patience::OUTAGE).await?;
     Ok(())
-}
-
-fn planned_nics(item: &ItemRecord) -> Vec<NicPlan> {
-    item.target
-        .nics
-        .iter()
-        .map(|nic| NicPlan {
-            network: nic.network.clone().or_else(|| item.target.network.clone()),
-            ..nic.clone()
-        })
-        .collect()
 }
 
 pub(super) struct StartRecoveryVm;
@@ -466,7 +455,8 @@ impl StepAction for StartRecoveryVm {
                 "Look at its console and at the hypervisor's log.",
             ));
         }
-        let planned: Vec<_> = planned_nics(&item).into_iter().filter(|nic| nic.address.is_some()).collect();
+        let mut planned = step.control.planned_nics(&item).await?;
+        planned.retain(|nic| nic.address.is_some());
         if planned.is_empty() {
             return Ok(Done::default());
         }

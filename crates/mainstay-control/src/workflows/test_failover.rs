@@ -21,8 +21,15 @@ use crate::{
 pub struct TestFailoverParams {
     /// The recovery point.
     pub point: PointChoice,
-    /// A network to attach to instead of an isolated one.
+    /// A network to attach to instead of what the item's settings say; empty = an isolated one.
     pub network: Option<String>,
+}
+
+impl TestFailoverParams {
+    fn network_for(&self, item: &ItemRecord) -> Option<String> {
+        let network = self.network.as_ref().or(item.target.test_network.as_ref());
+        network.filter(|network| !network.is_empty()).cloned()
+    }
 }
 
 pub(super) fn steps() -> Vec<Step> {
@@ -73,7 +80,7 @@ impl StepAction for CheckPrerequisites {
         let item = step.item().await?;
         let params: TestFailoverParams = step.params()?;
         let target = step.call(item.recovery_provider, Discover {}, Patience::RESTART).await?;
-        let network = params.network.or_else(|| item.target.test_network.clone());
+        let network = params.network_for(&item);
         if let Some(network) = network
             && !target.inventory.networks.iter().any(|known| known.name == network)
         {
@@ -146,7 +153,7 @@ impl StepAction for CreateCopy {
         let params: TestFailoverParams = step.params()?;
         let begun: Begun = step.expect_output(BEGIN)?;
         let (definition, disks) = step.control.point_contents(item.id, begun.point).await?;
-        let network = params.network.or_else(|| item.target.test_network.clone());
+        let network = params.network_for(&item);
         let nics = item
             .target
             .nics

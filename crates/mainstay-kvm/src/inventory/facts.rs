@@ -40,12 +40,15 @@ pub(crate) async fn facts(host: &Host) -> Result<HostFacts, SiteError> {
     ];
     let space =
         statvfs(host.files.directory()).map_err(|error| failed(format!("asking for free space: {error}")))?;
+    let (processors, memory_bytes) = capacity(host.capabilities().await?)?;
     Ok(HostFacts {
         name: host.libvirt.hostname().await?,
         hypervisor: format!("QEMU {qemu}"),
         manager: format!("libvirt {libvirt}"),
         acceleration,
         capabilities,
+        processors,
+        memory_bytes,
         free_bytes: space.blocks_available() * space.fragment_size(),
         findings,
     })
@@ -62,6 +65,25 @@ fn app_armor_limit(capabilities: &str, libvirt: &str, is_enabled: bool) -> Optio
     )
 }
 
+/// Processors and memory in bytes, summed over the nodes of the host's memory; 0 where libvirt does not tell.
+fn capacity(capabilities: &str) -> Result<(u32, u64), SiteError> {
+    let document = roxmltree::Document::parse(capabilities);
+    let document = document.map_err(|error| failed(format!("reading libvirt's capabilities: {error}")))?;
+    let cells = document.descendants().filter(|node| node.has_tag_name("cell"));
+    let mut capacity = (0_u32, 0_u64);
+    for part in cells.flat_map(|cell| cell.children()) {
+        if part.has_tag_name("cpus") {
+            let count = part.attribute("num").and_then(|count| count.parse().ok()).unwrap_or(0);
+            capacity.0 = capacity.0.saturating_add(count);
+        }
+        if part.has_tag_name("memory") && part.attribute("unit") == Some("KiB") {
+            let kibibytes = part.text().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
+            capacity.1 = capacity.1.saturating_add(kibibytes.saturating_mul(1024));
+        }
+    }
+    Ok(capacity)
+}
+
 /// The machine types that QEMU knows on this host.
 pub(crate) async fn machines(host: &Host) -> Result<Vec<String>, SiteError> {
     let document = roxmltree::Document::parse(host.capabilities().await?);
@@ -73,6 +95,17 @@ pub(crate) async fn machines(host: &Host) -> Result<Vec<String>, SiteError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_capacity_is_summed_over_all_nodes() {
+        let cell = "<cell id='0'><memory unit='KiB'>2048</memory><cpus num='2'><cpu id='0'/></cpus></cell>";
+        let xml = format!(
+            "<capabilities><host><topology><cells num='2'>{cell}{cell}</cells></topology></host></capabilities>"
+        );
+        assert_eq!(capacity(&xml).unwrap(), (4, 4 << 20));
+        assert_eq!(capacity("<capabilities/>").unwrap(), (0, 0));
+        assert!(capacity("<").is_err());
+    }
 
     #[test]
     fn app_armor_limits_only_where_it_confines_and_libvirt_is_old() {

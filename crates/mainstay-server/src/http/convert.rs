@@ -12,18 +12,19 @@ use mainstay_api::arm::{
 };
 use mainstay_api::v1::{CycleProgress, JobStatus, TaskStatus};
 use mainstay_control::{
-    app::{ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord},
+    app::{
+        ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord,
+        is_resolvable, rehearsal_warning,
+    },
     db::{ConfigurationJob, EventRecord, ItemRecord, JobEntry, JobError, JobRecord, JobState, StepRecord},
     jobs::{Task, job_log, tasks},
-    workflows::child_job,
 };
-use mainstay_model::{
-    Ending, Health, ItemId, JobId, RecoveryPlan, StepState, projection,
-    recovery_plan::{self, ActionKind, PlanTask},
-};
+use mainstay_model::{Ending, Health, JobId, StepState, projection};
 use mainstay_provider::{Firmware, Network, Progress};
 use mainstay_store::{Consistency, PointInfo};
 use serde_json::{Value, json};
+
+use super::recovery_plans;
 
 /// RFC 3339 text of a time in milliseconds since the Unix epoch.
 pub(super) fn time_text(time_ms: i64) -> String {
@@ -281,7 +282,7 @@ fn health_error(vm: &str, error: &mainstay_model::HealthError, category: &str, t
         recovery_provider_error_message: None,
         entity_id: vm.to_owned(),
         error_id: error.code.clone(),
-        customer_resolvability: "NotAllowed".to_owned(),
+        customer_resolvability: if is_resolvable(&error.code) { "Allowed" } else { "NotAllowed" }.to_owned(),
     }
 }
 
@@ -307,21 +308,8 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
     let (test_state, test_text) = projection::test_failover_state(record.state.test_failover);
     let mut errors: Vec<_> =
         view.errors.iter().map(|error| health_error(&vm, error, "Replication", &now)).collect();
-    let is_rehearsed = record.last_test_failover_ms.is_some();
-    if !is_rehearsed {
-        let warning = mainstay_model::HealthError {
-            code: "161011".to_owned(),
-            level: Health::Warning,
-            message: format!(
-                "No successful test failover has been done on the virtual machine '{}'.",
-                record.vm_name
-            ),
-            possible_causes: "No test failover was done and cleaned up since the VM is replicated."
-                .to_owned(),
-            recommended_action: "Do a test failover on the virtual machine.".to_owned(),
-        };
-        errors.push(health_error(&vm, &warning, "TestFailover", &now));
-    }
+    let warning = rehearsal_warning(record);
+    errors.extend(warning.iter().map(|warning| health_error(&vm, warning, "TestFailover", &now)));
     let last_point = record.replication.last_point_ms.map(time_text);
     resource(
         ids.item(fabric, &record.name),
@@ -349,7 +337,7 @@ pub(super) fn item(ids: &Ids<'_>, view: &ItemView<'_>) -> Resource<ItemPropertie
                 .map(str::to_owned)
                 .collect(),
             replication_health: health_word(view.health),
-            failover_health: if is_rehearsed { "Normal" } else { "Warning" }.to_owned(),
+            failover_health: if warning.is_none() { "Normal" } else { "Warning" }.to_owned(),
             health_errors: errors,
             policy_id: ids.policy(&record.policy),
             policy_friendly_name: record.policy.clone(),
@@ -566,7 +554,7 @@ fn job(ids: &Ids<'_>, record: &JobRecord, children: &Children) -> Resource<JobPr
     let mut tasks: Vec<_> =
         record.steps.iter().zip(tasks(record)).map(|(step, task)| job_task(record, step, task)).collect();
     if let Some(plan) = record.plan.as_deref() {
-        plan_tasks(ids, record, plan, children, &mut tasks);
+        recovery_plans::complete_tasks(ids, record, plan, children, &mut tasks);
     }
     let is_plan = record.plan.is_some();
     resource(
@@ -598,95 +586,6 @@ fn job(ids: &Ids<'_>, record: &JobRecord, children: &Children) -> Resource<JobPr
             }),
         },
     )
-}
-
-/// Completes the tasks of a recovery plan's job: what actions are, and which machines' jobs belong to a group.
-fn plan_tasks(
-    ids: &Ids<'_>,
-    record: &JobRecord,
-    plan: &RecoveryPlan,
-    children: &Children,
-    tasks: &mut [JobTask],
-) {
-    let kinds = recovery_plan::tasks(plan, record.operation);
-    for ((task, kind), step) in tasks.iter_mut().zip(kinds).zip(&record.steps) {
-        let machines: Vec<ItemId> = match kind {
-            PlanTask::Group(index) => {
-                plan.groups.get(index).map(|group| group.items.clone()).unwrap_or_default()
-            }
-            PlanTask::All | PlanTask::SynchronizeAll => plan.items().collect(),
-            PlanTask::Action(place, side, index) => {
-                let Some(action) = plan.action(place, side, index) else { continue };
-                let details = match &action.kind {
-                    ActionKind::Manual { instructions } => json!({
-                        "instanceType": "ManualActionTaskDetails",
-                        "name": action.name,
-                        "instructions": instructions,
-                        "observation": "",
-                    }),
-                    ActionKind::Script { path, is_primary, .. } => json!({
-                        "instanceType": "ScriptActionTaskDetails",
-                        "name": action.name,
-                        "path": path,
-                        "output": step.output["output"].as_str().unwrap_or_default(),
-                        "isPrimarySideScript": is_primary,
-                    }),
-                };
-                task.task_type = details["instanceType"].as_str().unwrap_or_default().to_owned();
-                task.custom_details = Some(details);
-                continue;
-            }
-            _ => continue,
-        };
-        let group_type = match kind {
-            PlanTask::Group(_) => "BootGroup",
-            PlanTask::SynchronizeAll => "RpFailbackDataSyncTask",
-            _ => "AllMachines",
-        };
-        let child_tasks = machines.iter().filter_map(|item| children.get(&child_job(record.id, *item)));
-        let child_tasks: Vec<_> = child_tasks.map(|child| machine_task(ids, child)).collect();
-        task.task_type = "RecoveryPlanGroupTaskDetails".to_owned();
-        task.group_task_custom_details = Some(json!({
-            "instanceType": "RecoveryPlanGroupTaskDetails",
-            "name": task.friendly_name,
-            "groupId": task.name,
-            "rpGroupType": group_type,
-            "childTasks": child_tasks,
-        }));
-    }
-}
-
-/// A machine's job as a task of its plan's job.
-fn machine_task(ids: &Ids<'_>, child: &JobRecord) -> JobTask {
-    let (state, description) = job_state(child);
-    let all =
-        child.steps.iter().flat_map(|step| step.errors.iter().map(|error| job_error(child, step, error)));
-    JobTask {
-        task_id: child.id.to_string(),
-        name: child.item_name.clone(),
-        start_time: Some(time_text(child.created_ms)),
-        end_time: Some(child.ended_ms.map_or_else(no_time, time_text)),
-        allowed_actions: Vec::new(),
-        friendly_name: child.vm_name.clone(),
-        state: state.to_owned(),
-        state_description: description.to_owned(),
-        task_type: "VirtualMachineTaskDetails".to_owned(),
-        custom_details: Some(json!({
-            "instanceType": "VirtualMachineTaskDetails",
-            "skippedReason": "None",
-            "skippedReasonString": null,
-            "jobTask": {
-                "jobId": ids.job(child.id),
-                "jobFriendlyName": projection::friendly_name(child.operation),
-                "targetObjectId": child.item.to_string(),
-                "targetObjectName": child.vm_name,
-                "targetInstanceType": "Vm",
-                "jobScenarioName": projection::scenario_name(child.operation),
-            },
-        })),
-        group_task_custom_details: None,
-        errors: all.collect(),
-    }
 }
 
 fn has_warnings(record: &JobRecord) -> bool {
@@ -773,11 +672,11 @@ pub(super) fn progress(progress: Progress) -> CycleProgress {
 }
 
 /// How the service writes a time that has not come.
-fn no_time() -> String {
+pub(super) fn no_time() -> String {
     "0001-01-01T00:00:00".to_owned()
 }
 
-fn job_error(job: &JobRecord, step: &StepRecord, error: &JobError) -> JobErrorDetails {
+pub(super) fn job_error(job: &JobRecord, step: &StepRecord, error: &JobError) -> JobErrorDetails {
     JobErrorDetails {
         service_error_details: ServiceError {
             code: error.code.clone(),

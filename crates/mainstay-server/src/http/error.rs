@@ -9,6 +9,9 @@ use mainstay_api::arm;
 use mainstay_control::ControlError;
 use mainstay_provider::ErrorKind;
 
+/// Characters of a message at most.
+const MESSAGE_MAX: usize = 1000;
+
 /// An error answer.
 #[derive(Debug)]
 pub(super) struct ApiError {
@@ -93,6 +96,16 @@ impl ApiError {
         )
     }
 
+    #[cfg(test)]
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    #[cfg(test)]
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
     pub(super) fn is_not_found(&self) -> bool {
         self.status == StatusCode::NOT_FOUND
     }
@@ -147,7 +160,9 @@ impl From<ControlError> for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
+    fn into_response(mut self) -> Response {
+        // Names that do not exist are repeated, however long they are.
+        self.message = super::body::cut(&self.message, MESSAGE_MAX);
         let body = arm::ErrorBody {
             error: arm::Error {
                 code: self.code.clone(),

@@ -5,23 +5,25 @@ use std::time::Duration;
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::{
-    ApplyRecoveryPointInput, CommentsInput, EnableProtectionInput, FailoverDetails, FailoverInput,
-    HYPERV_REPLICA_AZURE, ItemProperties, Request, Resource, UpdateItemInput,
+    ApplyRecoveryPointInput, CommentsInput, EnableDetails, EnableProtectionInput, FailoverDetails,
+    FailoverInput, HYPERV_REPLICA_AZURE, HYPERV_REPLICA_AZURE_FAILBACK, ItemProperties, Request, Resource,
+    UpdateItemInput,
 };
 use mainstay_control::{
     ControlError,
-    app::{EnableRequest, FabricRecord, PolicyRecord},
+    app::{EnableRequest, FabricRecord, MEMORY_BYTES_MIN, PolicyRecord},
     db::{ItemRecord, JobRecord, TargetRecord},
     workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
 };
 use mainstay_model::{PointId, ProviderId, projection};
-use mainstay_provider::{MacPolicy, NicPlan};
+use mainstay_provider::{MacPolicy, NicPlan, VirtualMachine};
+use serde_json::Value;
 
 use super::{
-    Call, PAGE_LENGTH,
+    Call, PAGE_LENGTH, body,
     convert::{self, Ids, ItemView, last_segment},
     error::ApiError,
-    json, list, page,
+    item_extras, json, list, page,
 };
 
 pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
@@ -108,11 +110,14 @@ async fn on_item(
     let job = match (&call.method, rest) {
         (&Method::GET, []) => return json(&show(call, item).await?),
         (&Method::PATCH, []) => {
-            let update: UpdateItemInput = call.properties()?;
+            let update: UpdateItemInput = call.properties(body::UPDATE_ITEM)?;
             control.update_item_target(item, updated_target(item, update)?, by).await?
         }
         (&Method::DELETE, []) => control.disable_protection(item, true, by).await?,
-        (&Method::POST, ["remove"]) => control.disable_protection(item, false, by).await?,
+        (&Method::POST, ["remove"]) => {
+            let _: Value = call.body(body::DISABLE)?;
+            control.disable_protection(item, false, by).await?
+        }
         (&Method::GET, ["recoverypoints"]) => {
             let points = control.recovery_points(item).await?;
             return list(points.iter().rev().map(|point| convert::recovery_point(&id, point)).collect());
@@ -124,57 +129,61 @@ async fn on_item(
             return json(&convert::recovery_point(&id, point));
         }
         (&Method::POST, ["testfailover"]) => {
-            let input: FailoverInput = call.properties()?;
-            let network = input.network_id.filter(|network| !network.is_empty());
+            let input: FailoverInput = call.properties(body::TEST_FAILOVER)?;
+            expect_direction(&input, PRIMARY_TO_RECOVERY)?;
             let params = TestFailoverParams {
                 point: point_choice(&input.provider_specific_details, PointChoice::LatestProcessed)?,
-                network: network.map(|network| last_segment(&network).to_owned()),
+                network: test_network(&input)?,
             };
             control.test_failover(item, params, by).await?
         }
         (&Method::POST, ["testfailovercleanup"]) => {
-            let input: CommentsInput = call.properties()?;
+            let input: CommentsInput = call.properties(body::COMMENTS)?;
             control.test_failover_cleanup(item, &input.comments.unwrap_or_default(), by).await?
         }
         (&Method::POST, ["unplannedfailover"]) => {
-            let input: FailoverInput = call.properties()?;
-            expect_direction(&input, "PrimaryToRecovery")?;
+            let input: FailoverInput = call.properties(body::UNPLANNED_FAILOVER)?;
+            expect_direction(&input, PRIMARY_TO_RECOVERY)?;
             control.unplanned_failover(item, failover_params(&input, call.api.shutdown_timeout)?, by).await?
         }
         (&Method::POST, ["plannedfailover"]) => {
-            let input: FailoverInput = call.properties()?;
-            match input.failover_direction.as_deref() {
-                Some("RecoveryToPrimary") => {
-                    control.failback(item, failback_params(&input, call.api.shutdown_timeout)?, by).await?
-                }
-                _ => {
-                    expect_direction(&input, "PrimaryToRecovery")?;
-                    control
-                        .planned_failover(item, failover_params(&input, call.api.shutdown_timeout)?, by)
-                        .await?
-                }
+            let input: FailoverInput = call.properties(body::PLANNED_FAILOVER)?;
+            let timeout = call.api.shutdown_timeout;
+            if is(input.failover_direction.as_deref(), RECOVERY_TO_PRIMARY) {
+                control.failback(item, failback_params(&input, timeout)?, by).await?
+            } else {
+                expect_type(&input, HYPERV_REPLICA_AZURE)?;
+                control.planned_failover(item, failover_params(&input, timeout)?, by).await?
             }
         }
         (&Method::POST, ["failovercommit"]) => control.commit(item, by).await?,
         (&Method::POST, ["applyrecoverypoint"]) => {
-            let input: ApplyRecoveryPointInput = call.properties()?;
+            let input: ApplyRecoveryPointInput = call.properties(body::APPLY_RECOVERY_POINT)?;
             let point = parse_point(&input.recovery_point_id)?;
             control.change_recovery_point(item, point, by).await?
         }
         (&Method::POST, ["reprotect"]) => {
-            let input: FailoverInput = call.properties()?;
-            expect_direction(&input, "PrimaryToRecovery")?;
+            let input: FailoverInput = call.properties(body::REPROTECT)?;
+            expect_direction(&input, PRIMARY_TO_RECOVERY)?;
             control.reverse_replicate(item, by).await?
         }
         (&Method::POST, ["repairreplication"]) => control.resynchronize(item, by).await?,
+        (&Method::POST, ["failovercancel"]) => control.cancel_failover(item).await?,
+        (&Method::POST, ["resolvehealtherrors"]) => return item_extras::resolve(call, item, &id).await,
+        (&Method::GET, ["targetcomputesizes"]) => return item_extras::sizes(call, item, &id).await,
         _ => return Err(ApiError::no_such_path()),
     };
     Ok(call.accepted(job.id, &id))
 }
 
 async fn enable(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Response, ApiError> {
-    let input: Request<EnableProtectionInput> = call.body()?;
+    let input: Request<EnableProtectionInput> = call.body(body::ENABLE)?;
     let input = input.properties;
+    match call.control().item_named(&fabric.name, name).await {
+        Ok(item) => return item_extras::put_again(call, fabric, &item, input).await,
+        Err(ControlError::NotFound { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
     let vm = last_segment(&input.protectable_item_id).parse().map_err(|_| {
         ApiError::bad_request(
             "InvalidProtectableItem",
@@ -183,23 +192,18 @@ async fn enable(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Respon
         )
     })?;
     let control = call.control();
+    let details = &input.provider_specific_details;
     let mut excluded_disks = Vec::new();
-    if let Some(included) = &input.provider_specific_details.disks_to_include {
-        let found = control.protectable_items(&fabric.name).await?;
-        if let Some(found) = found.iter().find(|found| found.vm.id == vm) {
-            if let Some(unknown) =
-                included.iter().find(|key| !found.vm.disks.iter().any(|disk| disk.key == **key))
-            {
-                return Err(ApiError::bad_request(
-                    "DiskNotFound",
-                    format!("'{}' has no disk '{unknown}'", found.vm.name),
-                    "Use the disk ids of the protectable item.",
-                ));
-            }
+    let found = control.protectable_items(&fabric.name).await?;
+    if let Some(found) = found.iter().find(|found| found.vm.id == vm) {
+        expect_vm(details, &found.vm)?;
+        if let Some(included) = &details.disks_to_include {
             let missing = found.vm.disks.iter().filter(|disk| !included.contains(&disk.key));
             excluded_disks = missing.map(|disk| disk.key.clone()).collect();
         }
     }
+    let size = details.target_vm_size.as_deref().unwrap_or_default();
+    let (vcpus, memory_bytes) = parse_size(size)?;
     let details = input.provider_specific_details;
     let request = EnableRequest {
         name: name.to_owned(),
@@ -209,7 +213,9 @@ async fn enable(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Respon
         excluded_disks,
         target: TargetRecord {
             name: details.target_azure_vm_name.unwrap_or_default(),
-            network: details.target_azure_network_id.map(|network| last_segment(&network).to_owned()),
+            vcpus,
+            memory_bytes,
+            network: network_name(details.target_azure_network_id),
             ..TargetRecord::default()
         },
     };
@@ -240,7 +246,7 @@ impl Around {
 }
 
 /// The resource of an item, as of now.
-async fn show(call: &Call, item: &ItemRecord) -> Result<Resource<ItemProperties>, ApiError> {
+pub(super) async fn show(call: &Call, item: &ItemRecord) -> Result<Resource<ItemProperties>, ApiError> {
     show_with(call, item, &Around::read(call).await?).await
 }
 
@@ -276,10 +282,51 @@ async fn show_with(
     Ok(convert::item(&Ids(&call.api.vault), &view))
 }
 
+const PRIMARY_TO_RECOVERY: &str = "PrimaryToRecovery";
+const RECOVERY_TO_PRIMARY: &str = "RecoveryToPrimary";
+
+/// Whether a field has a word. Words are what the operation's table says; case does not count.
+fn is(field: Option<&str>, word: &str) -> bool {
+    field.is_some_and(|found| found.eq_ignore_ascii_case(word))
+}
+
+/// A request of the other direction's type asks for something else than its direction says.
+pub(super) fn expect_type(input: &FailoverInput, wanted: &str) -> Result<(), ApiError> {
+    let found = &input.provider_specific_details.instance_type;
+    if found.is_empty() || found.eq_ignore_ascii_case(wanted) {
+        return Ok(());
+    }
+    Err(ApiError::bad_request(
+        "InvalidParameter",
+        format!(
+            "properties.providerSpecificDetails.instanceType cannot be \"{found}\" in this direction: expected is {wanted}"
+        ),
+        "Correct the direction or the type and try again; nothing was changed.",
+    ))
+}
+
+/// The network that a test failover asks for. `NoNetworkAttachAsInput` means none, whatever the item's settings say.
+pub(super) fn test_network(input: &FailoverInput) -> Result<Option<String>, ApiError> {
+    let network = input.network_id.as_deref().filter(|network| !network.is_empty());
+    if !is(input.network_type.as_deref(), "NoNetworkAttachAsInput") {
+        return Ok(network.map(|network| last_segment(network).to_owned()));
+    }
+    match network {
+        None => Ok(Some(String::new())),
+        Some(network) => Err(ApiError::bad_request(
+            "InvalidParameter",
+            format!(
+                "properties.networkId cannot be \"{network}\" when properties.networkType is NoNetworkAttachAsInput"
+            ),
+            "Leave one of them out and try again; nothing was changed.",
+        )),
+    }
+}
+
 pub(super) fn expect_direction(input: &FailoverInput, wanted: &str) -> Result<(), ApiError> {
     match input.failover_direction.as_deref() {
-        None => Ok(()),
-        Some(direction) if direction.eq_ignore_ascii_case(wanted) => Ok(()),
+        None | Some("") => Ok(()),
+        direction if is(direction, wanted) => Ok(()),
         Some(_) => Err(ApiError::bad_request(
             "InvalidFailoverDirection",
             "Invalid failover direction was specified. Verify input and try operation again.",
@@ -320,10 +367,7 @@ pub(super) fn failover_params(
 ) -> Result<FailoverParams, ApiError> {
     Ok(FailoverParams {
         point: point_choice(&input.provider_specific_details, PointChoice::Latest)?,
-        shutdown_source: input
-            .source_site_operations
-            .as_deref()
-            .is_none_or(|word| !word.eq_ignore_ascii_case("NotRequired")),
+        shutdown_source: !is(input.source_site_operations.as_deref(), "NotRequired"),
         shutdown_timeout_ms: milliseconds(shutdown_timeout),
     })
 }
@@ -333,17 +377,7 @@ pub(super) fn failback_params(
     shutdown_timeout: Duration,
 ) -> Result<FailbackParams, ApiError> {
     let details = &input.provider_specific_details;
-    let synchronize_before = match details.data_sync_option.as_deref() {
-        None | Some("ForDownTime") => true,
-        Some("ForSynchronization") => false,
-        Some(other) => {
-            return Err(ApiError::bad_request(
-                "InvalidDataSyncOption",
-                format!("'{other}' is not a data synchronisation option"),
-                "Use ForDownTime or ForSynchronization.",
-            ));
-        }
-    };
+    expect_type(input, HYPERV_REPLICA_AZURE_FAILBACK)?;
     let host = match details.provider_id_for_alternate_recovery.as_deref() {
         None | Some("") => None,
         Some(id) => Some(last_segment(id).parse::<ProviderId>().map_err(|_| {
@@ -355,17 +389,49 @@ pub(super) fn failback_params(
         })?),
     };
     Ok(FailbackParams {
-        synchronize_before,
-        create_vm: details.recovery_vm_creation_option.as_deref() == Some("CreateVmIfNotFound"),
+        synchronize_before: !is(details.data_sync_option.as_deref(), "ForSynchronization"),
+        create_vm: is(details.recovery_vm_creation_option.as_deref(), "CreateVmIfNotFound"),
         host,
         shutdown_timeout_ms: milliseconds(shutdown_timeout),
     })
 }
 
+/// The name of a network that an id ends with; an empty text names none.
+fn network_name(id: Option<String>) -> Option<String> {
+    id.map(|id| last_segment(&id).to_owned()).filter(|name| !name.is_empty())
+}
+
+/// What a request tells of the VM a second time must be true of it.
+fn expect_vm(details: &EnableDetails, vm: &VirtualMachine) -> Result<(), ApiError> {
+    let told = details.hv_host_vm_id.as_deref().unwrap_or_default();
+    if !told.is_empty() && !told.eq_ignore_ascii_case(&vm.id.to_string()) {
+        return Err(ApiError::bad_request(
+            "InvalidParameter",
+            format!(
+                "properties.providerSpecificDetails.hvHostVmId cannot be \"{told}\": the protectable item is {}",
+                vm.id
+            ),
+            "Leave it out, or name the VM that the protectable item is.",
+        ));
+    }
+    let told = details.vhd_id.iter().filter(|key| !key.is_empty());
+    let mut keys = told.chain(details.disks_to_include.iter().flatten());
+    match keys.find(|key| !vm.disks.iter().any(|disk| disk.key == **key)) {
+        None => Ok(()),
+        Some(unknown) => {
+            let known: Vec<_> = vm.disks.iter().map(|disk| disk.key.as_str()).collect();
+            Err(ApiError::bad_request(
+                "DiskNotFound",
+                format!("'{}' has no disk '{unknown}'", vm.name),
+                format!("Use the disk ids of the protectable item: {}.", known.join(", ")),
+            ))
+        }
+    }
+}
+
 /// The item's target with what the request changes. An empty text takes a setting back.
-fn updated_target(item: &ItemRecord, update: UpdateItemInput) -> Result<TargetRecord, ApiError> {
+pub(super) fn updated_target(item: &ItemRecord, update: UpdateItemInput) -> Result<TargetRecord, ApiError> {
     let mut target = item.target.clone();
-    let network = |id: String| Some(last_segment(&id).to_owned()).filter(|name| !name.is_empty());
     if let Some(name) = update.recovery_azure_vm_name {
         target.name = name;
     }
@@ -373,10 +439,10 @@ fn updated_target(item: &ItemRecord, update: UpdateItemInput) -> Result<TargetRe
         (target.vcpus, target.memory_bytes) = parse_size(&size)?;
     }
     if let Some(id) = update.selected_recovery_azure_network_id {
-        target.network = network(id);
+        target.network = network_name(Some(id));
     }
     if let Some(id) = update.selected_tfo_azure_network_id {
-        target.test_network = network(id);
+        target.test_network = network_name(Some(id));
     }
     for nic in update.vm_nics.unwrap_or_default() {
         let mac = nic.nic_id.to_lowercase();
@@ -387,23 +453,16 @@ fn updated_target(item: &ItemRecord, update: UpdateItemInput) -> Result<TargetRe
             None => NicPlan { mac: mac.clone(), network: None, mac_policy: MacPolicy::Keep, address: None },
         };
         if let Some(id) = nic.recovery_vm_network_id {
-            plan.network = network(id);
+            plan.network = network_name(Some(id));
         }
         if let Some(address) =
             nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone())
         {
             plan.address = Some(address).filter(|address| !address.is_empty());
         }
-        match nic.mac_policy.as_deref() {
-            None => {}
-            Some("Keep") => plan.mac_policy = MacPolicy::Keep,
-            Some("Generate") => plan.mac_policy = MacPolicy::Generate,
-            Some(other) => {
-                return Err(ApiError::bad_request(
-                    "InvalidMacPolicy",
-                    format!("'{other}' is not a MAC address policy"),
-                    "Use Keep or Generate.",
-                ));
+        for (word, policy) in [("Keep", MacPolicy::Keep), ("Generate", MacPolicy::Generate)] {
+            if is(nic.mac_policy.as_deref(), word) {
+                plan.mac_policy = policy;
             }
         }
         target.nics.insert(position.unwrap_or(target.nics.len()), plan);
@@ -411,8 +470,13 @@ fn updated_target(item: &ItemRecord, update: UpdateItemInput) -> Result<TargetRe
     Ok(target)
 }
 
+/// More processors than any hypervisor gives a VM.
+const VCPUS_MAX: u32 = 4096;
+/// More memory than any host has: 64 TiB.
+const MEMORY_BYTES_MAX: u64 = 64 << 40;
+
 /// Reads `VCPUS` or `VCPUSxMEMORY_MIB`; an empty text means as at home.
-fn parse_size(size: &str) -> Result<(Option<u32>, Option<u64>), ApiError> {
+pub(super) fn parse_size(size: &str) -> Result<(Option<u32>, Option<u64>), ApiError> {
     let bad = || {
         ApiError::bad_request(
             "InvalidSize",
@@ -428,5 +492,8 @@ fn parse_size(size: &str) -> Result<(Option<u32>, Option<u64>), ApiError> {
         None => (size, None),
     };
     let memory = memory.map(|mebibytes| mebibytes.checked_mul(1 << 20).ok_or_else(bad)).transpose()?;
-    Ok((Some(vcpus.parse().map_err(|_| bad())?), memory))
+    let vcpus: u32 = vcpus.parse().map_err(|_| bad())?;
+    let is_possible = (1..=VCPUS_MAX).contains(&vcpus)
+        && memory.is_none_or(|bytes| (MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes));
+    if is_possible { Ok((Some(vcpus), memory)) } else { Err(bad()) }
 }

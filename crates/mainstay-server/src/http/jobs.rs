@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use axum::response::Response;
 use hyper::Method;
-use mainstay_api::arm::OperationStatus;
+use mainstay_api::arm::{CommentsInput, OperationStatus};
 use mainstay_control::{
     ControlError,
     db::{Comparison, EventRecord, JobColumn, JobCondition, JobEntry, JobPlace, JobState},
@@ -12,9 +12,10 @@ use mainstay_control::{
 use mainstay_model::{Ending, JobId};
 
 use super::{
-    Call, PAGE_LENGTH,
+    Call, PAGE_LENGTH, body,
     convert::{self, Ids, time_text},
     error::ApiError,
+    exports,
     filter::{Filter, unknown_field},
     json, list, page,
 };
@@ -32,13 +33,19 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
                 JobEntry::Item(job) => control.child_jobs(job).await?,
                 JobEntry::Configuration(_) => HashMap::new(),
             };
-            json(&convert::job_entry(&ids, &entry, &children))
+            let mut shown = convert::job_entry(&ids, &entry, &children);
+            exports::show(call, &entry, &mut shown).await?;
+            json(&shown)
         }
+        (&Method::POST, ["replicationjobs", "export"]) => exports::begin(call).await,
         (&Method::POST, ["replicationjobs", name, verb]) => {
             let id = job_id(name)?;
             let job = match *verb {
                 "cancel" => control.cancel_job(id).await?,
-                "resume" => control.resume_job(id).await?,
+                "resume" => {
+                    let _: CommentsInput = call.properties(body::COMMENTS)?;
+                    control.resume_job(id).await?
+                }
                 "restart" => control.restart_job(id).await?,
                 _ => return Err(ApiError::no_such_path()),
             };
@@ -111,7 +118,8 @@ async fn list_jobs(call: &Call) -> Result<Response, ApiError> {
 }
 
 const JOB_FIELDS: &str = "JobStatus, JobName, ObjectName, StartTime, EndTime";
-const JOB_STATES: [&str; 6] = ["InProgress", "Suspended", "Cancelling", "Succeeded", "Failed", "Cancelled"];
+pub(super) const JOB_STATES: [&str; 6] =
+    ["InProgress", "Suspended", "Cancelling", "Succeeded", "Failed", "Cancelled"];
 
 /// A filter of jobs as the database takes it. Field names are those of the service's query parameters; there `StartTime`
 /// and `EndTime` are the ends of a span of time, so `eq` means from and until.

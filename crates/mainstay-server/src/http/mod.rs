@@ -3,17 +3,23 @@
 //! ARM paths are matched case-insensitively, which route tables cannot; so one function splits the path and each resource's
 //! file matches the rest. Long work answers 202 with the operation's address, as recorded from the service.
 
+mod alert_settings;
+mod body;
 mod convert;
 mod error;
+mod exports;
 mod filter;
 mod identity;
+mod item_extras;
 mod items;
 mod jobs;
 mod limits;
+mod networks;
 mod recovery_plans;
 mod resources;
 mod v1;
 mod vault_health;
+mod vault_services;
 mod vaults;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -135,26 +141,19 @@ impl Call {
         )
     }
 
-    /// Reads the body; `null` and an empty body are an empty object.
-    fn body<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        let bytes: &[u8] = if self.body.is_empty() || self.body == b"null" { b"{}" } else { &self.body };
-        serde_json::from_slice(bytes).map_err(|error| {
-            ApiError::bad_request(
-                "InvalidRequestBody",
-                format!("the request body cannot be read: {error}"),
-                "Correct it and try again.",
-            )
-        })
+    /// Reads the body, whose fields a table describes; `null` and an empty body are an empty object.
+    fn body<T: DeserializeOwned>(&self, fields: &[body::Field]) -> Result<T, ApiError> {
+        body::read(&self.body, fields)
     }
 
     /// `properties` of the body; without a body, those of an empty one.
-    fn properties<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
+    fn properties<T: DeserializeOwned + Default>(&self, fields: &[body::Field]) -> Result<T, ApiError> {
         #[derive(serde::Deserialize)]
         struct MaybeProperties<T> {
             #[serde(default = "Option::default")]
             properties: Option<T>,
         }
-        Ok(self.body::<MaybeProperties<T>>()?.properties.unwrap_or_default())
+        Ok(self.body::<MaybeProperties<T>>(fields)?.properties.unwrap_or_default())
     }
 
     /// The answer to work that has become a job.
@@ -234,6 +233,10 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
     if let Some(route) = identity::route(&parts.method, &lower) {
         let body = read_body(body, identity::BODY_BYTES_MAX).await?;
         return identity::answer(&api, route, &parts, &lower, &body, peer).await;
+    }
+    if let ([exports::PATH, name], &Method::GET) = (lower.as_slice(), &parts.method) {
+        let query = parse_query(parts.uri.query().unwrap_or_default()).unwrap_or_default();
+        return exports::download(&api, name, &query).await;
     }
     let body = read_body(body, BODY_BYTES_MAX).await?;
     if let ["api", "v1", rest @ ..] = lower.as_slice()
@@ -326,7 +329,10 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
             }
             vault_dispatch(&call).await
         }
-        path => vaults::dispatch(&call, path),
+        path => match vault_services::above_vault(&call, path) {
+            Some(answer) => answer,
+            None => vaults::dispatch(&call, path),
+        },
     }
 }
 
@@ -342,6 +348,21 @@ async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
             vault_health::dispatch(call, &rest).await
         }
         Some("replicationrecoveryplans") => recovery_plans::dispatch(call).await,
+        Some("replicationalertsettings") => {
+            let rest: Vec<&str> = path.iter().skip(1).map(String::as_str).collect();
+            alert_settings::dispatch(call, &rest).await
+        }
+        Some(
+            "replicationvaultsettings"
+            | "replicationsupportedoperatingsystems"
+            | "usages"
+            | "replicationusages"
+            | "certificates"
+            | "extendedinformation",
+        ) => {
+            let path: Vec<&str> = path.iter().map(String::as_str).collect();
+            vault_services::dispatch(call, &path).await
+        }
         Some("replicationprotecteditems") => items::list_all(call).await,
         Some("replicationfabrics")
             if path.get(4).is_some_and(|segment| segment == "replicationprotecteditems") =>
@@ -357,7 +378,10 @@ fn required_role(method: &Method, path: &[&str]) -> Role {
     if let ["api", "v1", rest @ ..] = path {
         return v1::required_role(method, rest);
     }
-    if method == Method::GET {
+    // An export holds nothing that a Reader could not list, and a question about a name changes nothing.
+    let asks =
+        path.ends_with(&["replicationjobs", "export"]) || path.last() == Some(&"checknameavailability");
+    if method == Method::GET || (method == Method::POST && asks) {
         return Role::Reader;
     }
     let verbs = [
@@ -370,6 +394,7 @@ fn required_role(method: &Method, path: &[&str]) -> Role {
         "applyrecoverypoint",
         "reprotect",
         "repairreplication",
+        "resolvehealtherrors",
         "refreshprovider",
         "cancel",
         "resume",
@@ -487,5 +512,6 @@ mod tests {
         assert_eq!(required_role(&Method::POST, &["api", "v1", "tokens"]), Role::Contributor);
         assert_eq!(required_role(&Method::GET, &["api", "v1", "tokens"]), Role::Reader);
         assert_eq!(required_role(&Method::PUT, &["x", "cancel"]), Role::Contributor);
+        assert_eq!(required_role(&Method::POST, &["replicationjobs", "export"]), Role::Reader);
     }
 }

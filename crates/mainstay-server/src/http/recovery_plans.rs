@@ -3,28 +3,30 @@
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::{
-    AZURE, CommentsInput, FailoverDetails, FailoverInput, HYPERV_REPLICA_AZURE, RecoveryPlanAction,
+    AZURE, CommentsInput, FailoverDetails, FailoverInput, HYPERV_REPLICA_AZURE, JobTask, RecoveryPlanAction,
     RecoveryPlanActionDetails, RecoveryPlanFailoverInput, RecoveryPlanGroup, RecoveryPlanInput,
     RecoveryPlanProperties, RecoveryPlanProtectedItem, Resource,
 };
 use mainstay_control::{
     ControlError,
     app::{FabricRecord, RecoveryPlanRecord},
-    db::ItemRecord,
-    workflows::{PointChoice, TestFailoverParams},
+    db::{ItemRecord, JobRecord},
+    workflows::{PointChoice, TestFailoverParams, child_job},
 };
 use mainstay_model::{
     ItemId, Operation, RecoveryPlan, projection,
     recovery_plan::{
-        ActionKind, Actions, Direction, FailoverKind, PlanAction, PlanGroup, SCRIPT_SECONDS_MAX,
+        self, ActionKind, Actions, Direction, FailoverKind, PlanAction, PlanGroup, PlanTask,
+        SCRIPT_SECONDS_MAX,
     },
 };
+use serde_json::json as object;
 
 use super::{
-    Call,
+    Call, body,
     convert::{self, Ids, last_segment, segment_after, time_text},
     error::ApiError,
-    items::{expect_direction, failback_params, failover_params, point_choice},
+    items::{expect_direction, expect_type, failback_params, failover_params, point_choice, test_network},
     json, list,
 };
 
@@ -50,7 +52,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         }
         (&Method::GET, [_]) => return json(&show(call, &control.recovery_plan(name).await?).await?),
         (&Method::PUT, [_]) => {
-            let input: RecoveryPlanInput = call.properties()?;
+            let input: RecoveryPlanInput = call.properties(body::CREATE_RECOVERY_PLAN)?;
             let fabric = required("primaryFabricId", input.primary_fabric_id.as_deref())?;
             let fabric = control.fabric(last_segment(fabric)).await?;
             let plan = read_plan(call, input.groups.as_deref(), "groups").await?;
@@ -59,7 +61,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             control.put_recovery_plan(name, &fabric.name, &recovery, plan, by).await?.id
         }
         (&Method::PATCH, [_]) => {
-            let input: RecoveryPlanInput = call.properties()?;
+            let input: RecoveryPlanInput = call.properties(body::UPDATE_RECOVERY_PLAN)?;
             let record = control.recovery_plan(name).await?;
             let plan = match &input.groups {
                 Some(groups) => read_plan(call, Some(groups), "groups").await?,
@@ -83,28 +85,28 @@ async fn begin(call: &Call, name: &str, verb: &str) -> Result<mainstay_model::Jo
     let timeout = call.api.shutdown_timeout;
     let job = match verb {
         "testfailover" => {
-            let input = failover_input(call.properties()?);
+            let input = failover_input(call.properties(body::PLAN_FAILOVER)?);
             expect_direction(&input, "PrimaryToRecovery")?;
-            let network = input.network_id.as_deref().filter(|network| !network.is_empty());
+            expect_type(&input, HYPERV_REPLICA_AZURE)?;
             let params = TestFailoverParams {
                 point: point_choice(&input.provider_specific_details, PointChoice::LatestProcessed)?,
-                network: network.map(|network| last_segment(network).to_owned()),
+                network: test_network(&input)?,
             };
             control.start_recovery_plan(name, Operation::TestFailover, params, by).await?
         }
         "testfailovercleanup" => {
-            let input: CommentsInput = call.properties()?;
-            let params = serde_json::json!({ "notes": input.comments.unwrap_or_default() });
+            let input: CommentsInput = call.properties(body::COMMENTS)?;
+            let params = object!({ "notes": input.comments.unwrap_or_default() });
             control.start_recovery_plan(name, Operation::TestFailoverCleanup, params, by).await?
         }
         "unplannedfailover" => {
-            let input = failover_input(call.properties()?);
+            let input = failover_input(call.properties(body::PLAN_FAILOVER)?);
             expect_direction(&input, "PrimaryToRecovery")?;
             let params = failover_params(&input, timeout)?;
             control.start_recovery_plan(name, Operation::UnplannedFailover, params, by).await?
         }
         "plannedfailover" => {
-            let input = failover_input(call.properties()?);
+            let input = failover_input(call.properties(body::PLAN_FAILOVER)?);
             if input.failover_direction.as_deref().and_then(Direction::parse)
                 == Some(Direction::RecoveryToPrimary)
             {
@@ -379,6 +381,97 @@ async fn show(
             provider_specific_details: Vec::new(),
         },
     ))
+}
+
+/// Completes the tasks of a recovery plan's job: what actions are, and which machines' jobs belong to a group.
+pub(super) fn complete_tasks(
+    ids: &Ids<'_>,
+    record: &JobRecord,
+    plan: &RecoveryPlan,
+    children: &convert::Children,
+    tasks: &mut [JobTask],
+) {
+    let kinds = recovery_plan::tasks(plan, record.operation);
+    for ((task, kind), step) in tasks.iter_mut().zip(kinds).zip(&record.steps) {
+        let machines: Vec<ItemId> = match kind {
+            PlanTask::Group(index) => {
+                plan.groups.get(index).map(|group| group.items.clone()).unwrap_or_default()
+            }
+            PlanTask::All | PlanTask::SynchronizeAll => plan.items().collect(),
+            PlanTask::Action(place, side, index) => {
+                let Some(action) = plan.action(place, side, index) else { continue };
+                let details = match &action.kind {
+                    ActionKind::Manual { instructions } => object!({
+                        "instanceType": "ManualActionTaskDetails",
+                        "name": action.name,
+                        "instructions": instructions,
+                        "observation": "",
+                    }),
+                    ActionKind::Script { path, is_primary, .. } => object!({
+                        "instanceType": "ScriptActionTaskDetails",
+                        "name": action.name,
+                        "path": path,
+                        "output": step.output["output"].as_str().unwrap_or_default(),
+                        "isPrimarySideScript": is_primary,
+                    }),
+                };
+                task.task_type = details["instanceType"].as_str().unwrap_or_default().to_owned();
+                task.custom_details = Some(details);
+                continue;
+            }
+            _ => continue,
+        };
+        let group_type = match kind {
+            PlanTask::Group(_) => "BootGroup",
+            PlanTask::SynchronizeAll => "RpFailbackDataSyncTask",
+            _ => "AllMachines",
+        };
+        let child_tasks = machines.iter().filter_map(|item| children.get(&child_job(record.id, *item)));
+        let child_tasks: Vec<_> = child_tasks.map(|child| machine_task(ids, child)).collect();
+        task.task_type = "RecoveryPlanGroupTaskDetails".to_owned();
+        task.group_task_custom_details = Some(object!({
+            "instanceType": "RecoveryPlanGroupTaskDetails",
+            "name": task.friendly_name,
+            "groupId": task.name,
+            "rpGroupType": group_type,
+            "childTasks": child_tasks,
+        }));
+    }
+}
+
+/// A machine's job as a task of its plan's job.
+fn machine_task(ids: &Ids<'_>, child: &JobRecord) -> JobTask {
+    let (state, description) = convert::job_state(child);
+    let all = child
+        .steps
+        .iter()
+        .flat_map(|step| step.errors.iter().map(|error| convert::job_error(child, step, error)));
+    JobTask {
+        task_id: child.id.to_string(),
+        name: child.item_name.clone(),
+        start_time: Some(time_text(child.created_ms)),
+        end_time: Some(child.ended_ms.map_or_else(convert::no_time, time_text)),
+        allowed_actions: Vec::new(),
+        friendly_name: child.vm_name.clone(),
+        state: state.to_owned(),
+        state_description: description.to_owned(),
+        task_type: "VirtualMachineTaskDetails".to_owned(),
+        custom_details: Some(object!({
+            "instanceType": "VirtualMachineTaskDetails",
+            "skippedReason": "None",
+            "skippedReasonString": null,
+            "jobTask": {
+                "jobId": ids.job(child.id),
+                "jobFriendlyName": projection::friendly_name(child.operation),
+                "targetObjectId": child.item.to_string(),
+                "targetObjectName": child.vm_name,
+                "targetInstanceType": "Vm",
+                "jobScenarioName": projection::scenario_name(child.operation),
+            },
+        })),
+        group_task_custom_details: None,
+        errors: all.collect(),
+    }
 }
 
 #[cfg(test)]

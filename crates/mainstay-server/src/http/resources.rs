@@ -3,20 +3,20 @@
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::{
-    AZURE, ContainerMappingInput, FabricProperties, NetworkProperties, PolicyInput, PolicySettings, Request,
-    Resource,
+    AZURE, ContainerMappingInput, FabricProperties, PolicyInput, PolicySettings, Request, Resource,
 };
 use mainstay_control::{
     ControlError,
     app::{FabricRecord, ProviderRecord},
 };
 use mainstay_model::{ConfigurationChange, ProviderId, ReplicationPolicy};
+use serde_json::Value;
 
 use super::{
-    Call,
+    Call, body,
     convert::{self, Ids, last_segment, segment_after},
     error::ApiError,
-    json, list,
+    json, list, networks,
 };
 
 pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
@@ -43,7 +43,8 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         ["replicationprotectioncontainermappings"] if call.method == Method::GET => {
             mappings(call, None).await
         }
-        ["replicationnetworks"] if call.method == Method::GET => networks(call, None).await,
+        ["replicationnetworks"] if call.method == Method::GET => networks::list_networks(call, None).await,
+        ["replicationnetworkmappings"] if call.method == Method::GET => networks::list_mappings(call).await,
         ["replicationpolicies", rest @ ..] => policies(call, rest).await,
         _ => Err(ApiError::no_such_path()),
     }
@@ -62,6 +63,7 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
     let ids = Ids(&call.api.vault);
     match (&call.method, rest) {
         (&Method::PUT, []) => {
+            let _: Value = call.body(body::FABRIC)?;
             let job = control.create_fabric(name, call.who.clone()).await?;
             return Ok(call.accepted(job.id, &ids.fabric(name)));
         }
@@ -90,8 +92,9 @@ async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiE
             }
             in_container(call, &fabric, rest).await
         }
-        (&Method::GET, ["replicationnetworks"]) => networks(call, Some(&fabric)).await,
-        (&Method::GET, ["replicationnetworks", name]) => network(call, &fabric, name).await,
+        (_, ["replicationnetworks" | "replicationlogicalnetworks", ..]) => {
+            networks::of_fabric(call, &fabric, rest).await
+        }
         _ => Err(ApiError::no_such_path()),
     }
 }
@@ -100,6 +103,7 @@ async fn in_container(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Resu
     match (&call.method, rest) {
         (&Method::GET, []) => json(&container(call, fabric).await?),
         (&Method::POST, ["discoverprotectableitem"]) => {
+            let _: Value = call.body(body::DISCOVER)?;
             let change = ConfigurationChange::DiscoverProtectableItem;
             let by = call.who.clone();
             let job = call.control().refresh_providers(Some(&fabric.name), change, by).await?;
@@ -133,6 +137,20 @@ async fn providers(call: &Call, fabric: Option<&FabricRecord>) -> Result<Respons
 async fn provider(call: &Call, fabric: &FabricRecord, id: &str, rest: &[&str]) -> Result<Response, ApiError> {
     let control = call.control();
     let not_found = || ControlError::not_found("registered host", id);
+    if call.method == Method::PUT && rest.is_empty() {
+        let _: Value = call.body(body::PROVIDER)?;
+    }
+    let known = id.parse::<ProviderId>().ok();
+    if call.method == Method::PUT && !is_registered(call, fabric, known).await? {
+        return Err(ApiError::bad_request(
+            "ProviderRegistersItself",
+            format!(
+                "'{id}' is not a registered host of fabric '{}', and cannot be made one from outside",
+                fabric.name
+            ),
+            "Make a key with `mainstay host key` and run `mainstay agent register` on the host: its certificate is its identity.",
+        ));
+    }
     let id: ProviderId = id.parse().map_err(|_| not_found())?;
     let provider = control.provider(id).await?;
     if !provider.fabric.eq_ignore_ascii_case(&fabric.name) {
@@ -140,6 +158,12 @@ async fn provider(call: &Call, fabric: &FabricRecord, id: &str, rest: &[&str]) -
     }
     match (&call.method, rest) {
         (&Method::GET, []) => {}
+        // What a host says of itself is changed by the host alone: a PUT of what is there asks it anew, if it can be asked.
+        (&Method::PUT, []) => {
+            let change = ConfigurationChange::RefreshProvider;
+            let job = control.refresh_providers(Some(&fabric.name), change, call.who.clone()).await?;
+            return Ok(call.accepted(job.id, &Ids(&call.api.vault).provider(&fabric.name, id)));
+        }
         (&Method::POST, ["refreshprovider"]) => {
             let job = control.refresh_provider_for(id, call.who.clone()).await?;
             return Ok(call.accepted(job.id, &Ids(&call.api.vault).provider(&fabric.name, id)));
@@ -153,6 +177,13 @@ async fn provider(call: &Call, fabric: &FabricRecord, id: &str, rest: &[&str]) -
     let items = control.db.items().await.map_err(ControlError::from)?;
     let count = items.iter().filter(|item| item.primary_provider == id).count();
     json(&convert::provider(&Ids(&call.api.vault), &provider, control.sites.is_connected(id), count))
+}
+
+async fn is_registered(call: &Call, fabric: &FabricRecord, id: Option<ProviderId>) -> Result<bool, ApiError> {
+    let providers = call.control().providers().await?;
+    Ok(providers
+        .iter()
+        .any(|provider| Some(provider.id) == id && provider.fabric.eq_ignore_ascii_case(&fabric.name)))
 }
 
 async fn container(
@@ -209,7 +240,7 @@ async fn mapping(
     let id = Ids(&call.api.vault).container_mapping(fabric, name);
     let job = match (&call.method, rest) {
         (&Method::PUT, []) => {
-            let input: Request<ContainerMappingInput> = call.body()?;
+            let input: Request<ContainerMappingInput> = call.body(body::CONTAINER_MAPPING)?;
             let input = input.properties;
             let target = input.target_protection_container_id;
             let recovery_fabric = if target.eq_ignore_ascii_case(AZURE) {
@@ -234,42 +265,14 @@ async fn mapping(
             return json(&convert::container_mapping(&Ids(&call.api.vault), fabric, &target, &mapping));
         }
         (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
+            if call.method == Method::POST {
+                let _: Value = call.body(body::REMOVE_CONTAINER_MAPPING)?;
+            }
             control.remove_container_mapping(&fabric.name, name, call.who.clone()).await?
         }
         _ => return Err(ApiError::no_such_path()),
     };
     Ok(call.accepted(job.id, &id))
-}
-
-async fn network(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Response, ApiError> {
-    let found = networks_of(call, Some(fabric)).await?;
-    match found.into_iter().find(|network| network.name.eq_ignore_ascii_case(name)) {
-        Some(network) => json(&network),
-        None => Err(ControlError::not_found("network", name).into()),
-    }
-}
-
-async fn networks(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {
-    list(networks_of(call, fabric).await?)
-}
-
-async fn networks_of(
-    call: &Call,
-    fabric: Option<&FabricRecord>,
-) -> Result<Vec<Resource<NetworkProperties>>, ApiError> {
-    let mut shown: Vec<Resource<NetworkProperties>> = Vec::new();
-    for provider in call.control().providers().await? {
-        if fabric.is_some_and(|fabric| !provider.fabric.eq_ignore_ascii_case(&fabric.name)) {
-            continue;
-        }
-        let Some(discovery) = provider.discovery else { continue };
-        for network in discovery.inventory.networks {
-            shown.push(convert::network(&Ids(&call.api.vault), &provider.fabric, &network));
-        }
-    }
-    shown.sort_by(|a, b| a.id.cmp(&b.id));
-    shown.dedup_by(|a, b| a.id == b.id);
-    Ok(shown)
 }
 
 /// Defaults of a new policy: Site Recovery's own.
@@ -292,21 +295,25 @@ async fn policies(call: &Call, rest: &[&str]) -> Result<Response, ApiError> {
             );
         }
         (&Method::GET, [_]) => return json(&convert::policy(&ids, &control.policy(name).await?)),
-        (&Method::PUT, [_]) => {
-            let input: Request<PolicyInput> = call.body()?;
-            let policy = with_settings(DEFAULT_POLICY, &input.properties.provider_specific_input);
-            control.put_policy(name, policy, by).await?
-        }
-        (&Method::PATCH, [_]) => {
-            let input: Request<PolicyInput> = call.body()?;
-            let present = control.policy(name).await?.policy;
-            let policy = with_settings(present, &input.properties.provider_specific_input);
-            control.put_policy(name, policy, by).await?
+        (&Method::PUT | &Method::PATCH, [_]) => {
+            let input: Request<PolicyInput> = call.body(body::POLICY)?;
+            let base = if call.method == Method::PATCH {
+                control.policy(name).await?.policy
+            } else {
+                DEFAULT_POLICY
+            };
+            control.put_policy(name, with_input(base, &input.properties), by).await?
         }
         (&Method::DELETE, [_]) => control.remove_policy(name, by).await?,
         _ => return Err(ApiError::no_such_path()),
     };
     Ok(call.accepted(job.id, &ids.policy(name)))
+}
+
+/// A policy as it was answered is a base for what is asked for with it.
+fn with_input(policy: ReplicationPolicy, input: &PolicyInput) -> ReplicationPolicy {
+    let policy = with_settings(policy, &input.provider_specific_details);
+    with_settings(policy, &input.provider_specific_input)
 }
 
 fn with_settings(policy: ReplicationPolicy, settings: &PolicySettings) -> ReplicationPolicy {

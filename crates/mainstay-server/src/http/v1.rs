@@ -21,8 +21,10 @@ use mainstay_model::ItemId;
 use mainstay_provider::{NicPlan, NoProgress, ReadConsole, call as call_site};
 use serde_json::json as value;
 
+use crate::{Authority, AuthorityError};
+
 use super::{
-    Api, Call,
+    Api, Call, body,
     convert::{self, time_text},
     error::ApiError,
     jobs, json, list,
@@ -98,7 +100,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
         }
         SignedRoute::CreateToken => {
-            let request: TokenRequest = call.body()?;
+            let request: TokenRequest = call.body(body::TOKEN)?;
             let role = parse_role(&request.role)?;
             let (record, secret) =
                 control.create_token(&request.label, role, expires_ms(call, request.days)).await?;
@@ -113,7 +115,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             list(principals.into_iter().map(|principal| shown_principal(call, principal, None)).collect())
         }
         SignedRoute::CreateServicePrincipal => {
-            let request: ServicePrincipalRequest = call.body()?;
+            let request: ServicePrincipalRequest = call.body(body::SERVICE_PRINCIPAL)?;
             let role = parse_role(&request.role)?;
             let expires_ms = expires_ms(call, request.days);
             let (record, secret) = control.create_service_principal(&request.name, role, expires_ms).await?;
@@ -186,28 +188,25 @@ async fn registration_key(call: &Call, fabric: &str) -> Result<Response, ApiErro
 
 /// Exchanges a registration key for a certificate. No token is needed: the key is the proof.
 async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
-    let request: RegisterRequest = serde_json::from_slice(body).map_err(|error| {
-        ApiError::bad_request("InvalidRequestBody", format!("the request body cannot be read: {error}"), "")
+    let request: RegisterRequest = body::read(body, body::REGISTER)?;
+    api.control.registration_key(&request.secret).await.map_err(|error| match error {
+        ControlError::Invalid { code, message, remedy } => {
+            ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy)
+        }
+        error => error.into(),
     })?;
-    let provider =
-        api.control.register_host(&request.secret, &request.host, &request.version).await.map_err(
-            |error| match error {
-                ControlError::Invalid {
-                    code: code @ ("RegistrationKeyInvalid" | "RegistrationKeyExpired"),
-                    message,
-                    remedy,
-                } => ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy),
-                error => error.into(),
-            },
-        )?;
+    let unsignable = |error: AuthorityError| {
+        ApiError::bad_request(
+            "InvalidCertificateRequest",
+            error.to_string(),
+            "Register with the agent of this version.",
+        )
+    };
+    // Before anything is written.
+    Authority::check_agent_request(&request.certificate_request).map_err(unsignable)?;
+    let provider = api.control.register_host(&request.secret, &request.host, &request.version).await?;
     let certificate =
-        api.authority.sign_agent(&request.certificate_request, provider.id).map_err(|error| {
-            ApiError::bad_request(
-                "InvalidCertificateRequest",
-                error.to_string(),
-                "Register with the agent of this version.",
-            )
-        })?;
+        api.authority.sign_agent(&request.certificate_request, provider.id).map_err(unsignable)?;
     tracing::info!(provider = %provider.id, host = provider.name, fabric = provider.fabric, "a host was registered");
     json(&RegisterAnswer {
         provider: provider.id.to_string(),

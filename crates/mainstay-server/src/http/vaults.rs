@@ -55,7 +55,7 @@ pub(super) fn vault(call: &Call) -> Result<Response, ApiError> {
         // Creating what is there changes nothing that a client may set: what the body says of alerts and networks belongs
         // to Azure.
         Method::PUT | Method::PATCH => {
-            let _: Value = call.body()?;
+            let _: Value = call.body(super::body::VAULT)?;
             answer(&resource(&call.api.vault))
         }
         Method::DELETE => Err(ApiError::new(

@@ -330,6 +330,8 @@ impl Hypervisor for SimHypervisor {
                 manager: "Simulation".to_owned(),
                 acceleration: Acceleration::Software,
                 capabilities: Vec::new(),
+                processors: 4,
+                memory_bytes: 8 << 30,
                 free_bytes: 1 << 40,
                 findings: Vec::new(),
             })

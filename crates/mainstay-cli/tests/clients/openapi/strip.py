@@ -13,6 +13,7 @@ FILES = [
     "common-types/resource-management/v2/types.json",
     "common-types/resource-management/v3/types.json",
     "common-types/resource-management/v5/types.json",
+    "recoveryservices/resource-manager/Microsoft.RecoveryServices/stable/2024-04-01/registeredidentities.json",
     "recoveryservices/resource-manager/Microsoft.RecoveryServices/stable/2024-04-01/replicationusages.json",
     "recoveryservices/resource-manager/Microsoft.RecoveryServices/stable/2024-04-01/vaults.json",
     "recoveryservices/resource-manager/Microsoft.RecoveryServices/stable/2024-04-01/vaultusages.json",

@@ -1,0 +1,384 @@
+//! Operations of the API that need no host, over the wire.
+
+#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
+
+mod support;
+
+use std::sync::Arc;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use mainstay_api::arm::{ExportJobDetails, JobProperties, Resource};
+use mainstay_control::{ManualClock, SystemClock, app::Requester};
+use serde_json::{Value, json};
+use support::{MAC, Seed, Server, seed};
+
+async fn ask(server: &Server, method: &str, path: &str, body: &Value) -> Value {
+    let (status, text) = server.send(method, &server.at(path), Some(body.to_string().into_bytes())).await;
+    assert!((200..300).contains(&status), "{method} {path}: {status} {text}");
+    if text.is_empty() { Value::Null } else { serde_json::from_str(&text).unwrap() }
+}
+
+async fn get(server: &Server, path: &str) -> Value {
+    server.administrator.get(&server.at(path)).await.unwrap()
+}
+
+/// A refusal's status, code and message.
+async fn refusal(server: &Server, method: &str, path: &str, body: &Value) -> (u16, String, String) {
+    let (status, text) = server.send(method, &server.at(path), Some(body.to_string().into_bytes())).await;
+    let error: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{status} {text}"));
+    let word = |name: &str| error["error"][name].as_str().unwrap_or_default().to_owned();
+    (status, word("code"), word("message"))
+}
+
+fn item_path(seed: &Seed) -> String {
+    format!(
+        "replicationFabrics/home/replicationProtectionContainers/{}/replicationProtectedItems/vm1",
+        seed.container
+    )
+}
+
+#[tokio::test]
+async fn jobs_are_exported_whole_in_every_form_and_the_link_ends() {
+    let clock = Arc::new(ManualClock::default());
+    let server = Server::start(clock.clone()).await;
+    let control = server.records().await;
+    for index in 0..250 {
+        control.create_fabric(&format!("site{index}"), Requester("t".to_owned())).await.unwrap();
+    }
+    let seed = seed(&control).await;
+    let export = async |body: Value| -> (Resource<JobProperties>, String) {
+        let path = server.at("replicationJobs/export");
+        let name =
+            server.administrator.begin(reqwest::Method::POST, &path, Some(&body)).await.unwrap().unwrap();
+        let job: Resource<JobProperties> =
+            server.administrator.get(&server.at(&format!("replicationJobs/{name}"))).await.unwrap();
+        let details: ExportJobDetails =
+            serde_json::from_value(job.properties.custom_details.clone()).unwrap();
+        let link = format!("{}?{}", details.blob_uri.unwrap(), details.sas_token.unwrap());
+        (job, link)
+    };
+    let download = async |link: &str| {
+        let response = server.http.get(link).send().await.unwrap();
+        (response.status().as_u16(), response.text().await.unwrap())
+    };
+
+    let (job, link) = export(json!({})).await;
+    assert_eq!(job.properties.scenario_name, "ExportJobs");
+    let (status, text) = download(&link).await;
+    assert_eq!(status, 200);
+    let all: Value = serde_json::from_str(&text).unwrap();
+    // 250 sites, two more, a policy and a mapping; not the export itself.
+    assert_eq!(all["value"].as_array().unwrap().len(), 254);
+    let mut names: Vec<_> =
+        all["value"].as_array().unwrap().iter().map(|job| job["name"].to_string()).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), 254, "each job once");
+
+    let policies = json!({ "jobName": "AddProtectionProfile", "jobStatus": "Succeeded", "jobOutputType": "Excel", "timezoneOffset": 60 });
+    let (_, text) = download(&export(policies).await.1).await;
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), 2, "{text}");
+    assert!(lines[0].starts_with("\u{feff}Name,ScenarioName"), "{text}");
+    assert!(lines[1].contains("\"AddProtectionProfile\"") && lines[1].contains("+01:00\""), "{text}");
+    let sites = json!({ "fabricId": server.at("replicationFabrics/home"), "jobOutputType": "Xml" });
+    let (_, text) = download(&export(sites).await.1).await;
+    assert_eq!(text.matches("<Job>").count(), 1, "{text}");
+    assert!(text.contains("<TargetObjectName>home</TargetObjectName>"), "{text}");
+    let none = json!({ "affectedObjectTypes": "ProtectionEntity,RecoveryPlan" });
+    assert_eq!(download(&export(none).await.1).await.1, "{\"value\":[]}");
+
+    // Whoever changes the link, or comes too late, gets nothing; the job still says what it was.
+    let wrong = format!("{}x", &link[..link.len() - 1]);
+    assert_eq!(download(&wrong).await.0, 403);
+    assert_eq!(download(link.split('?').next().unwrap()).await.0, 403);
+    clock.advance_ms(25 * 3_600_000);
+    assert_eq!(download(&link).await.0, 403);
+    let late: Value = get(&server, &format!("replicationJobs/{}", job.name)).await;
+    let details = &late["properties"]["customDetails"];
+    assert_eq!(details["instanceType"], "ExportJobDetails");
+    assert_eq!((details.get("blobUri"), details.get("sasToken")), (None, None));
+
+    for (body, field) in [
+        (json!({ "startTime": "yesterday" }), "startTime"),
+        (json!({ "jobStatus": "Succeeded,Sleeping" }), "jobStatus"),
+        (json!({ "jobOutputType": "Pdf" }), "jobOutputType"),
+        (json!({ "timezoneOffset": 100_000 }), "timezoneOffset"),
+        (json!({ "startTime": "2026-02-01T00:00:00Z", "endTime": "2026-01-01T00:00:00Z" }), "startTime"),
+    ] {
+        let (status, _, message) = refusal(&server, "POST", "replicationJobs/export", &body).await;
+        assert_eq!(status, 400);
+        assert!(message.starts_with(field), "{message}");
+    }
+    assert_eq!(refusal(&server, "POST", "replicationJobs/export", &json!({ "fabricId": "x" })).await.0, 404);
+    drop(seed);
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn settings_of_the_vault_are_kept() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let path = "replicationAlertSettings/defaultAlertSetting";
+    assert_eq!(get(&server, path).await["properties"]["sendToOwners"], "DoNotSend");
+    let body = json!({ "properties": {
+        "sendToOwners": "true", "customEmailAddresses": ["ops@example.org", "night@example.org"], "locale": "",
+    } });
+    let put = ask(&server, "PUT", path, &body).await;
+    assert_eq!(put["properties"]["locale"], "en-US");
+    assert_eq!(put, get(&server, path).await);
+    assert_eq!(get(&server, "replicationAlertSettings").await["value"][0], put);
+    // What was answered can be sent back.
+    assert_eq!(ask(&server, "PUT", path, &put).await, put);
+    for (field, value) in [
+        ("sendToOwners", json!("perhaps")),
+        ("customEmailAddresses", json!(["ops at example.org"])),
+        ("customEmailAddresses", json!("ops@example.org")),
+    ] {
+        let (status, _, message) =
+            refusal(&server, "PUT", path, &json!({ "properties": { field: value } })).await;
+        assert_eq!(status, 400);
+        assert!(message.contains(&format!("properties.{field}")), "{message}");
+    }
+    assert_eq!(get(&server, path).await, put);
+    assert_eq!(refusal(&server, "PUT", "replicationAlertSettings/other", &body).await.0, 404);
+
+    let solution = json!({ "properties": { "migrationSolutionId": "/subscriptions/s/solutions/x" } });
+    let put = ask(&server, "PUT", "replicationVaultSettings/default", &solution).await;
+    assert_eq!(put["properties"], solution["properties"]);
+    assert_eq!(get(&server, "replicationVaultSettings").await["value"][0], put);
+    assert_eq!(ask(&server, "PUT", "replicationVaultSettings/default", &put).await, put);
+
+    let path = "extendedInformation/vaultExtendedInfo";
+    let (status, code, _) = refusal(&server, "GET", path, &json!({})).await;
+    assert_eq!((status, code.as_str()), (404, "ResourceExtendedInfoNotFound"));
+    let key = json!({ "properties": { "integrityKey": "J99wzS27fmJ+Wjot7xO5wA==", "algorithm": "None" } });
+    let put = ask(&server, "PUT", path, &key).await;
+    let patched = ask(&server, "PATCH", path, &json!({ "properties": { "algorithm": "AES256" } })).await;
+    assert_eq!(patched["properties"]["integrityKey"], "J99wzS27fmJ+Wjot7xO5wA==");
+    assert_eq!(patched["properties"]["algorithm"], "AES256");
+    assert_ne!(patched["etag"], put["etag"]);
+    assert_eq!(get(&server, path).await, patched);
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_is_examined_before_credentials_are_answered() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let path = "certificates/credentials";
+    let pem = server.authority_pem.clone();
+    let text: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
+    let body = |certificate: &str| json!({ "properties": { "authType": "AAD", "certificate": certificate } });
+    let answer = ask(&server, "PUT", path, &body(&text)).await;
+    let told = &answer["properties"];
+    assert_eq!((&told["authType"], &told["certificate"]), (&json!("AzureActiveDirectory"), &json!(text)));
+    assert_eq!(told["aadTenantId"], server.tenant.as_str());
+    assert_eq!(told["thumbprint"].as_str().unwrap().len(), 40);
+    assert!(told["subject"].as_str().unwrap().contains("CN="), "{told}");
+    // As some clients send it: the text of the file, encoded once more.
+    let twice = ask(&server, "PUT", path, &body(&STANDARD.encode(&text))).await;
+    assert_eq!(twice["properties"]["thumbprint"], told["thumbprint"]);
+    for wrong in ["AAAA", "not Base64", ""] {
+        let (status, code, message) = refusal(&server, "PUT", path, &body(wrong)).await;
+        assert_eq!(status, 400, "{code} {message}");
+        assert!(message.contains("properties.certificate"), "{message}");
+    }
+    let expired = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::new(vec!["old".to_owned()]).unwrap();
+    parameters.not_before = rcgen::date_time_ymd(2001, 1, 1);
+    parameters.not_after = rcgen::date_time_ymd(2002, 1, 1);
+    let expired = STANDARD.encode(parameters.self_signed(&expired).unwrap().der());
+    let (status, code, message) = refusal(&server, "PUT", path, &body(&expired)).await;
+    assert_eq!((status, code.as_str()), (400, "InvalidCertificate"));
+    assert!(message.contains("until 2002-01-01"), "{message}");
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn the_vault_says_what_is_in_it_and_what_it_can_do() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    seed(&control).await;
+    let usages = get(&server, "replicationUsages").await;
+    assert_eq!(usages["value"][0]["protectedItemCount"], 1);
+    assert_eq!(usages["value"][0]["registeredServersCount"], 2);
+    assert_eq!(usages["value"][0]["monitoringSummary"]["unHealthyProviderCount"], 2);
+    let usages = get(&server, "usages").await;
+    let count =
+        usages["value"].as_array().unwrap().iter().find(|one| one["name"]["value"] == "ProtectedItemCount");
+    assert_eq!(count.unwrap()["currentValue"], 1);
+    let systems = get(&server, "replicationSupportedOperatingSystems?instanceType=HyperVReplicaAzure").await;
+    assert_eq!(systems["properties"]["supportedOsList"][0]["instanceType"], "HyperVReplicaAzure");
+    let others = get(&server, "replicationSupportedOperatingSystems?instanceType=A2A").await;
+    assert_eq!(others["properties"]["supportedOsList"], json!([]));
+
+    let group = format!("/subscriptions/{}/resourceGroups/group", server.tenant);
+    let namespace = "providers/Microsoft.RecoveryServices";
+    let all: Value = server.administrator.get(&format!("/{namespace}/operations")).await.unwrap();
+    let names: Vec<_> =
+        all["value"].as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
+    assert!(names.iter().any(|name| name.ends_with("/replicationProtectedItems/failoverCancel/action")));
+    let of_group: Value = server.administrator.get(&format!("{group}/{namespace}/operations")).await.unwrap();
+    assert_eq!(all, of_group);
+    let question = format!("{group}/{namespace}/locations/here/checkNameAvailability");
+    for (name, is_free) in [("VAULT", false), ("another", true)] {
+        let body = json!({ "type": "Microsoft.RecoveryServices/Vaults", "name": name });
+        let answer: Value = server.administrator.post(&question, &body).await.unwrap();
+        assert_eq!(answer["nameAvailable"], is_free);
+    }
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn networks_are_mapped_changed_and_unmapped() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    seed(&control).await;
+    let network = "replicationFabrics/home/replicationNetworks/lan";
+    let mapping = format!("{network}/replicationNetworkMappings/map1");
+    let away = server.at("replicationFabrics/away/replicationNetworks/lan");
+    let body = json!({ "properties": {
+        "recoveryFabricName": "Microsoft Azure",
+        "recoveryNetworkId": away,
+        "fabricSpecificDetails": { "instanceType": "VmmToAzure" },
+    } });
+    ask(&server, "PUT", &mapping, &body).await;
+    let made = get(&server, &mapping).await;
+    let properties = &made["properties"];
+    assert_eq!((&properties["state"], &properties["recoveryNetworkId"]), (&json!("Paired"), &json!(away)));
+    assert_eq!(properties["primaryNetworkId"], server.at(network));
+    for path in [format!("{network}/replicationNetworkMappings"), "replicationNetworkMappings".to_owned()] {
+        assert_eq!(get(&server, &path).await["value"], json!([made]));
+    }
+    // Sent back as it was answered nothing changes; an update changes what it names.
+    ask(&server, "PUT", &mapping, &made).await;
+    assert_eq!(get(&server, &mapping).await, made);
+    ask(&server, "PATCH", &mapping, &json!({ "properties": { "recoveryNetworkId": "island" } })).await;
+    let changed = get(&server, &mapping).await;
+    assert_eq!(changed["properties"]["recoveryNetworkFriendlyName"], "island");
+
+    let unknown = json!({ "properties": { "recoveryNetworkId": "ocean" } });
+    let (status, code, message) = refusal(&server, "PUT", &mapping, &unknown).await;
+    assert_eq!((status, code.as_str()), (400, "NetworkNotFound"));
+    assert!(message.contains("'ocean'"), "{message}");
+    let second = format!("{network}/replicationNetworkMappings/map2");
+    assert_eq!(refusal(&server, "PUT", &second, &body).await.0, 409);
+    let nowhere = "replicationFabrics/home/replicationNetworks/ocean/replicationNetworkMappings/map1";
+    assert_eq!(refusal(&server, "PUT", nowhere, &body).await.0, 404);
+    assert_eq!(refusal(&server, "PATCH", &second, &body).await.0, 404);
+    assert_eq!(get(&server, &mapping).await, changed);
+    let logical = get(&server, "replicationFabrics/home/replicationLogicalNetworks").await;
+    assert_eq!(logical["value"].as_array().unwrap().len(), 2);
+    let one = get(&server, "replicationFabrics/home/replicationLogicalNetworks/island").await;
+    assert_eq!(one["properties"]["logicalNetworkDefinitionsStatus"], "LogicalNetworkDefinitionsIsolated");
+    server.administrator.delete(&server.at(&mapping)).await.unwrap();
+    assert_eq!(refusal(&server, "GET", &mapping, &json!({})).await.0, 404);
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn items_tell_sizes_and_put_a_warning_out_of_sight() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    let path = item_path(&seed);
+    let sizes = get(&server, &format!("{path}/targetComputeSizes")).await;
+    let names: Vec<_> = sizes["value"].as_array().unwrap().iter().map(|size| size["name"].clone()).collect();
+    assert!(names.contains(&json!("2x4096")) && !names.contains(&json!("4x2048")), "{names:?}");
+
+    let errors = |item: &Value| item["properties"]["healthErrors"].as_array().unwrap().clone();
+    let before = get(&server, &path).await;
+    let warning = errors(&before).into_iter().find(|error| error["errorCode"] == "161011").unwrap();
+    assert_eq!(warning["customerResolvability"], "Allowed");
+    let resolve = format!("{path}/resolveHealthErrors");
+    let body = |id: &Value| json!({ "properties": { "healthErrors": [{ "healthErrorId": id }] } });
+    let broken = errors(&before).into_iter().find(|error| error["errorCode"] == "AgentDisconnected").unwrap();
+    assert_eq!(broken["customerResolvability"], "NotAllowed");
+    for (id, code) in [(&broken["errorId"], "HealthErrorNotResolvable"), (&json!("0"), "HealthErrorNotFound")]
+    {
+        let (status, found, _) = refusal(&server, "POST", &resolve, &body(id)).await;
+        assert_eq!((status, found.as_str()), (400, code));
+    }
+    let empty = json!({ "properties": { "healthErrors": [] } });
+    assert_eq!(refusal(&server, "POST", &resolve, &empty).await.0, 400);
+    assert_eq!(errors(&get(&server, &path).await).len(), errors(&before).len());
+    ask(&server, "POST", &resolve, &body(&warning["errorId"])).await;
+    let after = get(&server, &path).await;
+    assert_eq!(errors(&after).len(), errors(&before).len() - 1);
+    assert_eq!(after["properties"]["failoverHealth"], "Normal");
+
+    let (status, code, message) =
+        refusal(&server, "POST", &format!("{path}/failoverCancel"), &json!({})).await;
+    assert_eq!((status, code.as_str()), (409, "OperationNotAllowed"));
+    assert!(message.contains("no failover of 'vm1' is under way"), "{message}");
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_answered_can_be_put_back_with_a_change() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    for path in [
+        "replicationFabrics/home".to_owned(),
+        "replicationPolicies/policy".to_owned(),
+        format!(
+            "replicationFabrics/home/replicationProtectionContainers/{}/replicationProtectionContainerMappings/mapping",
+            seed.container
+        ),
+        format!("replicationFabrics/home/replicationRecoveryServicesProviders/{}", seed.home),
+    ] {
+        let before = get(&server, &path).await;
+        let mut body = before.clone();
+        if path.contains("replicationRecoveryServicesProviders") {
+            let identity = json!({ "tenantId": "t", "applicationId": "a", "objectId": "o", "audience": "x", "aadAuthority": "y" });
+            body["properties"]["machineName"] = json!("home-host");
+            body["properties"]["authenticationIdentityInput"] = identity.clone();
+            body["properties"]["resourceAccessIdentityInput"] = identity;
+        }
+        ask(&server, "PUT", &path, &body).await;
+        assert_eq!(get(&server, &path).await, before, "{path}");
+    }
+    let policy = "replicationPolicies/policy";
+    let mut body = get(&server, policy).await;
+    body["properties"]["providerSpecificDetails"]["recoveryPointHistoryDurationInHours"] = json!(48);
+    ask(&server, "PUT", policy, &body).await;
+    let details = &get(&server, policy).await["properties"]["providerSpecificDetails"];
+    assert_eq!(
+        (&details["recoveryPointHistoryDurationInHours"], &details["replicationInterval"]),
+        (&json!(48), &json!(300))
+    );
+
+    // A provider that does not exist registers itself.
+    let new = format!("replicationFabrics/home/replicationRecoveryServicesProviders/{}", seed.recovery);
+    let identity = json!({});
+    let body = json!({ "properties": {
+        "machineName": "x", "authenticationIdentityInput": identity, "resourceAccessIdentityInput": identity,
+    } });
+    let (status, code, _) = refusal(&server, "PUT", &new, &body).await;
+    assert_eq!((status, code.as_str()), (400, "ProviderRegistersItself"));
+
+    let path = item_path(&seed);
+    let mut body = get(&server, &path).await;
+    body["properties"]["providerSpecificDetails"]["recoveryAzureVmName"] = json!("vm1-recovered");
+    body["properties"]["providerSpecificDetails"]["vmNics"][0]["ipConfigs"][0]["recoveryStaticIPAddress"] =
+        json!("10.0.0.7/24");
+    ask(&server, "PUT", &path, &body).await;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(300);
+    let after = loop {
+        let found = get(&server, &path).await;
+        if found["properties"]["providerSpecificDetails"]["recoveryAzureVmName"] == "vm1-recovered" {
+            break found;
+        }
+        assert!(std::time::Instant::now() < deadline, "the item is as it was: {found}");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    };
+    let nic = &after["properties"]["providerSpecificDetails"]["vmNics"][0];
+    assert_eq!(
+        (&nic["nicId"], &nic["ipConfigs"][0]["recoveryStaticIPAddress"]),
+        (&json!(MAC), &json!("10.0.0.7/24"))
+    );
+    let mut other = after.clone();
+    other["properties"]["policyId"] = json!("another");
+    assert_eq!(refusal(&server, "PUT", &path, &other).await.0, 409);
+    server.running.stop().await;
+}
