@@ -35,6 +35,8 @@ pub struct Engine {
     stopping: CancellationToken,
     faults: Mutex<Option<Arc<dyn Faults>>>,
     ended: Notify,
+    /// Held by whoever starts a job in a task of its own; who waits for it alone knows that no start is half done.
+    starting: Arc<tokio::sync::RwLock<()>>,
 }
 
 struct Active {
@@ -165,6 +167,31 @@ impl Control {
         transaction.commit().await?;
         self.launch(job.id);
         Ok(job)
+    }
+
+    /// As [`Self::start_job_as`], and never half: who asks may be cancelled at any moment, and the job would be written and not
+    /// launched.
+    pub(crate) async fn start_job_whole(
+        self: &Arc<Self>,
+        id: JobId,
+        item: ItemId,
+        request: JobRequest,
+    ) -> Result<JobRecord, ControlError> {
+        let starting = Arc::clone(&self.engine.starting).read_owned().await;
+        let control = Arc::clone(self);
+        let start = tokio::spawn(async move {
+            let started = control.start_job_as(id, item, request).await;
+            drop(starting);
+            started
+        });
+        start
+            .await
+            .map_err(|error| ControlError::Conflict(format!("job {id} could not be started: {error}")))?
+    }
+
+    /// Waits until no job is half started.
+    pub(crate) async fn wait_until_started(&self) {
+        drop(self.engine.starting.write().await);
     }
 
     /// Accepts a job of a recovery plan, which carries out one at a time.

@@ -293,7 +293,7 @@ async fn start(step: &StepContext<'_>, items: &[ItemId]) -> Result<Vec<String>, 
             params: step.job.params.clone(),
             requested_by: step.job.requested_by.clone(),
         };
-        match step.control.start_job_as(child_job(step.job.id, *item), *item, request).await {
+        match step.control.start_job_whole(child_job(step.job.id, *item), *item, request).await {
             Ok(_) => {}
             Err(error @ ControlError::Db(_)) => return Err(error.into()),
             Err(error) => {
@@ -357,6 +357,7 @@ async fn wait(
 
 /// Cancels the machines' jobs that are under way, and waits for their ends.
 async fn cancel_children(step: &StepContext<'_>, items: &[ItemId]) -> Result<(), JobError> {
+    step.control.wait_until_started().await;
     for job in children(step.control, step.job.id, items).await? {
         if !has_ended(&job) && !job.is_cancel_requested {
             // Beyond its point of no return it is completed.

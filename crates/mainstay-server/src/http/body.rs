@@ -561,7 +561,14 @@ impl Takes {
             (Self::Object, Value::Object(_)) | (Self::Flag, Value::Bool(_)) => true,
             (Self::List(length_max), Value::Array(entries)) => entries.len() <= length_max,
             (Self::Number(from, to), Value::Number(number)) => {
-                number.as_u64().is_some_and(|number| (from..=to).contains(&number))
+                // `7.0` is whole too.
+                let whole = number.as_u64().or_else(|| {
+                    number
+                        .as_f64()
+                        .filter(|it| it.fract() == 0.0 && (0.0..1e15).contains(it))
+                        .map(|it| it as u64)
+                });
+                whole.is_some_and(|it| (from..=to).contains(&it))
             }
             (Self::Fraction(from, to), Value::Number(number)) => {
                 number.as_f64().is_some_and(|number| (from..=to).contains(&number))

@@ -198,9 +198,11 @@ const PAGE_LENGTH: usize = 100;
 async fn handle(State(api): State<Arc<Api>>, request: Request) -> Response {
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
-    let response = match dispatch(api, request).await {
-        Ok(response) => response,
-        Err(error) => error.into_response(),
+    // A task of its own: a client that goes away must not stop a change half-way, between a job that is written and its start.
+    let response = match tokio::spawn(dispatch(api, request)).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => error.into_response(),
+        Err(error) => ApiError::internal(format!("the request was not carried out: {error}")).into_response(),
     };
     let status = response.status();
     metrics::counter!("mainstay_http_requests", "method" => method.to_string(), "status" => status.as_u16().to_string())
