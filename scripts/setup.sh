@@ -65,14 +65,19 @@ requirements="$(dirname "$0")/requirements.txt"
 tools=.cache/tools
 install_tools() {
   install_node_packages
-  install_azure_cli
-  if cmp -s "$requirements" "$tools/requirements.txt"; then return; fi
-  echo "setup: installing ${tools}" >&2
-  rm -rf "$tools"
-  python3 -m venv "$tools"
-  "$tools/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
+  install_environment "$azure_cli" "$azure_cli_requirements"
+  install_environment "$tools" "$requirements"
+}
+
+# Installs Python packages into an environment of their own, unless they are there.
+install_environment() {
+  if cmp -s "$2" "$1/requirements.txt"; then return; fi
+  echo "setup: installing $1" >&2
+  rm -rf "$1"
+  python3 -m venv "$1"
+  "$1/bin/pip" install --quiet --disable-pip-version-check --requirement "$2"
   # Last, so that an interrupted installation is done again.
-  cp "$requirements" "$tools/requirements.txt"
+  cp "$2" "$1/requirements.txt"
 }
 
 # Clients and tools that come as npm packages, at the versions of the lock file.
@@ -90,14 +95,6 @@ install_node_packages() {
 # The az command line, apart: it wants older versions of what the tools use.
 azure_cli=.cache/azure-cli
 azure_cli_requirements="$(dirname "$0")/azure-cli.txt"
-install_azure_cli() {
-  if cmp -s "$azure_cli_requirements" "$azure_cli/requirements.txt"; then return; fi
-  echo "setup: installing $azure_cli" >&2
-  rm -rf "$azure_cli"
-  python3 -m venv "$azure_cli"
-  "$azure_cli/bin/pip" install --quiet --disable-pip-version-check --requirement "$azure_cli_requirements"
-  cp "$azure_cli_requirements" "$azure_cli/requirements.txt"
-}
 
 if [ ${#missing[@]} -eq 0 ]; then
   if $check_only; then exit 0; fi

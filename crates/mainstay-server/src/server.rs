@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::{
     Authority, ServerConfig, agents,
-    http::{Api, FAILED_SIGN_INS_MAX, Limit, Peer, TOKEN_REQUESTS_MAX, router},
+    http::{Api, Limit, Peer, TOKEN_REQUESTS_MAX, router},
     listener::{Secured, listen},
     smtp::Smtp,
     token_key::TokenKey,
@@ -151,7 +151,7 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
         metrics: metrics_recorder(),
         token_key,
         names: config.names.clone(),
-        failed_sign_ins: Limit::new(FAILED_SIGN_INS_MAX),
+        failed_sign_ins: Limit::new(config.failed_sign_ins_per_minute),
         token_requests: Limit::new(TOKEN_REQUESTS_MAX),
     });
     let stop = CancellationToken::new();

@@ -20,6 +20,8 @@ async fn whatever_is_asked_is_answered_as_documented() {
         data_dir: dir.path().join("server"),
         listen: anywhere,
         agent_listen: anywhere,
+        // Every operation is also asked with bad tokens, all from one address.
+        failed_sign_ins_per_minute: u32::MAX,
         ..ServerConfig::default()
     };
     let made = initialize(&config, "group", "vault").await.unwrap();

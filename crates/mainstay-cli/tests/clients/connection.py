@@ -1,12 +1,33 @@
-"""How the programs here reach a lab with Microsoft's Python SDKs, and how they write down what goes over the wire."""
+"""How the programs here reach a lab with Microsoft's Python SDKs, write down what goes over the wire, and talk to the test."""
 
 import json
+import sys
 import time
 
 from azure.core.credentials import AccessToken
 from azure.core.pipeline.policies import SansIOHTTPPolicy
 
 POLL = 1
+# In software emulation on a busy machine a guest takes its time.
+PATIENCE = 600
+
+
+def told(step, **what):
+    """Tells the test of a step, and goes on when it has looked."""
+    print(json.dumps({"step": step, **what}), flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the test has gone away")
+
+
+def wait(what, probe):
+    """Waits until a probe finds something; answers that."""
+    deadline = time.time() + PATIENCE
+    while time.time() < deadline:
+        found = probe()
+        if found:
+            return found
+        time.sleep(POLL)
+    sys.exit(f"waited in vain for {what}")
 
 
 class StaticToken:

@@ -8,32 +8,11 @@ guest there. Exits with 0 when every step ended as it should.
 
 import json
 import sys
-import time
 
 from azure.mgmt.recoveryservices import RecoveryServicesClient
 from azure.mgmt.recoveryservicessiterecovery import SiteRecoveryManagementClient, models
 
-from connection import options_of
-
-POLL = 1
-# In software emulation on a busy machine a guest takes its time.
-PATIENCE = 600
-
-
-def told(step, **what):
-    print(json.dumps({"step": step, **what}), flush=True)
-    if not sys.stdin.readline():
-        sys.exit("the test has gone away")
-
-
-def wait(what, probe):
-    deadline = time.time() + PATIENCE
-    while time.time() < deadline:
-        found = probe()
-        if found:
-            return found
-        time.sleep(POLL)
-    sys.exit(f"waited in vain for {what}")
+from connection import options_of, told, wait
 
 
 def main():

@@ -8,7 +8,6 @@ Writes every request and its answer to RECORDING, one JSON object per line. Exit
 import json
 import ssl
 import sys
-import time
 import urllib.request
 
 from azure.core.exceptions import HttpResponseError
@@ -16,20 +15,7 @@ from azure.mgmt.recoveryservices import RecoveryServicesClient
 from azure.mgmt.recoveryservices import models as vault_models
 from azure.mgmt.recoveryservicessiterecovery import SiteRecoveryManagementClient, models
 
-from connection import POLL, options_of
-
-PATIENCE = 600
-
-
-def wait(what, probe):
-    deadline = time.time() + PATIENCE
-    while time.time() < deadline:
-        found = probe()
-        if found:
-            return found
-        time.sleep(POLL)
-    sys.exit(f"waited in vain for {what}")
-
+from connection import options_of, wait
 
 # The official files do not describe refusals, or not as the service words them: what is judged by them provokes none.
 IS_JUDGED = len(sys.argv) > 3

@@ -11,21 +11,13 @@ import sys
 
 from azure.mgmt.recoveryservicessiterecovery import SiteRecoveryManagementClient, models
 
-from journey import POLL, Recorder, StaticToken, told, wait
+from connection import options_of, told, wait
 
 
 def main():
     lab = json.load(open(sys.argv[1], encoding="utf-8"))
     where = (lab["resource_group"], lab["vault"])
-    client = SiteRecoveryManagementClient(
-        credential=StaticToken(lab["token"]),
-        subscription_id=lab["subscription"],
-        base_url=lab["url"],
-        connection_verify=lab["ca_file"],
-        polling_interval=POLL,
-        per_retry_policies=[Recorder(sys.argv[3])],
-        api_version=sys.argv[4],
-    )
+    client = SiteRecoveryManagementClient(**options_of(lab, sys.argv[3], sys.argv[4]))
     home = client.replication_fabrics.get(*where, lab["sites"][0]["fabric"])
 
     def protected():

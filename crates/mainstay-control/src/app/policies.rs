@@ -1,5 +1,7 @@
 //! Replication policies as named resources.
 
+use std::collections::HashMap;
+
 use mainstay_model::{ConfigurationChange, ReplicationPolicy};
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +60,12 @@ impl Control {
     /// All policies.
     pub async fn policies(&self) -> Result<Vec<PolicyRecord>, ControlError> {
         Ok(self.db.resources().await?)
+    }
+
+    /// What all policies say, by their names in lower case.
+    pub(crate) async fn policies_by_name(&self) -> Result<HashMap<String, ReplicationPolicy>, ControlError> {
+        let policies = self.policies().await?.into_iter();
+        Ok(policies.map(|record| (record.name.to_lowercase(), record.policy)).collect())
     }
 
     /// Removes a policy that nothing uses.

@@ -1,49 +1,35 @@
 //! Items as last read. The reconcilers look at all items several times a second, and hardly ever has one changed: what has
 //! not is neither fetched nor decoded again.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use sqlx::Row as _;
 use tokio::sync::Mutex;
 
-use super::{Db, DbError, ItemRecord, items::read};
+use super::{Db, DbError, ItemRecord, Transaction, items::read};
 
-/// After this the database is asked whatever is known. A write whose caller went away in the middle of its commit may be
-/// announced a moment before it can be seen; nothing may stay unseen for longer than this.
-const AGE_MAX: Duration = Duration::from_secs(10);
 /// So many changed items are read one by one; more, with all others.
 const SINGLE_READS_MAX: usize = 64;
 
 /// The items, and how to tell whether they still are as they were.
 #[derive(Default)]
 pub(super) struct ItemCache {
-    /// Counts transactions that wrote items. Only this process writes into its database.
-    writes: AtomicU64,
     known: Mutex<Option<Known>>,
 }
 
 struct Known {
-    /// The count before the items were read.
-    writes: u64,
-    read_at: Instant,
+    /// The count of writes before the items were read.
+    writes: i64,
     /// In the order of the listing.
     items: Vec<Arc<ItemRecord>>,
 }
 
-/// Announces a transaction's writes when it is over, however it ended.
-pub(super) struct Announcement(pub(super) Arc<ItemCache>);
-
-impl Drop for Announcement {
-    fn drop(&mut self) {
-        self.0.writes.fetch_add(1, Ordering::SeqCst);
-    }
+/// Counts a transaction that wrote items, within it: whoever sees its writes sees the count, whichever process wrote.
+pub(super) async fn count_write(transaction: &mut Transaction) -> Result<(), DbError> {
+    sqlx::query("UPDATE counters SET value = value + 1 WHERE name = 'item-writes'")
+        .execute(&mut *transaction.inner)
+        .await?;
+    Ok(())
 }
 
 impl Db {
@@ -51,15 +37,16 @@ impl Db {
     pub async fn items(&self) -> Result<Vec<Arc<ItemRecord>>, DbError> {
         let mut known = self.item_cache.known.lock().await;
         // Before reading: what is written meanwhile is read next time.
-        let writes = self.item_cache.writes.load(Ordering::SeqCst);
-        let is_current = |known: &&Known| known.writes == writes && known.read_at.elapsed() < AGE_MAX;
-        if let Some(current) = known.as_ref().filter(is_current) {
+        let row = sqlx::query("SELECT value FROM counters WHERE name = 'item-writes'")
+            .fetch_one(&self.pool)
+            .await?;
+        let writes: i64 = row.try_get("value")?;
+        if let Some(current) = known.as_ref().filter(|known| known.writes == writes) {
             return Ok(current.items.clone());
         }
-        let read_at = Instant::now();
         let before = known.take().map(|known| known.items).unwrap_or_default();
         let items = self.items_since(before).await?;
-        *known = Some(Known { writes, read_at, items: items.clone() });
+        *known = Some(Known { writes, items: items.clone() });
         Ok(items)
     }
 
@@ -190,6 +177,18 @@ mod tests {
         // More than are read one by one.
         insert(&db, 10..200).await;
         assert_eq!(listed(&db).await.len(), 194);
+    }
+
+    #[tokio::test]
+    async fn what_another_process_wrote_is_seen_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mainstay.db");
+        let (db, other) = (Db::open(&path).await.unwrap(), Db::open(&path).await.unwrap());
+        assert!(listed(&db).await.is_empty());
+        insert(&other, 0..2).await;
+        assert_eq!(listed(&db).await.len(), 2);
+        write(&other, 1, "renamed").await;
+        assert_eq!(listed(&db).await[1].vm_name, "renamed");
     }
 
     #[tokio::test]

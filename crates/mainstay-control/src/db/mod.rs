@@ -19,7 +19,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-use item_cache::{Announcement, ItemCache};
+use item_cache::ItemCache;
 
 pub use events::{ALERTS_FAILED, AuditRecord, EventRecord, OwedAlerts};
 pub use items::{
@@ -77,7 +77,6 @@ pub struct Db {
 /// A transaction; dropped without [`Transaction::commit`] it never was.
 pub struct Transaction {
     inner: sqlx::Transaction<'static, sqlx::Sqlite>,
-    item_cache: Arc<ItemCache>,
     has_item_changes: bool,
 }
 
@@ -112,6 +111,9 @@ const MIGRATIONS: &[&str] = &["
 ", "
     ALTER TABLE events ADD COLUMN alert BIGINT NOT NULL DEFAULT 0;
     CREATE INDEX events_alert ON events (alert, time_ms, id);
+", "
+    CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL);
+    INSERT INTO counters (name, value) VALUES ('item-writes', 0);
 "];
 
 impl Db {
@@ -167,11 +169,7 @@ impl Db {
     /// Begins a transaction.
     pub async fn begin(&self) -> Result<Transaction, DbError> {
         // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another one wrote.
-        Ok(Transaction {
-            inner: self.pool.begin_with("BEGIN IMMEDIATE").await?,
-            item_cache: self.item_cache.clone(),
-            has_item_changes: false,
-        })
+        Ok(Transaction { inner: self.pool.begin_with("BEGIN IMMEDIATE").await?, has_item_changes: false })
     }
 
     /// Closes all connections; what was committed is on disk.
@@ -182,8 +180,10 @@ impl Db {
 
 impl Transaction {
     /// Makes everything that was written in it durable at once.
-    pub async fn commit(self) -> Result<(), DbError> {
-        let _announced_at_the_end = self.has_item_changes.then(|| Announcement(self.item_cache.clone()));
+    pub async fn commit(mut self) -> Result<(), DbError> {
+        if self.has_item_changes {
+            item_cache::count_write(&mut self).await?;
+        }
         Ok(self.inner.commit().await?)
     }
 }

@@ -1,9 +1,6 @@
 //! A change of an item's health is an event.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, PoisonError},
-};
+use std::sync::{Arc, PoisonError};
 
 use mainstay_model::Health;
 
@@ -11,12 +8,7 @@ use crate::{Control, ControlError};
 
 impl Control {
     pub(super) async fn reconcile_health(self: Arc<Self>) -> Result<(), ControlError> {
-        let policies: HashMap<_, _> = self
-            .policies()
-            .await?
-            .into_iter()
-            .map(|record| (record.name.to_lowercase(), record.policy))
-            .collect();
+        let policies = self.policies_by_name().await?;
         for item in &self.db.items().await? {
             let Some(policy) = policies.get(&item.policy.to_lowercase()) else { continue };
             let (health, errors, rpo) = self.item_health_under(item, policy);

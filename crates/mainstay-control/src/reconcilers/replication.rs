@@ -138,12 +138,7 @@ fn is_due(item: &ItemRecord, policy: &ReplicationPolicy, now_ms: i64) -> bool {
 impl Control {
     pub(super) async fn reconcile_replication(self: Arc<Self>) -> Result<(), ControlError> {
         let now_ms = self.clock.now_ms();
-        let policies: HashMap<_, _> = self
-            .policies()
-            .await?
-            .into_iter()
-            .map(|record| (record.name.to_lowercase(), record.policy))
-            .collect();
+        let policies = self.policies_by_name().await?;
         for item in self.db.items().await? {
             if item.state.phase == Phase::FinalizingProtection && item.state.running.is_none() {
                 self.finalize(&item).await?;

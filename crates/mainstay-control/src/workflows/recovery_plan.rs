@@ -29,6 +29,8 @@ use crate::{
 /// How often machines' jobs are looked at when nothing is heard of them.
 const POLL: Duration = Duration::from_millis(500);
 const CHECK: &str = "RpSrsPrerequisitesCheck";
+/// The error that names machines whose part is not done; the last task looks for it.
+const INCOMPLETE: &str = "MachinesMissing";
 
 /// The job that carries out a plan's work on one of its machines.
 pub fn child_job(plan_job: JobId, item: ItemId) -> JobId {
@@ -452,7 +454,7 @@ impl StepAction for Run {
 
 fn incomplete(missing: &[String]) -> JobError {
     JobError::new(
-        "MachinesMissing",
+        INCOMPLETE,
         missing.join("; "),
         "See the machines' own jobs. Carried out again, the plan passes over what has been done.",
     )
@@ -541,8 +543,7 @@ impl StepAction for Finish {
         let checked: Checked = step.expect_output(CHECK)?;
         let mut missing = checked.missing.clone();
         let warned = step.job.steps.iter().filter(|entry| entry.state == StepState::Succeeded);
-        let of_groups =
-            warned.flat_map(|entry| &entry.errors).filter(|error| error.code == "MachinesMissing");
+        let of_groups = warned.flat_map(|entry| &entry.errors).filter(|error| error.code == INCOMPLETE);
         missing.extend(of_groups.map(|error| error.message.clone()));
         if missing.is_empty() { Ok(Done::default()) } else { Err(incomplete(&missing)) }
     }

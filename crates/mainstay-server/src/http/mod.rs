@@ -51,8 +51,6 @@ pub use v1::document_text;
 const BODY_BYTES_MAX: usize = 1 << 20;
 /// How long a request's body may take; whoever needs longer for so little holds a place that others want.
 const BODY_MAX: Duration = Duration::from_secs(30);
-/// Failed sign-ins of one address in a minute; more are neither looked at twice nor written down.
-pub(crate) const FAILED_SIGN_INS_MAX: u32 = 20;
 /// Requests for access tokens of one address in a minute; a token lasts an hour.
 pub(crate) const TOKEN_REQUESTS_MAX: u32 = 120;
 

@@ -20,7 +20,6 @@ use mainstay_model::{
         SCRIPT_SECONDS_MAX,
     },
 };
-use serde_json::json as object;
 
 use super::{
     Call, body,
@@ -96,7 +95,7 @@ async fn begin(call: &Call, name: &str, verb: &str) -> Result<mainstay_model::Jo
         }
         "testfailovercleanup" => {
             let input: CommentsInput = call.properties(body::COMMENTS)?;
-            let params = object!({ "notes": input.comments.unwrap_or_default() });
+            let params = serde_json::json!({ "notes": input.comments.unwrap_or_default() });
             control.start_recovery_plan(name, Operation::TestFailoverCleanup, params, by).await?
         }
         "unplannedfailover" => {
@@ -401,13 +400,13 @@ pub(super) fn complete_tasks(
             PlanTask::Action(place, side, index) => {
                 let Some(action) = plan.action(place, side, index) else { continue };
                 let details = match &action.kind {
-                    ActionKind::Manual { instructions } => object!({
+                    ActionKind::Manual { instructions } => serde_json::json!({
                         "instanceType": "ManualActionTaskDetails",
                         "name": action.name,
                         "instructions": instructions,
                         "observation": "",
                     }),
-                    ActionKind::Script { path, is_primary, .. } => object!({
+                    ActionKind::Script { path, is_primary, .. } => serde_json::json!({
                         "instanceType": "ScriptActionTaskDetails",
                         "name": action.name,
                         "path": path,
@@ -429,7 +428,7 @@ pub(super) fn complete_tasks(
         let child_tasks = machines.iter().filter_map(|item| children.get(&child_job(record.id, *item)));
         let child_tasks: Vec<_> = child_tasks.map(|child| machine_task(ids, child)).collect();
         task.task_type = "RecoveryPlanGroupTaskDetails".to_owned();
-        task.group_task_custom_details = Some(object!({
+        task.group_task_custom_details = Some(serde_json::json!({
             "instanceType": "RecoveryPlanGroupTaskDetails",
             "name": task.friendly_name,
             "groupId": task.name,
@@ -456,7 +455,7 @@ fn machine_task(ids: &Ids<'_>, child: &JobRecord) -> JobTask {
         state: state.to_owned(),
         state_description: description.to_owned(),
         task_type: "VirtualMachineTaskDetails".to_owned(),
-        custom_details: Some(object!({
+        custom_details: Some(serde_json::json!({
             "instanceType": "VirtualMachineTaskDetails",
             "skippedReason": "None",
             "skippedReasonString": null,

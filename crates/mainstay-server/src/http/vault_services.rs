@@ -271,34 +271,23 @@ pub(super) fn above_vault(call: &Call, path: &[&str]) -> Option<Result<Response,
         vault.subscription.eq_ignore_ascii_case(subscription)
             && vault.resource_group.eq_ignore_ascii_case(group)
     };
-    match (&call.method, path) {
-        (&Method::GET, ["providers", "microsoft.recoveryservices", "operations"]) => Some(operations()),
-        (
-            &Method::GET,
-            [
-                "subscriptions",
-                subscription,
-                "resourcegroups",
-                group,
-                "providers",
-                "microsoft.recoveryservices",
-                "operations",
-            ],
-        ) if is_ours(subscription, group) => Some(operations()),
-        (
-            &Method::POST,
-            [
-                "subscriptions",
-                subscription,
-                "resourcegroups",
-                group,
-                "providers",
-                "microsoft.recoveryservices",
-                "locations",
-                _,
-                "checknameavailability",
-            ],
-        ) if is_ours(subscription, group) => Some(check_name(call)),
+    let below = match path {
+        ["providers", "microsoft.recoveryservices", below @ ..] => below,
+        [
+            "subscriptions",
+            subscription,
+            "resourcegroups",
+            group,
+            "providers",
+            "microsoft.recoveryservices",
+            below @ ..,
+        ] if is_ours(subscription, group) => below,
+        _ => return None,
+    };
+    let is_in_group = path.len() > below.len() + 2;
+    match (&call.method, below) {
+        (&Method::GET, ["operations"]) => Some(operations()),
+        (&Method::POST, ["locations", _, "checknameavailability"]) if is_in_group => Some(check_name(call)),
         _ => None,
     }
 }
