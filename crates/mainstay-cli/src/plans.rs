@@ -168,12 +168,12 @@ pub(crate) async fn run(session: &Session, command: PlanCommand) -> anyhow::Resu
             }
             let rows = plans.into_iter().map(|plan| {
                 let it = plan.properties;
-                let last = format!("{} {}", it.current_scenario.scenario_name, it.current_scenario_status);
+                let last = last_of(&it);
                 vec![
                     plan.name,
                     it.primary_fabric_friendly_name,
                     it.recovery_fabric_friendly_name,
-                    if it.current_scenario.scenario_name == "None" { "-".to_owned() } else { last },
+                    last,
                     it.last_test_failover_time.unwrap_or_else(|| "never".to_owned()),
                 ]
             });
@@ -296,6 +296,20 @@ async fn of_groups(session: &Session, groups: &[String]) -> anyhow::Result<Recov
     Ok(plan)
 }
 
+/// What a plan is carrying out, or carried out last, and how that stands.
+fn last_of(plan: &RecoveryPlanProperties) -> String {
+    match &plan.current_scenario {
+        Some(scenario) => {
+            format!(
+                "{} {}",
+                scenario.scenario_name,
+                plan.current_scenario_status.as_deref().unwrap_or_default()
+            )
+        }
+        None => "-".to_owned(),
+    }
+}
+
 async fn show(session: &Session, plan: &Plan) -> anyhow::Result<()> {
     let it = &plan.properties;
     output::line(&format!("plan:     {}", plan.name));
@@ -303,7 +317,7 @@ async fn show(session: &Session, plan: &Plan) -> anyhow::Result<()> {
         "sites:    {} → {}",
         it.primary_fabric_friendly_name, it.recovery_fabric_friendly_name
     ));
-    output::line(&format!("last:     {} {}", it.current_scenario.scenario_name, it.current_scenario_status));
+    output::line(&format!("last:     {}", last_of(it)));
     output::line(&format!("possible: {}", it.allowed_operations.join(", ")));
     let items: Vec<Resource<mainstay_api::arm::ItemProperties>> =
         session.list("/replicationProtectedItems").await?;

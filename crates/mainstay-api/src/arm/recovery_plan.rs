@@ -26,17 +26,20 @@ pub struct RecoveryPlanProperties {
     /// What can be asked for now.
     pub allowed_operations: Vec<String>,
     /// When a planned failover last succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_planned_failover_time: Option<String>,
     /// When an unplanned failover last succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_unplanned_failover_time: Option<String>,
     /// When a test failover last succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_test_failover_time: Option<String>,
-    /// What it is carrying out, or carried out last.
-    pub current_scenario: CurrentScenario,
+    /// What it is carrying out, or carried out last; null before the first time.
+    pub current_scenario: Option<CurrentScenario>,
     /// That job's state.
-    pub current_scenario_status: String,
+    pub current_scenario_status: Option<String>,
     /// More precisely.
-    pub current_scenario_status_description: String,
+    pub current_scenario_status_description: Option<String>,
     /// `Shutdown`, `Failover` and the groups of machines; empty in lists.
     pub groups: Vec<RecoveryPlanGroup>,
     /// Empty.

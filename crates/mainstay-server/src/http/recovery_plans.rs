@@ -357,7 +357,7 @@ async fn show(
         groups.push(show_group("Boot", members.map(|item| machine(&fabric, item)).collect(), &group.actions));
     }
     let allowed = record.allowed_operations(&items).into_iter().filter_map(projection::operation_name);
-    let (status, description) = last.as_ref().map_or(("Succeeded", "Completed"), convert::job_state);
+    let (status, description) = last.as_ref().map(convert::job_state).unzip();
     Ok(convert::resource(
         ids.recovery_plan(&record.name),
         "replicationRecoveryPlans",
@@ -373,9 +373,9 @@ async fn show(
             last_planned_failover_time: record.last_planned_failover_ms.map(time_text),
             last_unplanned_failover_time: record.last_unplanned_failover_ms.map(time_text),
             last_test_failover_time: record.last_test_failover_ms.map(time_text),
-            current_scenario: convert::current_scenario(&ids, last.as_ref()),
-            current_scenario_status: status.to_owned(),
-            current_scenario_status_description: description.to_owned(),
+            current_scenario: last.as_ref().map(|job| convert::current_scenario(&ids, Some(job))),
+            current_scenario_status: status.map(str::to_owned),
+            current_scenario_status_description: description.map(str::to_owned),
             groups,
             provider_specific_details: Vec::new(),
         },

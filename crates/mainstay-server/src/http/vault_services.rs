@@ -318,6 +318,22 @@ const OPERATIONS: &[(&str, &str, &[&str])] = &[
         "Jobs",
         &["read", "cancel/action", "restart/action", "resume/action", "export/action"],
     ),
+    (
+        "vaults/replicationRecoveryPlans",
+        "Recovery Plans",
+        &[
+            "read",
+            "write",
+            "delete",
+            "testFailover/action",
+            "testFailoverCleanup/action",
+            "plannedFailover/action",
+            "unplannedFailover/action",
+            "failoverCommit/action",
+            "failoverCancel/action",
+            "reProtect/action",
+        ],
+    ),
     ("vaults/replicationPolicies", "Policies", &["read", "write", "delete"]),
     (
         "vaults/replicationFabrics",
