@@ -16,19 +16,20 @@ check:
 	@scripts/setup.sh --check && echo "nothing is missing"
 
 setup:
-	@scripts/setup.sh
+	@scripts/setup.sh test
 
-guest: setup
+guest:
+	@scripts/setup.sh
 	@cargo xtask guest
 
 demo: guest
 	@cargo build --quiet --release --package mainstay-cli
 	@target/release/mainstay demo $(DEMO_ARGS)
 
-test: guest
+test: setup guest
 	@cargo xtask ci
 
-soak: guest
+soak: setup guest
 	@cargo xtask soak
 
 # BENCH_ARGS: --json FILE, --only NAME, --quick

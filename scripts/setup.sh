@@ -2,18 +2,21 @@
 # Installs what Mainstay needs to build, test and run its lab on Debian 12 or 13.
 # Idempotent: does nothing when everything is there. Works as root or with sudo.
 #
-# usage: scripts/setup.sh [--check] [bench]
+# usage: scripts/setup.sh [--check] [test] [bench]
 #   --check  only say what is missing (exit 1 if anything is)
+#   test     also the clients and tools that `make test` uses, under .cache (1 GB)
 #   bench    also the peers that `make bench` measures against
 set -euo pipefail
 
 check_only=false
+want_test=false
 want_bench=false
 for argument in "$@"; do
   case "$argument" in
     --check) check_only=true ;;
+    test) want_test=true ;;
     bench) want_bench=true ;;
-    *) echo "setup: unknown argument '$argument' (known: --check, bench)" >&2; exit 2 ;;
+    *) echo "setup: unknown argument '$argument' (known: --check, test, bench)" >&2; exit 2 ;;
   esac
 done
 
@@ -64,6 +67,7 @@ done
 requirements="$(dirname "$0")/requirements.txt"
 tools=.cache/tools
 install_tools() {
+  if ! $want_test; then return; fi
   install_node_packages
   install_environment "$azure_cli" "$azure_cli_requirements"
   install_environment "$tools" "$requirements"
