@@ -176,7 +176,7 @@ pub struct TokenRequest {
     pub role: String,
     /// Days until it stops to work, [`DAYS_MAX`] at most; absent = never.
     #[serde(default, deserialize_with = "days")]
-    #[schemars(range(min = 1, max = 36500))]
+    #[schemars(range(min = 0, max = 36500))]
     pub days: Option<u32>,
 }
 
@@ -210,7 +210,7 @@ pub struct ServicePrincipalRequest {
     pub role: String,
     /// Days until it stops to work, [`DAYS_MAX`] at most; absent = never.
     #[serde(default, deserialize_with = "days")]
-    #[schemars(range(min = 1, max = 36500))]
+    #[schemars(range(min = 0, max = 36500))]
     pub days: Option<u32>,
 }
 

@@ -460,7 +460,7 @@ pub(super) const VAULT: &[Field] = &[
 ];
 
 /// Longest life of a token or a service principal: a century, which is for ever.
-const DAYS: Takes = Takes::Number(1, 36_500);
+const DAYS: Takes = Takes::Number(0, 36_500);
 
 pub(super) const TOKEN: &[Field] =
     &[required("label", Takes::Text(128)), required("role", Takes::Text(32)), field("days", DAYS)];
