@@ -510,8 +510,7 @@ impl Lab {
         match action {
             LabAction::Kill => {
                 self.agent(site).end(Signal::SIGKILL).await?;
-                self.site(site)?.cut_power();
-                Ok(())
+                self.site(site)?.lose_power().await
             }
             LabAction::Start => {
                 self.note_boot(site)?;

@@ -96,13 +96,19 @@ impl Process {
     }
 }
 
+/// Whether a process lives.
+pub(crate) fn lives(pid: i32) -> bool {
+    began_at(pid).is_some()
+}
+
 /// When a living process began, in the kernel's own unit; `None` for one that ended, collected or not.
 fn began_at(pid: i32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may contain anything; the fields after it are numbered from 3 (proc(5)).
     let fields: Vec<_> = stat.rsplit(')').next()?.split_whitespace().collect();
     match *fields.first()? {
-        "Z" | "X" => None,
+        // Killed, it holds its files and locks until the last of its threads is gone.
+        "Z" | "X" if fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) < 2 => None,
         _ => fields.get(19).map(|began| (*began).to_owned()),
     }
 }

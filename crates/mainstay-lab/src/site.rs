@@ -10,11 +10,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use mainstay_kvm::libvirt::Libvirt;
 use mainstay_model::VmId;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc::flock;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
 
 use crate::account::Account;
+use crate::process;
 
 /// How long a daemon may take until it answers. The first start of a site probes QEMU, a few seconds.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -114,33 +117,15 @@ impl Site {
         &self.account
     }
 
-    /// Starts the daemon unless it runs, and waits until it answers.
+    /// Starts the daemon unless it runs, and waits until it answers. One that was just killed is waited for.
     pub async fn start(&self) -> Result<()> {
-        if self.daemon().is_none() {
-            let log = fs::File::create(self.directory.join("libvirtd.log"))?;
-            let path = std::env::var("PATH").unwrap_or_default();
-            // Ordinary users' paths leave out the directory in which Debian keeps the daemon.
-            let path = format!("{path}:/usr/sbin:/sbin");
-            let mut command = self.account.command("libvirtd");
-            command.env_clear().env("PATH", path).current_dir("/");
-            for (variable, name) in [
-                ("HOME", "home"),
-                ("XDG_RUNTIME_DIR", "run"),
-                ("XDG_CONFIG_HOME", "conf"),
-                ("XDG_CACHE_HOME", "cache"),
-                ("XDG_DATA_HOME", "data"),
-            ] {
-                command.env(variable, self.short.join(name));
-            }
-            command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-            // Out of reach of the terminal's interrupt key.
-            command.process_group(0);
-            let mut child = command.spawn().context("starting libvirtd")?;
-            // Collects the daemon's end, should it end before we do.
-            tokio::spawn(async move { child.wait().await });
-        }
         let deadline = Instant::now() + START_TIMEOUT;
+        let mut started = false;
         loop {
+            if !started && self.daemon().is_none() {
+                self.spawn()?;
+                started = true;
+            }
             match self.libvirt.ping().await {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() > deadline => {
@@ -154,6 +139,31 @@ impl Site {
                 Err(_) => tokio::time::sleep(POLL).await,
             }
         }
+    }
+
+    fn spawn(&self) -> Result<()> {
+        let log = fs::File::create(self.directory.join("libvirtd.log"))?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        // Ordinary users' paths leave out the directory in which Debian keeps the daemon.
+        let path = format!("{path}:/usr/sbin:/sbin");
+        let mut command = self.account.command("libvirtd");
+        command.env_clear().env("PATH", path).current_dir("/");
+        for (variable, name) in [
+            ("HOME", "home"),
+            ("XDG_RUNTIME_DIR", "run"),
+            ("XDG_CONFIG_HOME", "conf"),
+            ("XDG_CACHE_HOME", "cache"),
+            ("XDG_DATA_HOME", "data"),
+        ] {
+            command.env(variable, self.short.join(name));
+        }
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // Out of reach of the terminal's interrupt key.
+        command.process_group(0);
+        let mut child = command.spawn().context("starting libvirtd")?;
+        // Collects the daemon's end, should it end before we do.
+        tokio::spawn(async move { child.wait().await });
+        Ok(())
     }
 
     /// Ends the daemon. Its virtual machines go on.
@@ -178,9 +188,24 @@ impl Site {
         self.stop().await
     }
 
-    /// Kills every virtual machine and the daemon at once, without asking libvirt: a power cut of the site.
-    /// Unlike the others it does not wait, so that it can be used where nothing can be awaited.
-    pub fn cut_power(&self) {
+    /// A power cut of the site: every virtual machine and the daemon are killed at once, without asking libvirt. Waits
+    /// until they are gone, as a host that boots finds no process of its former life.
+    pub async fn lose_power(&self) -> Result<()> {
+        let machines = self.cut_power();
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while self.daemon().is_some() || machines.iter().any(|pid| process::lives(pid.as_raw())) {
+            if Instant::now() > deadline {
+                bail!("the processes of site {} do not end", self.name);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
+    }
+
+    /// Cuts the power and does not wait, so that it can be used where nothing can be awaited. Answers the virtual
+    /// machines' processes.
+    pub fn cut_power(&self) -> Vec<Pid> {
+        let mut killed = Vec::new();
         let machines = fs::read_dir(self.directory.join("run/libvirt/qemu/run")).into_iter().flatten();
         let paths = machines.filter_map(Result::ok).map(|entry| entry.path());
         // The daemon first, or it would see its machines die one by one.
@@ -193,8 +218,10 @@ impl Site {
             let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             if command.starts_with(b"/usr/bin/qemu-system") {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                killed.push(Pid::from_raw(pid));
             }
         }
+        killed
     }
 
     /// Whether the daemon lives.
@@ -249,22 +276,19 @@ impl Site {
         Ok(())
     }
 
-    /// The daemon's process, if it lives: what its own file names, provided that it is a libvirtd of this site.
+    /// The daemon's process, if it lives: whoever holds the lock on its file. A killed process that has threads left to
+    /// end already looks like one that ended, but keeps the lock, and no other daemon can start before it is released.
     fn daemon(&self) -> Option<Pid> {
-        let text = fs::read_to_string(self.directory.join("run/libvirt/libvirtd.pid")).ok()?;
-        let pid: i32 = text.trim().parse().ok()?;
-        let process = PathBuf::from(format!("/proc/{pid}"));
-        let status = fs::read_to_string(process.join("stat")).ok()?;
-        // A process that ended and was not yet collected has state Z.
-        if status.rsplit(')').next()?.trim_start().starts_with('Z') {
-            return None;
-        }
-        let environment = fs::read(process.join("environ")).ok()?;
-        let wanted = format!("XDG_RUNTIME_DIR={}", self.short.join("run").display());
-        environment
-            .split(|byte| *byte == 0)
-            .any(|entry| entry == wanted.as_bytes())
-            .then(|| Pid::from_raw(pid))
+        let file = fs::File::open(self.directory.join("run/libvirt/libvirtd.pid")).ok()?;
+        let mut lock = flock {
+            l_type: i16::try_from(nix::libc::F_RDLCK).ok()?,
+            l_whence: i16::try_from(nix::libc::SEEK_SET).ok()?,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        fcntl(&file, FcntlArg::F_GETLK(&mut lock)).ok()?;
+        (i32::from(lock.l_type) != nix::libc::F_UNLCK).then(|| Pid::from_raw(lock.l_pid))
     }
 }
 

@@ -38,7 +38,7 @@ async fn a_dead_site_is_failed_over_and_stands_down_when_it_comes_back() -> Resu
     let settings = ["--target-name", "web-dr", "--network", &network, "--ip", "10.77.0.9/24"];
     world.cli(&[&["item", "set", "vm1"], &settings[..]].concat()).expect(0);
 
-    world.lab.site(HOME)?.cut_power();
+    world.lab.site(HOME)?.lose_power().await?;
     world.lab.act(LabAction::Kill, "agent:home").await?;
     world.lab.cut(HOME).await?;
     let told = world.cli(&["failover", "vm1", "--shutdown-source"]).expect(0);
