@@ -173,7 +173,7 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
         "  target size:     {}",
         details.recovery_azure_vm_size.clone().unwrap_or_else(|| "as at home".to_owned())
     ));
-    let status: ItemStatus = session.client.get(&format!("/api/v1/items/{}", item.name)).await?;
+    let status: ItemStatus = session.client.get(&session.v1(&format!("/items/{}", item.name))).await?;
     for nic in &details.vm_nics {
         let network = nic.recovery_vm_network_id.as_deref().map_or("not connected", last_segment);
         let address = nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone());
@@ -648,9 +648,9 @@ pub(crate) async fn disable(session: &Session, arguments: DisableArguments) -> a
 
 pub(crate) async fn console(session: &Session, arguments: ItemArguments) -> anyhow::Result<Exit> {
     let item = session.item(&arguments.vm).await?;
-    let console: Console = session.client.get(&format!("/api/v1/items/{}/console", item.name)).await?;
+    let console: Console = session.client.get(&session.v1(&format!("/items/{}/console", item.name))).await?;
     if arguments.json {
-        let status: ItemStatus = session.client.get(&format!("/api/v1/items/{}", item.name)).await?;
+        let status: ItemStatus = session.client.get(&session.v1(&format!("/items/{}", item.name))).await?;
         output::json(&json!({ "command": console.command, "status": status }))?;
     } else {
         output::line(&console.command);

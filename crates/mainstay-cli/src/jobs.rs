@@ -353,7 +353,7 @@ async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
                     // Progress is an extra: an older server does not know it.
                     Some(task) => {
                         let status: Option<JobStatus> =
-                            session.client.get(&format!("/api/v1/jobs/{name}")).await.ok();
+                            session.client.get(&session.v1(&format!("/jobs/{name}"))).await.ok();
                         progress_text(task, status.as_ref().and_then(|status| status.task(&task.name)))
                     }
                     None => it.state.clone(),

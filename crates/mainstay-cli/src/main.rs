@@ -14,6 +14,7 @@ mod resources;
 mod server;
 mod session;
 mod settings;
+mod vaults;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use exit::Exit;
@@ -46,6 +47,9 @@ enum Command {
     Lab(lab::LabCommand),
     /// Carries the whole journey out on real VMs on this machine and proves every step.
     Demo(demo::DemoArguments),
+    /// Vaults.
+    #[command(subcommand)]
+    Vault(vaults::VaultCommand),
     /// Sites.
     #[command(subcommand)]
     Fabric(resources::FabricCommand),
@@ -151,6 +155,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Agent(command) => agent::run(command).await,
         Command::Lab(command) => lab::run(command).await,
         Command::Demo(arguments) => demo::run(arguments).await,
+        Command::Vault(command) => vaults::run(&connect.open().await?, command).await,
         Command::Fabric(command) => resources::fabric(&connect.open().await?, command).await,
         Command::Host(command) => resources::host(&connect.open().await?, command).await,
         Command::Vm(command) => resources::vm(&connect.open().await?, command).await,

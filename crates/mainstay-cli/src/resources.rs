@@ -117,7 +117,7 @@ pub(crate) async fn find_host(session: &Session, name: &str) -> anyhow::Result<R
 pub(crate) async fn host(session: &Session, command: HostCommand) -> anyhow::Result<Exit> {
     match command {
         HostCommand::Key { fabric, json } => {
-            let path = format!("/api/v1/fabrics/{fabric}/registrationKeys");
+            let path = session.v1(&format!("/fabrics/{fabric}/registrationKeys"));
             let key: RegistrationKey = session.client.post(&path, &json!({})).await?;
             if json {
                 output::json(&key)?;

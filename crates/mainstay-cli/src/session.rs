@@ -7,6 +7,7 @@ use clap::Args;
 use mainstay_api::{
     Client, Connection,
     arm::{FabricProperties, ItemProperties, List, ProtectableItemProperties, Resource},
+    encode_segment,
     v1::Vault,
 };
 
@@ -24,6 +25,16 @@ pub(crate) struct ConnectArguments {
     /// The access token.
     #[arg(long, global = true, env = "MAINSTAY_TOKEN", hide_env_values = true, help_heading = "Connection")]
     token: Option<String>,
+    /// The vault, as NAME or GROUP/NAME; the server's first without it.
+    #[arg(
+        id = "in_vault",
+        long = "in-vault",
+        global = true,
+        env = "MAINSTAY_VAULT",
+        value_name = "VAULT",
+        help_heading = "Connection"
+    )]
+    vault: Option<String>,
     /// A lab's directory: connects to the lab's server.
     #[arg(
         long = "lab",
@@ -57,9 +68,11 @@ impl ConnectArguments {
             }
         };
         let client = Client::new(&connection)?;
-        let vault: Vault = client.get("/api/v1/vault").await?;
+        let query =
+            self.vault.as_ref().map_or_else(String::new, |vault| format!("?vault={}", encode_segment(vault)));
+        let vault: Vault = client.get(&format!("/api/v1/vault{query}")).await?;
         let path = vault.path();
-        Ok(Session { client, vault: path })
+        Ok(Session { client, vault: path, query })
     }
 }
 
@@ -68,11 +81,18 @@ pub(crate) struct Session {
     pub(crate) client: Client,
     /// Path of the vault.
     pub(crate) vault: String,
+    /// What names the vault in a query; empty = the server's first.
+    query: String,
 }
 
 pub(crate) type Item = Resource<ItemProperties>;
 
 impl Session {
+    /// A path of `/api/v1` that is about the vault.
+    pub(crate) fn v1(&self, path: &str) -> String {
+        format!("/api/v1{path}{}", self.query)
+    }
+
     /// All resources of a listing.
     pub(crate) async fn list<P: serde::de::DeserializeOwned>(
         &self,

@@ -50,6 +50,8 @@ pub struct Control {
     health_told: std::sync::Mutex<std::collections::HashMap<ItemId, Health>>,
     /// The directory whose programs recovery plans may run; without it they run none.
     pub scripts: std::sync::OnceLock<std::path::PathBuf>,
+    /// The vault's name, where metrics tell several vaults apart.
+    pub vault_name: std::sync::OnceLock<String>,
     /// Replication cycles under way.
     pub cycles: reconcilers::Cycles,
 }
@@ -66,6 +68,7 @@ impl Control {
             health_told: std::sync::Mutex::default(),
             changed: tokio::sync::Notify::new(),
             scripts: std::sync::OnceLock::new(),
+            vault_name: std::sync::OnceLock::new(),
             cycles: reconcilers::Cycles::default(),
         })
     }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     authority::{CONTROL_PROTOCOL, DATA_PROTOCOL, certificate_provider},
     listener::{Secured, listen},
+    vaults::Vaults,
 };
 
 /// Connections of agents at once: each agent has one for control and a few for data.
@@ -23,29 +24,29 @@ const CONNECTIONS_MAX: usize = 4096;
 pub(crate) async fn serve(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
-    control: Arc<Control>,
+    vaults: Arc<Vaults>,
     stop: CancellationToken,
 ) {
     let until = stop.clone();
     let serve = move |stream| {
-        let (control, until) = (control.clone(), until.clone());
+        let (vaults, until) = (vaults.clone(), until.clone());
         async move {
             tokio::select! {
                 () = until.cancelled() => {}
-                () = serve_peer(stream, control) => {}
+                () = serve_peer(stream, &vaults) => {}
             }
         }
     };
     listen(listener, tls, CONNECTIONS_MAX, stop, serve).await;
 }
 
-async fn serve_peer(stream: Secured, control: Arc<Control>) {
+async fn serve_peer(stream: Secured, vaults: &Vaults) {
     let Some(provider) = peer(&stream) else {
         return tracing::warn!("a certificate of ours does not name a host");
     };
     // The certificate may outlive the registration.
-    let name = match control.provider(provider).await {
-        Ok(record) => record.name,
+    let (control, name) = match vaults.hosting(provider).await {
+        Ok((vault, name)) => (vault.control.clone(), name),
         Err(error) => {
             return tracing::warn!(%provider, %error, "a host that is not registered was turned away");
         }

@@ -11,6 +11,7 @@ mod listener;
 mod server;
 mod smtp;
 mod token_key;
+mod vaults;
 
 pub use authority::{Authority, AuthorityError};
 pub use config::ServerConfig;

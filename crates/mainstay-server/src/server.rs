@@ -1,17 +1,14 @@
 //! The server's life: initialise, run, stop.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mainstay_control::{
-    Clock, Control, SystemClock,
-    alerts::Alerts,
+    Clock, SystemClock,
     app::{Role, TokenSecret, VaultRecord},
-    db::Db,
 };
-use mainstay_store::{Store, StoreOptions, local_storage};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
@@ -23,6 +20,7 @@ use crate::{
     listener::{Secured, listen},
     smtp::Smtp,
     token_key::TokenKey,
+    vaults::{AlertSettings, Vaults, open_control},
 };
 
 /// What `server init` made.
@@ -41,13 +39,15 @@ pub async fn initialize(
     resource_group: &str,
     vault: &str,
 ) -> anyhow::Result<Initialized> {
-    let control = open(config, Arc::new(SystemClock)).await?;
+    let control = open_control(config, None, Arc::new(SystemClock)).await?;
     let authority = Authority::open(&config.data_dir.join("pki"))?;
     let vault = VaultRecord {
         subscription: Uuid::new_v4().to_string(),
         resource_group: resource_group.to_owned(),
         name: vault.to_owned(),
         location: "mainstay".to_owned(),
+        tags: BTreeMap::new(),
+        etag: None,
     };
     let vault = control.create_vault(vault).await?;
     let token = if control.tokens().await?.is_empty() {
@@ -59,43 +59,6 @@ pub async fn initialize(
     Ok(Initialized { vault, token, authority_pem: authority.certificate_pem().to_owned() })
 }
 
-async fn open(config: &ServerConfig, clock: Arc<dyn Clock>) -> anyhow::Result<Arc<Control>> {
-    let data_dir = &config.data_dir;
-    create_private_dir(data_dir).with_context(|| format!("data directory {}", data_dir.display()))?;
-    let store_dir = config.store_dir();
-    create_private_dir(&store_dir).with_context(|| format!("store directory {}", store_dir.display()))?;
-    let db_path = data_dir.join("mainstay.db");
-    let db = Db::open(&db_path).await.with_context(|| format!("database {}", db_path.display()))?;
-    let storage =
-        local_storage(&store_dir).with_context(|| format!("replica store {}", store_dir.display()))?;
-    let reserve = config.store_reserve_mib.saturating_mul(1 << 20);
-    let has_room = move |bytes: u64| match nix::sys::statvfs::statvfs(&store_dir) {
-        Ok(space) => {
-            space.blocks_available().saturating_mul(space.fragment_size()) >= bytes.saturating_add(reserve)
-        }
-        Err(error) => {
-            // The write itself says then what is wrong.
-            tracing::warn!(%error, "the store's free space cannot be read");
-            true
-        }
-    };
-    let options = StoreOptions { has_room: Arc::new(has_room), ..StoreOptions::default() };
-    let store = Store::open(storage, options);
-    let control = Control::new(db, Arc::new(store), clock);
-    if let Some(scripts) = &config.script_dir {
-        let scripts =
-            scripts.canonicalize().with_context(|| format!("script directory {}", scripts.display()))?;
-        // New just now: it is empty.
-        let _ = control.scripts.set(scripts);
-    }
-    Ok(control)
-}
-
-fn create_private_dir(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
 /// A running server.
 pub struct Running {
     /// Where the API really listens.
@@ -104,7 +67,7 @@ pub struct Running {
     pub agent_address: std::net::SocketAddr,
     stop: CancellationToken,
     tasks: TaskTracker,
-    control: Arc<Control>,
+    vaults: Arc<Vaults>,
 }
 
 /// Connections of API clients at once.
@@ -120,15 +83,19 @@ pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
 
 /// Starts the server with another clock than the computer's: for tests of what ends.
 pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> anyhow::Result<Running> {
-    let control = open(config, clock).await?;
-    let vault = control.vault().await?;
+    let name = config.names.first().map_or("localhost", String::as_str);
+    // A configuration that cannot work is told before anything begins.
+    let alerts = match &config.smtp {
+        Some(smtp) => {
+            Some(AlertSettings { sender: Arc::new(Smtp::open(smtp, name)?), owners: smtp.owners.clone() })
+        }
+        None => None,
+    };
+    let vaults = Arc::new(Vaults::open(config, clock, alerts).await?);
     let pki_dir = config.data_dir.join("pki");
     let authority = Authority::open(&pki_dir)?;
     let token_key = TokenKey::open(&pki_dir)?;
-    let name = config.names.first().map_or("localhost", String::as_str);
     let (api_tls, agent_tls) = (authority.api_tls(&config.names)?, authority.agent_tls(&config.names)?);
-    // A configuration that cannot work is told before anything begins.
-    let smtp = config.smtp.as_ref().map(|smtp| Smtp::open(smtp, name)).transpose()?;
     let api_listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
     let agent_listener = TcpListener::bind(config.agent_listen)
@@ -140,11 +107,12 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     } else {
         config.agent_endpoint.clone()
     };
-    let vault_name = vault.name.clone();
+    let first = vaults.first();
     let api = Arc::new(Api {
-        control: control.clone(),
+        directory: first.control.clone(),
+        tenant: first.record().subscription.clone(),
+        vaults: vaults.clone(),
         authority,
-        vault,
         base_url: format!("https://{name}:{}", api_address.port()),
         agent_endpoint,
         shutdown_timeout: Duration::from_secs(u64::from(config.shutdown_timeout_seconds)),
@@ -156,26 +124,21 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     });
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
-    tasks.spawn(agents::serve(agent_listener, agent_tls, control.clone(), stop.clone()));
+    tasks.spawn(agents::serve(agent_listener, agent_tls, vaults.clone(), stop.clone()));
     tasks.spawn(serve_api(api_listener, api_tls, router(api), stop.clone()));
-    if let (Some(sender), Some(smtp)) = (smtp, &config.smtp) {
-        let alerts = Alerts::new(control.clone(), Arc::new(sender), smtp.owners.clone(), vault_name);
-        tasks.spawn(alerts.run(stop.clone()));
-    }
-    tasks.spawn(control.clone().run_reconcilers(stop.clone()));
-    let resumed = control.resume_jobs().await?;
+    let resumed = vaults.start().await?;
     tracing::info!(%api_address, %agent_address, resumed, "the server is ready");
-    Ok(Running { api_address, agent_address, stop, tasks, control })
+    Ok(Running { api_address, agent_address, stop, tasks, vaults })
 }
 
 impl Running {
     /// Stops orderly: no new work, what is under way ends where it can be taken up again.
     pub async fn stop(self) {
-        self.control.engine.stop().await;
+        self.vaults.halt().await;
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
-        self.control.db.close().await;
+        self.vaults.close().await;
         tracing::info!("the server has stopped");
     }
 }

@@ -33,7 +33,7 @@ pub use providers::{ProviderRecord, REGISTRATION_KEY_HOURS, RegistrationKeyRecor
 pub use recovery_plans::RecoveryPlanRecord;
 pub use service_principals::ServicePrincipalRecord;
 pub use tokens::{Role, TokenRecord, TokenSecret};
-pub use vault::VaultRecord;
+pub use vault::{HostedVaultRecord, VaultRecord};
 pub use vault_settings::{ExtendedInfo, VaultSettingRecord};
 
 use crate::ControlError;

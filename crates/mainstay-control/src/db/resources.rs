@@ -10,6 +10,8 @@ use super::{Db, DbError, Transaction, decode, encode};
 pub enum ResourceKind {
     /// The vault itself.
     Vault,
+    /// A further vault of the same server.
+    HostedVault,
     /// A site.
     Fabric,
     /// A registered host's agent.
@@ -40,6 +42,7 @@ impl ResourceKind {
     fn key(self) -> &'static str {
         match self {
             Self::Vault => "vault",
+            Self::HostedVault => "hosted-vault",
             Self::Fabric => "fabric",
             Self::Provider => "provider",
             Self::Policy => "policy",

@@ -13,7 +13,9 @@ impl Control {
             let Some(policy) = policies.get(&item.policy.to_lowercase()) else { continue };
             let (health, errors, rpo) = self.item_health_under(item, policy);
             if let Some(rpo) = rpo {
-                metrics::gauge!("mainstay_item_rpo_seconds", "item" => item.name.clone()).set(rpo as f64);
+                let vault = self.vault_name.get().cloned().unwrap_or_default();
+                metrics::gauge!("mainstay_item_rpo_seconds", "vault" => vault, "item" => item.name.clone())
+                    .set(rpo as f64);
             }
             let before =
                 self.health_told.lock().unwrap_or_else(PoisonError::into_inner).insert(item.id, health);

@@ -41,7 +41,7 @@ pub(super) async fn dispatch(call: &Call, rest: &[&str]) -> Result<Response, Api
 
 fn shown(call: &Call, record: AlertSettingRecord) -> Resource<AlertProperties> {
     Resource {
-        id: format!("{}/replicationAlertSettings/{ALERT_SETTING}", call.api.vault.id()),
+        id: format!("{}/replicationAlertSettings/{ALERT_SETTING}", call.vault.id()),
         name: ALERT_SETTING.to_owned(),
         kind: format!("{NAMESPACE}/vaults/replicationAlertSettings"),
         location: None,

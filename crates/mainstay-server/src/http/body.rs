@@ -459,6 +459,17 @@ pub(super) const VAULT: &[Field] = &[
     field("properties.publicNetworkAccess", Takes::Word(&["Enabled", "Disabled"])),
 ];
 
+/// A vault that is to be made.
+pub(super) const NEW_VAULT: &[Field] = &[
+    required("location", Takes::Text(64)),
+    field("tags", Takes::Object),
+    field("sku", Takes::Object),
+    field("sku.name", Takes::Word(&["Standard", "RS0"])),
+    field("identity", Takes::Object),
+    PROPERTIES,
+    field("properties.publicNetworkAccess", Takes::Word(&["Enabled", "Disabled"])),
+];
+
 /// Longest life of a token or a service principal: a century, which is for ever.
 const DAYS: Takes = Takes::Number(0, 36_500);
 

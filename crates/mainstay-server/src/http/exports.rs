@@ -26,6 +26,7 @@ use super::{
     error::ApiError,
     jobs::JOB_STATES,
 };
+use crate::vaults::HostedVault;
 
 /// First segment of a download's path.
 pub(super) const PATH: &str = "jobexports";
@@ -71,7 +72,7 @@ pub(super) async fn begin(call: &Call) -> Result<Response, ApiError> {
         offset_minutes: input.timezone_offset.unwrap_or_default().round() as i32,
     };
     let job = call.control().export_jobs(query, call.who.clone()).await?;
-    Ok(call.accepted(job.id, &Ids(&call.api.vault).job(job.id)))
+    Ok(call.accepted(job.id, &Ids(&call.vault).job(job.id)))
 }
 
 /// Tells in an export's job where its download is.
@@ -119,11 +120,15 @@ pub(super) async fn download(
     };
     let secret = query.iter().find(|(name, _)| name == "sig").map_or("", |(_, secret)| secret.as_str());
     let job: JobId = name.parse().map_err(|_| refused())?;
-    let export = match api.control.job_export(job).await {
-        Ok(export) if export.is_opened_by(secret) => export,
-        Ok(_) | Err(ControlError::NotFound { .. }) => return Err(refused()),
-        Err(error) => return Err(error.into()),
-    };
+    let mut found = None;
+    for vault in api.vaults.all() {
+        match vault.control.job_export(job).await {
+            Ok(export) if export.is_opened_by(secret) => found = Some((vault, export)),
+            Ok(_) | Err(ControlError::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let (vault, export) = found.ok_or_else(refused)?;
     let (kind, ending) = match export.query.format {
         ExportFormat::Json => ("application/json", "json"),
         ExportFormat::Xml => ("application/xml", "xml"),
@@ -136,14 +141,14 @@ pub(super) async fn download(
         // The link is a secret, and so is what it gives.
         (header::CACHE_CONTROL, "no-store".to_owned()),
     ];
-    let writing = Writing { api: api.clone(), export, next: Next::Beginning, is_first: true };
+    let writing = Writing { vault, export, next: Next::Beginning, is_first: true };
     let pieces = futures::stream::try_unfold(writing, Writing::piece);
     Ok((headers, Body::from_stream(pieces)).into_response())
 }
 
 /// A download under way.
 struct Writing {
-    api: Arc<Api>,
+    vault: Arc<HostedVault>,
     export: JobExportRecord,
     next: Next,
     /// Whether no job has been written yet.
@@ -167,12 +172,13 @@ impl Writing {
                 beginning(format)
             }
             Next::Page(after) => {
-                let found = self.api.control.exported_jobs(&self.export, after, PAGE_LENGTH).await;
+                let found = self.vault.control.exported_jobs(&self.export, after, PAGE_LENGTH).await;
                 let (entries, next) = found.inspect_err(|error| {
                     tracing::error!(%error, job = %self.export.job, "an export of jobs broke off");
                 })?;
                 self.next = next.map_or(Next::End, |place| Next::Page(Some(place)));
-                let ids = Ids(&self.api.vault);
+                let record = self.vault.record();
+                let ids = Ids(&record);
                 let mut text = String::new();
                 for entry in &entries {
                     let job = convert::job_entry(&ids, entry, &convert::Children::new());

@@ -74,13 +74,12 @@ pub(super) async fn answer(
     peer: IpAddr,
 ) -> Result<Response, ApiError> {
     let tenant = path.first().copied().unwrap_or_default();
-    let is_ours =
-        matches!(tenant, "common" | "organizations") || api.vault.subscription.eq_ignore_ascii_case(tenant);
+    let is_ours = matches!(tenant, "common" | "organizations") || api.tenant.eq_ignore_ascii_case(tenant);
     if !is_ours && route != Route::Endpoints {
         let code = if matches!(route, Route::Token(_)) { "invalid_request" } else { "invalid_tenant" };
         let description = format!(
             "there is no tenant '{tenant}' here; use '{}', which `mainstay principal list --json` shows",
-            api.vault.subscription
+            api.tenant
         );
         return Ok(Refusal::new(code, description).into_response());
     }
@@ -120,8 +119,8 @@ fn is_own_host(api: &Api, host: &str) -> bool {
 
 fn issuer(api: &Api, version: Version, base: &str) -> String {
     match version {
-        Version::V1 => format!("{base}/{}", api.vault.subscription),
-        Version::V2 => format!("{base}/{}/v2.0", api.vault.subscription),
+        Version::V1 => format!("{base}/{}", api.tenant),
+        Version::V2 => format!("{base}/{}/v2.0", api.tenant),
     }
 }
 
@@ -130,7 +129,7 @@ fn is_own_issuer(api: &Api, issuer: &str) -> bool {
     let Some((base, tenant)) = issuer.rsplit_once('/') else { return false };
     let is_own_base =
         base == api.base_url || base.strip_prefix("https://").is_some_and(|host| is_own_host(api, host));
-    is_own_base && tenant == api.vault.subscription
+    is_own_base && tenant == api.tenant
 }
 
 /// Who a request comes from.
@@ -156,7 +155,7 @@ pub(super) struct Unknown {
 pub(super) async fn sign_in(api: &Api, bearer: &str) -> Result<Result<SignedIn, Unknown>, ApiError> {
     // Secrets of tokens are base64url, in which there are no dots.
     if !bearer.contains('.') {
-        let token = api.control.authenticate(bearer).await?;
+        let token = api.directory.authenticate(bearer).await?;
         return Ok(token
             .map(|token| SignedIn { name: token.label, role: token.role })
             .ok_or_else(|| Unknown { who: String::new() }));
@@ -164,13 +163,11 @@ pub(super) async fn sign_in(api: &Api, bearer: &str) -> Result<Result<SignedIn, 
     let Some(claims) = api.token_key.verify(bearer) else {
         return Ok(Err(Unknown { who: String::new() }));
     };
-    let now = api.control.clock.now_ms().div_euclid(1000);
-    let is_valid = claims.nbf <= now
-        && now < claims.exp
-        && claims.tid == api.vault.subscription
-        && is_own_issuer(api, &claims.iss);
+    let now = api.directory.clock.now_ms().div_euclid(1000);
+    let is_valid =
+        claims.nbf <= now && now < claims.exp && claims.tid == api.tenant && is_own_issuer(api, &claims.iss);
     let principal = match Uuid::parse_str(&claims.appid) {
-        Ok(client_id) if is_valid => api.control.valid_service_principal(client_id).await?,
+        Ok(client_id) if is_valid => api.directory.valid_service_principal(client_id).await?,
         _ => None,
     };
     Ok(principal
@@ -326,7 +323,7 @@ async fn token(
     peer: IpAddr,
     base: &str,
 ) -> Result<Result<Response, Refusal>, ApiError> {
-    let now_ms = api.control.clock.now_ms();
+    let now_ms = api.directory.clock.now_ms();
     if let Err(seconds) = api.token_requests.attempt(peer, now_ms) {
         return Ok(Err(Refusal::too_many(seconds)));
     }
@@ -336,7 +333,7 @@ async fn token(
     };
     let client_id = Uuid::parse_str(&request.client_id).ok();
     let principal = match client_id {
-        Some(id) => api.control.authenticate_service_principal(id, &request.secret).await?,
+        Some(id) => api.directory.authenticate_service_principal(id, &request.secret).await?,
         None => None,
     };
     let target = parts.uri.path();
@@ -361,7 +358,7 @@ async fn token(
         sub: id.clone(),
         appid: id.clone(),
         oid: id,
-        tid: api.vault.subscription.clone(),
+        tid: api.tenant.clone(),
         roles: vec![format!("{:?}", principal.role)],
         iat: now,
         nbf: now,
@@ -395,7 +392,7 @@ async fn token(
 
 /// OpenID Connect Discovery. There is nothing at the address for people, but clients refuse a document without it.
 fn configuration(api: &Api, version: Version, base: &str) -> Value {
-    let tenant = format!("{base}/{}", api.vault.subscription);
+    let tenant = format!("{base}/{}", api.tenant);
     let path = if version == Version::V1 { "" } else { "/v2.0" };
     json!({
         "issuer": issuer(api, version, base),
@@ -419,7 +416,7 @@ fn instances(api: &Api, base: &str) -> Value {
     json!({
         "api-version": "1.1",
         "tenant_discovery_endpoint":
-            format!("{base}/{}/v2.0/.well-known/openid-configuration", api.vault.subscription),
+            format!("{base}/{}/v2.0/.well-known/openid-configuration", api.tenant),
         "metadata": [{ "preferred_network": host, "preferred_cache": host, "aliases": [host] }],
     })
 }
@@ -443,7 +440,7 @@ fn endpoints(api: &Api, base: &str, query: &str) -> Result<Value, ApiError> {
         "authentication": {
             "loginEndpoint": base,
             "audiences": [AUDIENCE],
-            "tenant": api.vault.subscription,
+            "tenant": api.tenant,
             "identityProvider": "AAD",
         },
 

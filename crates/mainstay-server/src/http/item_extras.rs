@@ -123,7 +123,7 @@ pub(super) async fn put_again(
     let update = wishes(input.provider_specific_details, echo, &shown);
     let target = items::updated_target(item, update)?;
     let job = call.control().update_item_target(item, target, call.who.clone()).await?;
-    Ok(call.accepted(job.id, &Ids(&call.api.vault).item(fabric, &item.name)))
+    Ok(call.accepted(job.id, &Ids(&call.vault).item(fabric, &item.name)))
 }
 
 fn wishes(created: EnableDetails, echo: Echo, shown: &Resource<ItemProperties>) -> UpdateItemInput {

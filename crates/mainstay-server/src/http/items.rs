@@ -106,7 +106,7 @@ async fn on_item(
 ) -> Result<Response, ApiError> {
     let control = call.control();
     let by = call.who.clone();
-    let id = Ids(&call.api.vault).item(fabric, &item.name);
+    let id = Ids(&call.vault).item(fabric, &item.name);
     let job = match (&call.method, rest) {
         (&Method::GET, []) => return json(&show(call, item).await?),
         (&Method::PATCH, []) => {
@@ -220,7 +220,7 @@ async fn enable(call: &Call, fabric: &FabricRecord, name: &str) -> Result<Respon
         },
     };
     let job = control.enable_protection(request, call.who.clone()).await?;
-    Ok(call.accepted(job.id, &Ids(&call.api.vault).item(fabric, name)))
+    Ok(call.accepted(job.id, &Ids(&call.vault).item(fabric, name)))
 }
 
 /// What is read once for a whole page of items.
@@ -279,7 +279,7 @@ async fn show_with(
         job: job.as_ref(),
         now_ms: control.clock.now_ms(),
     };
-    Ok(convert::item(&Ids(&call.api.vault), &view))
+    Ok(convert::item(&Ids(&call.vault), &view))
 }
 
 const PRIMARY_TO_RECOVERY: &str = "PrimaryToRecovery";

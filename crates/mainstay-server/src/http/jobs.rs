@@ -24,7 +24,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     let path = call.path();
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
     let control = call.control();
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     match (&call.method, path.as_slice()) {
         (&Method::GET, ["replicationjobs"]) => list_jobs(call).await,
         (&Method::GET, ["replicationjobs", name]) => {
@@ -112,7 +112,7 @@ async fn list_jobs(call: &Call) -> Result<Response, ApiError> {
         .last()
         .filter(|_| has_more)
         .map(|last| call.next_page(&format!("{}.{}", last.created_ms(), last.id())));
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     let none = HashMap::new();
     page(entries.iter().map(|entry| convert::job_entry(&ids, entry, &none)).collect(), next)
 }

@@ -42,7 +42,11 @@ use mainstay_model::JobId;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use crate::{Authority, token_key::TokenKey};
+use crate::{
+    Authority,
+    token_key::TokenKey,
+    vaults::{HostedVault, Vaults},
+};
 use error::ApiError;
 pub(crate) use limits::Limit;
 pub use v1::document_text;
@@ -56,9 +60,12 @@ pub(crate) const TOKEN_REQUESTS_MAX: u32 = 120;
 
 /// What handlers work with.
 pub(crate) struct Api {
-    pub(crate) control: Arc<Control>,
+    pub(crate) vaults: Arc<Vaults>,
+    /// Keeps who may sign in, and what they did.
+    pub(crate) directory: Arc<Control>,
+    /// The tenant in which everybody signs in, which is also the only subscription.
+    pub(crate) tenant: String,
     pub(crate) authority: Authority,
-    pub(crate) vault: VaultRecord,
     /// `https://HOST:PORT` as clients that send no Host header are told.
     pub(crate) base_url: String,
     /// Address that agents are told.
@@ -86,6 +93,9 @@ pub(crate) fn router(api: Arc<Api>) -> Router {
 /// A request as handlers see it.
 struct Call {
     api: Arc<Api>,
+    /// The vault that the request is about; the server's first, if about none.
+    vault: Arc<VaultRecord>,
+    control: Arc<Control>,
     method: Method,
     /// Segments of the path below the vault (or below `/api/v1`), as sent, percent-decoded.
     segments: Vec<String>,
@@ -106,7 +116,7 @@ impl Call {
     }
 
     fn control(&self) -> &Arc<Control> {
-        &self.api.control
+        &self.control
     }
 
     /// A value of the query. OData's own names begin with `$`, which some clients leave out.
@@ -133,7 +143,7 @@ impl Call {
         format!(
             "{}{}/{}?api-version={}{query}&$skipToken={token}",
             self.base_url,
-            self.api.vault.id(),
+            self.vault.id(),
             path.join("/"),
             self.api_version
         )
@@ -159,7 +169,7 @@ impl Call {
         let operation = format!(
             "{}{}/replicationOperationStatus/{}?api-version={}",
             self.base_url,
-            self.api.vault.id(),
+            self.vault.id(),
             job,
             self.api_version
         );
@@ -279,8 +289,23 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         .filter(|version| version.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.')))
         .unwrap_or(arm::API_VERSION)
         .to_owned();
+    let is_vault_itself = matches!(vault_path(&lower), Some((.., [])));
+    let asked = vault_asked_for(&api, &lower, &query)?;
+    let vault = match &asked {
+        // To be made, or gone already.
+        None if is_vault_itself => api.vaults.first(),
+        None => return Err(ControlError::not_found("vault", lower[VAULT_PLACE]).into()),
+        Some(vault) => vault,
+    };
+    // A vault is not deleted before requests in it have been answered; its deletion itself would wait for ever.
+    let in_use = if is_vault_itself { None } else { vault.in_use().await };
+    if in_use.is_none() && !is_vault_itself {
+        return Err(ControlError::not_found("vault", vault.record().name.as_str()).into());
+    }
     let mut call = Call {
-        api,
+        vault: vault.record(),
+        control: vault.control.clone(),
+        api: api.clone(),
         method: parts.method,
         segments,
         query,
@@ -289,12 +314,45 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         base_url,
         api_version,
     };
+    if is_vault_itself {
+        return vaults::vault(&call, asked.as_deref()).await;
+    }
+    if let Some((.., below)) = vault_path(&lower) {
+        call.segments.drain(..=VAULT_PLACE);
+        if let ([.., "operationresults", name], &Method::GET) = (below, &call.method) {
+            call.segments.truncate(call.segments.len() - 2);
+            let resource = format!("{}/{}", call.vault.id(), call.segments.join("/"));
+            let job = jobs::find(&call, name).await?;
+            if !job.has_ended() {
+                return Ok(call.accepted(job.id(), &resource));
+            }
+            // The result is the resource as it is now; where it is gone there is no content.
+            return match vault_dispatch(&call).await {
+                Err(error) if error.is_not_found() => Ok(StatusCode::NO_CONTENT.into_response()),
+                answer => answer,
+            };
+        }
+        return vault_dispatch(&call).await;
+    }
     match lower.as_slice() {
         ["metrics"] => Ok(call.api.metrics.render().into_response()),
         ["api", "v1", ..] => {
             call.segments.drain(..2);
             v1::dispatch(&call).await
         }
+        path => match vault_services::above_vault(&call, path) {
+            Some(answer) => answer,
+            None => vaults::dispatch(&call, path),
+        },
+    }
+}
+
+/// Where in a path below a vault the vault's name is.
+const VAULT_PLACE: usize = 7;
+
+/// Subscription, resource group and name in the path of a vault, as segments in lower case, and what is below it.
+fn vault_path<'a>(path: &'a [&'a str]) -> Option<(&'a str, &'a str, &'a str, &'a [&'a str])> {
+    match path {
         [
             "subscriptions",
             subscription,
@@ -304,42 +362,31 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
             "microsoft.recoveryservices",
             "vaults",
             vault,
-            ..,
-        ] => {
-            let known = &call.api.vault;
-            let is_ours = known.subscription.eq_ignore_ascii_case(subscription)
-                && known.resource_group.eq_ignore_ascii_case(group)
-                && known.name.eq_ignore_ascii_case(vault);
-            if !is_ours {
-                return Err(ControlError::not_found("vault", *vault).into());
-            }
-            call.segments.drain(..8);
-            if let ([.., "operationresults", name], &Method::GET) = (lower.as_slice(), &call.method) {
-                call.segments.truncate(call.segments.len() - 2);
-                let resource = format!("{}/{}", call.api.vault.id(), call.segments.join("/"));
-                let job = jobs::find(&call, name).await?;
-                if !job.has_ended() {
-                    return Ok(call.accepted(job.id(), &resource));
-                }
-                // The result is the resource as it is now; where it is gone there is no content.
-                return match vault_dispatch(&call).await {
-                    Err(error) if error.is_not_found() => Ok(StatusCode::NO_CONTENT.into_response()),
-                    answer => answer,
-                };
-            }
-            vault_dispatch(&call).await
-        }
-        path => match vault_services::above_vault(&call, path) {
-            Some(answer) => answer,
-            None => vaults::dispatch(&call, path),
-        },
+            below @ ..,
+        ] => Some((subscription, group, vault, below)),
+        _ => None,
+    }
+}
+
+/// The vault that a request is about, if there is one of that name; the server's first, if it names none.
+fn vault_asked_for(
+    api: &Api,
+    path: &[&str],
+    query: &[(String, String)],
+) -> Result<Option<Arc<HostedVault>>, ApiError> {
+    if let Some((subscription, group, name, _)) = vault_path(path) {
+        let is_ours = api.tenant.eq_ignore_ascii_case(subscription);
+        return Ok(api.vaults.find(group, name).filter(|_| is_ours));
+    }
+    match query.iter().find(|(name, value)| name == v1::VAULT_PARAMETER && !value.is_empty()) {
+        Some((_, name)) if path.starts_with(&["api", "v1"]) => Ok(Some(api.vaults.find_named(name)?)),
+        _ => Ok(Some(api.vaults.first().clone())),
     }
 }
 
 async fn vault_dispatch(call: &Call) -> Result<Response, ApiError> {
     let path = call.path();
     match path.first().map(String::as_str) {
-        None => vaults::vault(call),
         Some("replicationjobs" | "replicationoperationstatus" | "replicationevents") => {
             jobs::dispatch(call).await
         }
@@ -420,7 +467,7 @@ async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
 /// Writes a failed sign-in down and says what to answer: `answer`, unless there were too many. Good tokens are never held up
 /// by bad ones from their address: others may share it, and 256 bits are not guessed; what is limited is what failures cost.
 async fn refuse(api: &Api, who: &str, parts: &Parts, peer: IpAddr, answer: ApiError) -> ApiError {
-    if let Err(seconds) = api.failed_sign_ins.attempt(peer, api.control.clock.now_ms()) {
+    if let Err(seconds) = api.failed_sign_ins.attempt(peer, api.directory.clock.now_ms()) {
         return ApiError::too_many_failures(seconds);
     }
     let path: String = parts.uri.path().chars().take(AUDITED_PATH_CHARACTERS_MAX).collect();
@@ -443,14 +490,14 @@ async fn audit(
 ) -> Result<(), ApiError> {
     let record = AuditRecord {
         id: Uuid::now_v7().to_string(),
-        time_ms: api.control.clock.now_ms(),
+        time_ms: api.directory.clock.now_ms(),
         who: who.to_owned(),
         from: peer.to_canonical().to_string(),
         action: action.to_owned(),
         target: path.to_owned(),
         is_allowed,
     };
-    let mut transaction = api.control.db.begin().await.map_err(ControlError::from)?;
+    let mut transaction = api.directory.db.begin().await.map_err(ControlError::from)?;
     transaction.add_audit(&record).await.map_err(ControlError::from)?;
     transaction.commit().await.map_err(ControlError::from)?;
     Ok(())

@@ -46,12 +46,12 @@ async fn network(
     let found = networks_of(call, Some(fabric)).await?;
     let found = found.into_iter().find(|(_, network)| network.name.eq_ignore_ascii_case(name));
     let (fabric, network) = found.ok_or_else(|| ControlError::not_found("network", name))?;
-    Ok(convert::network(&Ids(&call.api.vault), &fabric, &network))
+    Ok(convert::network(&Ids(&call.vault), &fabric, &network))
 }
 
 /// The networks of a fabric, or all.
 pub(super) async fn list_networks(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     let found = networks_of(call, fabric).await?;
     list(found.iter().map(|(fabric, network)| convert::network(&ids, fabric, network)).collect())
 }
@@ -73,7 +73,7 @@ async fn networks_of(call: &Call, fabric: Option<&FabricRecord>) -> Result<Vec<(
 
 /// A host's network is its own logical network: there is nothing above it that could be shared.
 async fn logical_networks(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Response, ApiError> {
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     let found = networks_of(call, Some(fabric)).await?;
     let mut shown = found.into_iter().map(|(fabric, network)| {
         let isolation = if network.kind == NetworkKind::Isolated { "Isolated" } else { "NotIsolated" };
@@ -119,8 +119,7 @@ async fn mapping(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Re
     };
     let name = call.segments[5].as_str();
     let by = call.who.clone();
-    let id =
-        format!("{}/replicationNetworkMappings/{name}", Ids(&call.api.vault).network(&fabric.name, network));
+    let id = format!("{}/replicationNetworkMappings/{name}", Ids(&call.vault).network(&fabric.name, network));
     let job = match call.method {
         Method::GET => {
             return json(&shown(call, &control.network_mapping(&fabric.name, network, name).await?));
@@ -174,7 +173,7 @@ fn recovery(
 }
 
 fn shown(call: &Call, mapping: &NetworkMappingRecord) -> Resource<NetworkMappingProperties> {
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     let network = ids.network(&mapping.fabric, &mapping.network);
     convert::resource(
         format!("{network}/replicationNetworkMappings/{}", mapping.name),

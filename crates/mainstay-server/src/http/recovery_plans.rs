@@ -75,7 +75,7 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         (&Method::POST, [_, verb]) => begin(call, name, verb).await?,
         _ => return Err(ApiError::no_such_path()),
     };
-    Ok(call.accepted(job, &Ids(&call.api.vault).recovery_plan(name)))
+    Ok(call.accepted(job, &Ids(&call.vault).recovery_plan(name)))
 }
 
 async fn begin(call: &Call, name: &str, verb: &str) -> Result<mainstay_model::JobId, ApiError> {
@@ -337,7 +337,7 @@ async fn show(
     record: &RecoveryPlanRecord,
 ) -> Result<Resource<RecoveryPlanProperties>, ApiError> {
     let control = call.control();
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     let items = control.plan_items(&record.plan).await?;
     let last = match record.last_job {
         Some(job) => control.db.job(job).await.map_err(ControlError::from)?,

@@ -55,12 +55,12 @@ fn shown_fabric(call: &Call, fabric: &FabricRecord, hosts: &[ProviderRecord]) ->
     let is_here = |host: &&ProviderRecord| host.fabric.eq_ignore_ascii_case(&fabric.name);
     let hosts: Vec<_> = hosts.iter().filter(is_here).collect();
     let is_healthy = hosts.iter().all(|host| call.control().sites.is_connected(host.id));
-    convert::fabric(&Ids(&call.api.vault), fabric, &hosts, is_healthy)
+    convert::fabric(&Ids(&call.vault), fabric, &hosts, is_healthy)
 }
 
 async fn fabric(call: &Call, name: &str, rest: &[&str]) -> Result<Response, ApiError> {
     let control = call.control();
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     match (&call.method, rest) {
         (&Method::PUT, []) => {
             let _: Value = call.body(body::FABRIC)?;
@@ -107,7 +107,7 @@ async fn in_container(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Resu
             let change = ConfigurationChange::DiscoverProtectableItem;
             let by = call.who.clone();
             let job = call.control().refresh_providers(Some(&fabric.name), change, by).await?;
-            Ok(call.accepted(job.id, &Ids(&call.api.vault).container(fabric)))
+            Ok(call.accepted(job.id, &Ids(&call.vault).container(fabric)))
         }
         (&Method::GET, ["replicationprotectableitems", rest @ ..]) => {
             protectable_items(call, fabric, rest).await
@@ -129,7 +129,7 @@ async fn providers(call: &Call, fabric: Option<&FabricRecord>) -> Result<Respons
         .filter(|provider| fabric.is_none_or(|fabric| provider.fabric.eq_ignore_ascii_case(&fabric.name)))
         .map(|provider| {
             let count = items.iter().filter(|item| item.primary_provider == provider.id).count();
-            convert::provider(&Ids(&call.api.vault), provider, control.sites.is_connected(provider.id), count)
+            convert::provider(&Ids(&call.vault), provider, control.sites.is_connected(provider.id), count)
         });
     list(shown.collect())
 }
@@ -162,21 +162,21 @@ async fn provider(call: &Call, fabric: &FabricRecord, id: &str, rest: &[&str]) -
         (&Method::PUT, []) => {
             let change = ConfigurationChange::RefreshProvider;
             let job = control.refresh_providers(Some(&fabric.name), change, call.who.clone()).await?;
-            return Ok(call.accepted(job.id, &Ids(&call.api.vault).provider(&fabric.name, id)));
+            return Ok(call.accepted(job.id, &Ids(&call.vault).provider(&fabric.name, id)));
         }
         (&Method::POST, ["refreshprovider"]) => {
             let job = control.refresh_provider_for(id, call.who.clone()).await?;
-            return Ok(call.accepted(job.id, &Ids(&call.api.vault).provider(&fabric.name, id)));
+            return Ok(call.accepted(job.id, &Ids(&call.vault).provider(&fabric.name, id)));
         }
         (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
             let job = control.remove_provider(id, call.who.clone()).await?;
-            return Ok(call.accepted(job.id, &Ids(&call.api.vault).provider(&fabric.name, id)));
+            return Ok(call.accepted(job.id, &Ids(&call.vault).provider(&fabric.name, id)));
         }
         _ => return Err(ApiError::no_such_path()),
     }
     let items = control.db.items().await.map_err(ControlError::from)?;
     let count = items.iter().filter(|item| item.primary_provider == id).count();
-    json(&convert::provider(&Ids(&call.api.vault), &provider, control.sites.is_connected(id), count))
+    json(&convert::provider(&Ids(&call.vault), &provider, control.sites.is_connected(id), count))
 }
 
 async fn is_registered(call: &Call, fabric: &FabricRecord, id: Option<ProviderId>) -> Result<bool, ApiError> {
@@ -195,7 +195,7 @@ async fn container(
     let count = items.iter().filter(|item| item.fabric.eq_ignore_ascii_case(&fabric.name)).count();
     let mappings = control.container_mappings().await?;
     let is_paired = mappings.iter().any(|mapping| mapping.fabric.eq_ignore_ascii_case(&fabric.name));
-    Ok(convert::container(&Ids(&call.api.vault), fabric, count, is_paired))
+    Ok(convert::container(&Ids(&call.vault), fabric, count, is_paired))
 }
 
 async fn protectable_items(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Response, ApiError> {
@@ -204,7 +204,7 @@ async fn protectable_items(call: &Call, fabric: &FabricRecord, rest: &[&str]) ->
     let found = control.protectable_items(&fabric.name).await?;
     let mut shown = found.iter().map(|found| {
         let name = items.iter().find(|item| Some(item.id) == found.item).map(|item| item.name.as_str());
-        convert::protectable_item(&Ids(&call.api.vault), fabric, found, name)
+        convert::protectable_item(&Ids(&call.vault), fabric, found, name)
     });
     match rest {
         [] => list(shown.collect()),
@@ -225,7 +225,7 @@ async fn mappings(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response
         }
         let source = control.fabric(&mapping.fabric).await?;
         let target = control.fabric(&mapping.recovery_fabric).await?;
-        shown.push(convert::container_mapping(&Ids(&call.api.vault), &source, &target, &mapping));
+        shown.push(convert::container_mapping(&Ids(&call.vault), &source, &target, &mapping));
     }
     list(shown)
 }
@@ -237,7 +237,7 @@ async fn mapping(
     rest: &[&str],
 ) -> Result<Response, ApiError> {
     let control = call.control();
-    let id = Ids(&call.api.vault).container_mapping(fabric, name);
+    let id = Ids(&call.vault).container_mapping(fabric, name);
     let job = match (&call.method, rest) {
         (&Method::PUT, []) => {
             let input: Request<ContainerMappingInput> = call.body(body::CONTAINER_MAPPING)?;
@@ -262,7 +262,7 @@ async fn mapping(
         (&Method::GET, []) => {
             let mapping = control.container_mapping(&fabric.name, name).await?;
             let target = control.fabric(&mapping.recovery_fabric).await?;
-            return json(&convert::container_mapping(&Ids(&call.api.vault), fabric, &target, &mapping));
+            return json(&convert::container_mapping(&Ids(&call.vault), fabric, &target, &mapping));
         }
         (&Method::DELETE, []) | (&Method::POST, ["remove"]) => {
             if call.method == Method::POST {
@@ -285,7 +285,7 @@ const DEFAULT_POLICY: ReplicationPolicy = ReplicationPolicy {
 
 async fn policies(call: &Call, rest: &[&str]) -> Result<Response, ApiError> {
     let control = call.control();
-    let ids = Ids(&call.api.vault);
+    let ids = Ids(&call.vault);
     let name = call.segments.get(1).map_or("", String::as_str);
     let by = call.who.clone();
     let job = match (&call.method, rest) {

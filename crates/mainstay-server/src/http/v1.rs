@@ -14,14 +14,14 @@ use mainstay_api::v1::{
 };
 use mainstay_control::{
     ControlError,
-    app::{Role, ServicePrincipalRecord, TokenRecord},
+    app::{Role, ServicePrincipalRecord, TokenRecord, VaultRecord},
     db::{AuditRecord, ItemRecord},
 };
 use mainstay_model::ItemId;
 use mainstay_provider::{NicPlan, NoProgress, ReadConsole, call as call_site};
 use serde_json::json as value;
 
-use crate::{Authority, AuthorityError};
+use crate::{Authority, AuthorityError, vaults::HostedVault};
 
 use super::{
     Api, Call, body,
@@ -41,6 +41,9 @@ static DOCUMENT: LazyLock<String> = LazyLock::new(|| format!("{:#}\n", openapi::
 pub fn document_text() -> &'static str {
     &DOCUMENT
 }
+
+/// Which vault a request is about: a query parameter of the operations in a vault.
+pub(super) const VAULT_PARAMETER: &str = "vault";
 
 /// The role that a request needs.
 pub(super) fn required_role(method: &Method, path: &[&str]) -> Role {
@@ -75,14 +78,12 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
     let Route::Signed(_, route) = operation.route else { return Err(ApiError::no_such_path()) };
     // Every path has one parameter at most, in this place.
     let name = path.get(1).copied().unwrap_or_default();
-    let control = call.control();
+    let (control, directory) = (call.control(), &call.api.directory);
     match route {
-        SignedRoute::Vault => json(&Vault {
-            subscription: call.api.vault.subscription.clone(),
-            resource_group: call.api.vault.resource_group.clone(),
-            name: call.api.vault.name.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        }),
+        SignedRoute::Vault => json(&shown_vault(&call.vault)),
+        SignedRoute::Vaults => {
+            list(call.api.vaults.all().iter().map(|vault| shown_vault(&vault.record())).collect())
+        }
         SignedRoute::CreateRegistrationKey => registration_key(call, name).await,
         SignedRoute::Item => json(&item_status(call, name).await?),
         SignedRoute::ItemConsole => {
@@ -97,38 +98,48 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         }
         SignedRoute::Job => json(&convert::job_status(&jobs::find(call, name).await?)),
         SignedRoute::Tokens => {
-            list(control.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
+            list(directory.tokens().await?.into_iter().map(|token| shown(token, None)).collect())
         }
         SignedRoute::CreateToken => {
             let request: TokenRequest = call.body(body::TOKEN)?;
             let role = parse_role(&request.role)?;
             let (record, secret) =
-                control.create_token(&request.label, role, expires_ms(call, request.days)).await?;
+                directory.create_token(&request.label, role, expires_ms(call, request.days)).await?;
             json(&shown(record, Some(secret.0)))
         }
         SignedRoute::RevokeToken => {
-            control.revoke_token(&name.to_lowercase()).await?;
+            directory.revoke_token(&name.to_lowercase()).await?;
             Ok(StatusCode::NO_CONTENT.into_response())
         }
         SignedRoute::ServicePrincipals => {
-            let principals = control.service_principals().await?;
+            let principals = directory.service_principals().await?;
             list(principals.into_iter().map(|principal| shown_principal(call, principal, None)).collect())
         }
         SignedRoute::CreateServicePrincipal => {
             let request: ServicePrincipalRequest = call.body(body::SERVICE_PRINCIPAL)?;
             let role = parse_role(&request.role)?;
             let expires_ms = expires_ms(call, request.days);
-            let (record, secret) = control.create_service_principal(&request.name, role, expires_ms).await?;
+            let (record, secret) =
+                directory.create_service_principal(&request.name, role, expires_ms).await?;
             json(&shown_principal(call, record, Some(secret.0)))
         }
         SignedRoute::RemoveServicePrincipal => {
-            control.remove_service_principal(&name.to_lowercase()).await?;
+            directory.remove_service_principal(&name.to_lowercase()).await?;
             Ok(StatusCode::NO_CONTENT.into_response())
         }
         SignedRoute::Audit => {
-            let records = control.db.audit_trail().await.map_err(ControlError::from)?;
+            let records = directory.db.audit_trail().await.map_err(ControlError::from)?;
             list(records.into_iter().map(audit_entry).collect())
         }
+    }
+}
+
+fn shown_vault(vault: &VaultRecord) -> Vault {
+    Vault {
+        subscription: vault.subscription.clone(),
+        resource_group: vault.resource_group.clone(),
+        name: vault.name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }
 
@@ -150,7 +161,7 @@ fn shown(record: TokenRecord, secret: Option<String>) -> Token {
 fn shown_principal(call: &Call, record: ServicePrincipalRecord, secret: Option<String>) -> ServicePrincipal {
     ServicePrincipal {
         client_id: record.client_id.to_string(),
-        tenant_id: call.api.vault.subscription.clone(),
+        tenant_id: call.api.tenant.clone(),
         name: record.name,
         role: format!("{:?}", record.role),
         created: time_text(record.created_ms),
@@ -189,12 +200,15 @@ async fn registration_key(call: &Call, fabric: &str) -> Result<Response, ApiErro
 /// Exchanges a registration key for a certificate. No token is needed: the key is the proof.
 async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
     let request: RegisterRequest = body::read(body, body::REGISTER)?;
-    api.control.registration_key(&request.secret).await.map_err(|error| match error {
+    let vault = vault_of_key(api, &request.secret).await.map_err(|error| match error {
         ControlError::Invalid { code, message, remedy } => {
             ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy)
         }
         error => error.into(),
     })?;
+    let Some(_in_use) = vault.in_use().await else {
+        return Err(ControlError::not_found("vault", vault.record().name.as_str()).into());
+    };
     let unsignable = |error: AuthorityError| {
         ApiError::bad_request(
             "InvalidCertificateRequest",
@@ -204,7 +218,7 @@ async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
     };
     // Before anything is written.
     Authority::check_agent_request(&request.certificate_request).map_err(unsignable)?;
-    let provider = api.control.register_host(&request.secret, &request.host, &request.version).await?;
+    let provider = vault.control.register_host(&request.secret, &request.host, &request.version).await?;
     let certificate =
         api.authority.sign_agent(&request.certificate_request, provider.id).map_err(unsignable)?;
     tracing::info!(provider = %provider.id, host = provider.name, fabric = provider.fabric, "a host was registered");
@@ -215,6 +229,24 @@ async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
         authority: api.authority.certificate_pem().to_owned(),
         endpoint: api.agent_endpoint.clone(),
     })
+}
+
+/// The vault that made a registration key.
+async fn vault_of_key(api: &Api, secret: &str) -> Result<Arc<HostedVault>, ControlError> {
+    let mut refusal = None;
+    for vault in api.vaults.all() {
+        match vault.control.registration_key(secret).await {
+            Ok(_) => return Ok(vault),
+            // One that has expired is known better than one that is nobody's.
+            Err(error) if refusal.is_none() || !is_unknown_key(&error) => refusal = Some(error),
+            Err(_) => {}
+        }
+    }
+    Err(refusal.unwrap_or_else(|| ControlError::not_found("vault", "")))
+}
+
+fn is_unknown_key(error: &ControlError) -> bool {
+    matches!(error, ControlError::Invalid { code: "RegistrationKeyInvalid", .. })
 }
 
 async fn find_item(call: &Call, id: &str) -> Result<ItemRecord, ApiError> {

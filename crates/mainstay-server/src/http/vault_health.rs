@@ -16,7 +16,7 @@ use super::{Call, error::ApiError, json};
 const NAME: &str = "default";
 
 pub(super) async fn dispatch(call: &Call, rest: &[&str]) -> Result<Response, ApiError> {
-    let id = format!("{}/replicationVaultHealth/{NAME}", call.api.vault.id());
+    let id = format!("{}/replicationVaultHealth/{NAME}", call.vault.id());
     match (&call.method, rest) {
         (&Method::GET, [] | ["default"]) => json(&Resource {
             id,

@@ -59,7 +59,7 @@ pub(super) async fn dispatch(call: &Call, path: &[&str]) -> Result<Response, Api
 
 fn setting(call: &Call, record: VaultSettingRecord) -> Resource<VaultSettingProperties> {
     Resource {
-        id: format!("{}/replicationVaultSettings/default", call.api.vault.id()),
+        id: format!("{}/replicationVaultSettings/default", call.vault.id()),
         name: "default".to_owned(),
         kind: format!("{NAMESPACE}/vaults/replicationVaultSettings"),
         location: None,
@@ -78,7 +78,7 @@ fn supported_systems(call: &Call) -> Result<Response, ApiError> {
         ["Windows", "Linux", "Other"].map(|name| json!({ "osName": name, "osType": name, "osVersions": [] }));
     let supported = json!({ "instanceType": HYPERV_REPLICA_AZURE, "supportedOs": systems });
     answer(&json!({
-        "id": format!("{}/replicationSupportedOperatingSystems/Default", call.api.vault.id()),
+        "id": format!("{}/replicationSupportedOperatingSystems/Default", call.vault.id()),
         "name": "Default",
         "type": format!("{NAMESPACE}/vaults/replicationSupportedOperatingSystems"),
         "properties": { "supportedOsList": if is_asked { vec![supported] } else { Vec::new() } },
@@ -181,7 +181,7 @@ fn certificate(call: &Call, name: &str) -> Result<Response, ApiError> {
     if now_seconds < from.timestamp() || to.timestamp() < now_seconds {
         return Err(invalid(format!("it is valid from {} until {}", time(from), time(to))));
     }
-    let vault = &call.api.vault;
+    let vault = &call.vault;
     let thumbprint = digest(&SHA1_FOR_LEGACY_USE_ONLY, &der);
     let thumbprint: String = thumbprint.as_ref().iter().map(|byte| format!("{byte:02X}")).collect();
     let nobody = Uuid::nil().to_string();
@@ -256,7 +256,7 @@ async fn extended_information(call: &Call) -> Result<Response, ApiError> {
         algorithm: info.algorithm,
     };
     answer(&json!({
-        "id": format!("{}/extendedInformation/vaultExtendedInfo", call.api.vault.id()),
+        "id": format!("{}/extendedInformation/vaultExtendedInfo", call.vault.id()),
         "name": "vaultExtendedInfo",
         "type": format!("{NAMESPACE}/vaults/extendedInformation"),
         "etag": info.etag,
@@ -266,13 +266,10 @@ async fn extended_information(call: &Call) -> Result<Response, ApiError> {
 
 /// Paths above the vault, as segments in lower case; `None` = none of these.
 pub(super) fn above_vault(call: &Call, path: &[&str]) -> Option<Result<Response, ApiError>> {
-    let vault = &call.api.vault;
-    let is_ours = |subscription: &str, group: &str| {
-        vault.subscription.eq_ignore_ascii_case(subscription)
-            && vault.resource_group.eq_ignore_ascii_case(group)
-    };
-    let below = match path {
-        ["providers", "microsoft.recoveryservices", below @ ..] => below,
+    match path {
+        ["providers", "microsoft.recoveryservices", "operations"] if call.method == Method::GET => {
+            Some(operations())
+        }
         [
             "subscriptions",
             subscription,
@@ -280,21 +277,19 @@ pub(super) fn above_vault(call: &Call, path: &[&str]) -> Option<Result<Response,
             group,
             "providers",
             "microsoft.recoveryservices",
-            below @ ..,
-        ] if is_ours(subscription, group) => below,
-        _ => return None,
-    };
-    let is_in_group = path.len() > below.len() + 2;
-    match (&call.method, below) {
-        (&Method::GET, ["operations"]) => Some(operations()),
-        (&Method::POST, ["locations", _, "checknameavailability"]) if is_in_group => Some(check_name(call)),
+            "locations",
+            _,
+            "checknameavailability",
+        ] if call.api.tenant.eq_ignore_ascii_case(subscription) && call.method == Method::POST => {
+            Some(check_name(call, group))
+        }
         _ => None,
     }
 }
 
-fn check_name(call: &Call) -> Result<Response, ApiError> {
+fn check_name(call: &Call, group: &str) -> Result<Response, ApiError> {
     let question: NameQuestion = call.body(body::CHECK_NAME)?;
-    if question.name.eq_ignore_ascii_case(&call.api.vault.name) {
+    if call.api.vaults.find(group, &question.name).is_some() {
         let message = "Resource already exists with the same name.";
         return answer(&json!({ "nameAvailable": false, "reason": "AlreadyExists", "message": message }));
     }

@@ -5,7 +5,10 @@ use mainstay_api::arm::ErrorBody;
 use schemars::{JsonSchema as _, SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 
-use super::routes::{OPERATIONS, Operation, Route};
+use super::{
+    VAULT_PARAMETER,
+    routes::{OPERATIONS, Operation, Route},
+};
 
 /// Errors that every request can meet.
 const ALWAYS: &[StatusCode] = &[StatusCode::BAD_REQUEST, StatusCode::INTERNAL_SERVER_ERROR];
@@ -84,7 +87,7 @@ fn described(operation: &Operation, requests: &mut SchemaGenerator, answers: &mu
         Route::Open(_) => described["security"] = json!([]),
         Route::Signed(role, _) => described["description"] = json!(format!("Needs the role {role:?}.")),
     }
-    let parameters: Vec<Value> = operation
+    let mut parameters: Vec<Value> = operation
         .parameters()
         .map(|name| {
             // An empty segment would be another path.
@@ -92,6 +95,14 @@ fn described(operation: &Operation, requests: &mut SchemaGenerator, answers: &mu
             json!({ "name": name, "in": "path", "required": true, "schema": schema })
         })
         .collect();
+    if operation.is_in_vault() {
+        parameters.push(json!({
+            "name": VAULT_PARAMETER,
+            "in": "query",
+            "description": "The vault, as NAME or GROUP/NAME; without it the server's first.",
+            "schema": { "type": "string" },
+        }));
+    }
     if !parameters.is_empty() {
         described["parameters"] = parameters.into();
     }

@@ -23,6 +23,7 @@ pub(super) enum OpenRoute {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SignedRoute {
     Vault,
+    Vaults,
     CreateRegistrationKey,
     Item,
     ItemConsole,
@@ -71,6 +72,12 @@ pub(super) struct Operation {
 }
 
 impl Operation {
+    /// Whether it is about a vault, which a parameter of the query names.
+    pub(super) fn is_in_vault(&self) -> bool {
+        use SignedRoute::{CreateRegistrationKey, Item, ItemConsole, Job, Vault};
+        matches!(self.route, Route::Signed(_, CreateRegistrationKey | Item | ItemConsole | Job | Vault))
+    }
+
     /// Names of the parameters in the path.
     pub(super) fn parameters(&self) -> impl Iterator<Item = &'static str> {
         self.path.split('/').filter_map(parameter)
@@ -112,9 +119,19 @@ pub(super) const OPERATIONS: &[Operation] = &[
         path: "/vault",
         route: signed(Role::Reader, SignedRoute::Vault),
         name: "getVault",
-        summary: "Where the ARM resources are.",
+        summary: "Where the ARM resources of a vault are.",
         request: None,
         answer: Some(shape::<Vault>),
+        errors: UNKNOWN,
+    },
+    Operation {
+        method: Method::GET,
+        path: "/vaults",
+        route: signed(Role::Reader, SignedRoute::Vaults),
+        name: "listVaults",
+        summary: "All vaults of the server; the first one is meant where a request names none.",
+        request: None,
+        answer: Some(shape::<List<Vault>>),
         errors: &[],
     },
     Operation {
