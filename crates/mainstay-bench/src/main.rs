@@ -3,6 +3,7 @@
 //! Each measurement has a module, makes its own lab, and answers figures with an aim and an accepted value; see
 //! `docs/benchmarks.md` for what is measured how, and for recorded results. Run it by `cargo xtask bench`.
 
+mod control_plane;
 mod data;
 mod failback;
 mod failover;
@@ -48,8 +49,8 @@ struct Arguments {
 }
 
 /// The measurements, in the order in which they run.
-const NAMES: [&str; 7] =
-    ["space", "initial-replication", "wire", "failover", "failback", "guest-latency", "rpo"];
+const NAMES: [&str; 8] =
+    ["control-plane", "space", "initial-replication", "wire", "failover", "failback", "guest-latency", "rpo"];
 
 fn main() -> ExitCode {
     match run() {
@@ -97,6 +98,7 @@ async fn measure(arguments: &Arguments, dir: &Path) -> anyhow::Result<bool> {
         let begun = Instant::now();
         let path = dir.join(name);
         let measured: anyhow::Result<Vec<Figure>> = match name {
+            "control-plane" => control_plane::measure(&path, scale).await,
             "space" => space::measure(&path, scale).await,
             "initial-replication" => initial::measure(&path, scale).await,
             "wire" => wire::measure(&path, scale).await,

@@ -403,8 +403,8 @@ pub(crate) async fn event(
     session: &Session,
     EventCommand::List { limit, json }: EventCommand,
 ) -> anyhow::Result<Exit> {
-    let mut events: Vec<Resource<EventProperties>> = session.list("/replicationEvents").await?;
-    events.truncate(limit);
+    let path = format!("{}/replicationEvents", session.vault);
+    let events: Vec<Resource<EventProperties>> = session.client.list_first(&path, limit).await?;
     if json {
         output::json(&events)?;
         return Ok(Exit::Done);

@@ -131,8 +131,8 @@ impl Session {
         let mut all = Vec::new();
         for container in self.containers().await? {
             let path = format!("{container}/replicationProtectableItems");
-            let list: List<Resource<ProtectableItemProperties>> = self.client.get(&path).await?;
-            all.extend(list.value);
+            let found: Vec<Resource<ProtectableItemProperties>> = self.client.list(&path).await?;
+            all.extend(found);
         }
         Ok(all)
     }

@@ -331,12 +331,10 @@ impl Lab {
             .get(&format!("{}/replicationFabrics/{HOME}/replicationProtectionContainers", self.vault_path()))
             .await?;
         for container in containers.value {
-            let found: List<Resource<ProtectableItemProperties>> =
-                client.get(&format!("{}/replicationProtectableItems", container.id)).await?;
+            let found: Vec<Resource<ProtectableItemProperties>> =
+                client.list(&format!("{}/replicationProtectableItems", container.id)).await?;
             for vm in &mut self.file.vms {
-                if let Some(found) =
-                    found.value.iter().find(|found| found.properties.friendly_name == vm.name)
-                {
+                if let Some(found) = found.iter().find(|found| found.properties.friendly_name == vm.name) {
                     vm.protectable_item_id.clone_from(&found.id);
                 }
             }

@@ -30,6 +30,9 @@ pub struct ServerConfig {
     pub script_dir: Option<PathBuf>,
     /// How long a guest may take to shut down in a failover or failback, in seconds.
     pub shutdown_timeout_seconds: u32,
+    /// How long a request's head, and its body, may take, in seconds; whoever needs longer for so little holds a place that
+    /// others want.
+    pub request_timeout_seconds: u32,
     /// Failed sign-ins of one address in a minute; more are answered without being looked at, and not written down.
     pub failed_sign_ins_per_minute: u32,
     /// Where alerts go; nobody is told by mail without it.
@@ -48,6 +51,7 @@ impl Default for ServerConfig {
             store_reserve_mib: 1024,
             script_dir: None,
             smtp: None,
+            request_timeout_seconds: 60,
             failed_sign_ins_per_minute: 20,
             shutdown_timeout_seconds: u32::try_from(SHUTDOWN_TIMEOUT.as_secs()).unwrap_or(u32::MAX),
         }

@@ -72,9 +72,6 @@ pub struct Running {
 
 /// Connections of API clients at once.
 const CONNECTIONS_MAX: usize = 1024;
-/// How long a request's head may take, and how long a connection may wait for its next request: longer than clients leave
-/// between two looks at a job.
-const HEAD_MAX: Duration = Duration::from_secs(60);
 
 /// Starts the server; it is ready when this returns.
 pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
@@ -107,6 +104,7 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     } else {
         config.agent_endpoint.clone()
     };
+    let request_timeout = Duration::from_secs(u64::from(config.request_timeout_seconds));
     let first = vaults.first();
     let api = Arc::new(Api {
         directory: first.control.clone(),
@@ -115,6 +113,7 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
         authority,
         base_url: format!("https://{name}:{}", api_address.port()),
         agent_endpoint,
+        request_timeout,
         shutdown_timeout: Duration::from_secs(u64::from(config.shutdown_timeout_seconds)),
         metrics: metrics_recorder(),
         token_key,
@@ -125,7 +124,7 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
     tasks.spawn(agents::serve(agent_listener, agent_tls, vaults.clone(), stop.clone()));
-    tasks.spawn(serve_api(api_listener, api_tls, router(api), stop.clone()));
+    tasks.spawn(serve_api(api_listener, api_tls, router(api), request_timeout, stop.clone()));
     let resumed = vaults.start().await?;
     tracing::info!(%api_address, %agent_address, resumed, "the server is ready");
     Ok(Running { api_address, agent_address, stop, tasks, vaults })
@@ -163,6 +162,7 @@ async fn serve_api(
     listener: TcpListener,
     tls: Arc<rustls::ServerConfig>,
     router: axum::Router,
+    request_timeout: Duration,
     stop: CancellationToken,
 ) {
     let until = stop.clone();
@@ -182,7 +182,8 @@ async fn serve_api(
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_MAX)
+                // Also how long a connection may wait for its next request.
+                .header_read_timeout(request_timeout)
                 .serve_connection(TokioIo::new(stream), service);
             tokio::pin!(connection);
             let ended = tokio::select! {

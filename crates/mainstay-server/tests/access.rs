@@ -167,6 +167,44 @@ async fn both_generations_of_endpoints_and_http_basic_work() {
 }
 
 #[tokio::test]
+async fn a_token_for_somebody_else_opens_nothing_here() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let principal = server.principal("Contributor", None).await;
+    let (id, secret) = (principal.client_id.as_str(), principal.secret.as_deref().unwrap());
+    let token = async |resource: &str| {
+        let fields = [
+            ("grant_type", "client_credentials"),
+            ("client_id", id),
+            ("client_secret", secret),
+            ("resource", resource),
+        ];
+        let answer: Value = server.ask("common/oauth2/token", &fields).await.json().await.unwrap();
+        answer["access_token"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(server.status(&token(&server.url).await).await, 200);
+    for elsewhere in ["https://graph.microsoft.com", "https://management.azure.com.example.org", "x"] {
+        assert_eq!(server.status(&token(elsewhere).await).await, 401, "{elsewhere}");
+    }
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn whoever_wants_to_change_something_without_a_token_is_written_down() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let url = |path: &str| format!("{}{}", server.url, server.at(path));
+    let put = server.http.put(url("replicationFabrics/x")).body("{}").send().await.unwrap();
+    assert_eq!(put.status(), StatusCode::UNAUTHORIZED);
+    let get = server.http.get(url("replicationFabrics/x")).send().await.unwrap();
+    assert_eq!(get.status(), StatusCode::UNAUTHORIZED);
+    let audit = server.audit().await;
+    let refused: Vec<_> = audit.iter().filter(|record| record["is_allowed"] == false).collect();
+    assert_eq!(refused.len(), 1, "{audit:?}");
+    assert_eq!((&refused[0]["who"], &refused[0]["action"]), (&"".into(), &"PUT".into()));
+    assert!(refused[0]["target"].as_str().unwrap().ends_with("/replicationFabrics/x"));
+    server.running.stop().await;
+}
+
+#[tokio::test]
 async fn what_is_wrong_with_a_request_for_a_token_is_said_in_oauths_words() {
     let server = Server::start(Arc::new(SystemClock)).await;
     let principal = server.principal("Reader", None).await;

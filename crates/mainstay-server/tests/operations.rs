@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mainstay_api::arm::{ExportJobDetails, JobProperties, Resource};
-use mainstay_control::{ManualClock, SystemClock, app::Requester};
+use mainstay_control::{ManualClock, SystemClock, app::Requester, db::EventRecord};
+use mainstay_model::Health;
 use serde_json::{Value, json};
 use support::{MAC, Seed, Server, seed};
 
@@ -112,6 +113,83 @@ async fn jobs_are_exported_whole_in_every_form_and_the_link_ends() {
     }
     assert_eq!(refusal(&server, "POST", "replicationJobs/export", &json!({ "fabricId": "x" })).await.0, 404);
     drop(seed);
+    server.running.stop().await;
+}
+
+/// All of a listing by its pages, and how many there were.
+async fn pages(server: &Server, path: &str) -> (Vec<Value>, usize) {
+    let (mut all, mut count) = (Vec::new(), 0);
+    let mut next = Some(server.at(path));
+    while let Some(path) = next {
+        let page: Value = server.administrator.get(&path).await.unwrap();
+        all.extend(page["value"].as_array().unwrap().iter().cloned());
+        next = page["nextLink"].as_str().map(|link| link.strip_prefix(&server.url).unwrap().to_owned());
+        count += 1;
+    }
+    (all, count)
+}
+
+#[tokio::test]
+async fn events_are_found_however_old_they_are() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let event = |code: &str, time_ms: i64| EventRecord {
+        time_ms,
+        ..control.event(
+            "VmHealth",
+            code,
+            Health::Normal,
+            "it".to_owned(),
+            "vm1".to_owned(),
+            "home".to_owned(),
+        )
+    };
+    let now_ms = control.clock.now_ms();
+    let mut transaction = control.db.begin().await.unwrap();
+    let rare = event("Rare", now_ms - 10_000);
+    transaction.add_event(&rare).await.unwrap();
+    for index in 0..1_250 {
+        // Several in the same moment.
+        transaction.add_event(&event("Frequent", now_ms - index / 3)).await.unwrap();
+    }
+    transaction.commit().await.unwrap();
+    let (all, count) = pages(&server, "replicationEvents").await;
+    assert_eq!((all.len(), count), (1_251, 13));
+    let mut names: Vec<_> = all.iter().map(|event| event["name"].to_string()).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), 1_251, "each event once");
+    let filter = mainstay_api::encode_segment("EventCode eq 'Rare'");
+    let (found, count) = pages(&server, &format!("replicationEvents?$filter={filter}")).await;
+    assert_eq!((found.len(), count), (1, 1));
+    assert_eq!(found[0]["name"], rare.id);
+    let one = get(&server, &format!("replicationEvents/{}", rare.id.to_uppercase())).await;
+    assert_eq!(one, found[0]);
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn protectable_items_come_in_pages_as_long_as_the_client_wants() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let seed = seed(&server.records().await).await;
+    let path = format!(
+        "replicationFabrics/home/replicationProtectionContainers/{}/replicationProtectableItems",
+        seed.container
+    );
+    let names = |found: &[Value]| -> Vec<String> {
+        found.iter().map(|item| item["properties"]["friendlyName"].as_str().unwrap().to_owned()).collect()
+    };
+    let (all, count) = pages(&server, &path).await;
+    assert_eq!((names(&all), count), (vec!["vm1".to_owned(), "vm2".to_owned()], 1));
+    let (taken, count) = pages(&server, &format!("{path}?$take=1")).await;
+    assert_eq!((taken, count), (all.clone(), 2));
+    let filter = mainstay_api::encode_segment("protectionStatus eq 'Unprotected'");
+    let (free, _) = pages(&server, &format!("{path}?$filter={filter}")).await;
+    assert_eq!(names(&free), ["vm2"]);
+    for wrong in ["$take=0", "$take=x", "$skipToken=x", "$filter=colour%20eq%20'red'"] {
+        let (status, text) = server.send("GET", &server.at(&format!("{path}?{wrong}")), None).await;
+        assert_eq!(status, 400, "{wrong}: {text}");
+    }
     server.running.stop().await;
 }
 

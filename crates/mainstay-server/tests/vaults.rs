@@ -93,7 +93,7 @@ async fn a_vault_is_made_changed_and_listed_as_clients_expect() {
     assert_ne!(tagged["etag"], made["etag"]);
     assert_eq!(server.told("PATCH", &second, Some("{}")).await, (200, tagged));
     let (_, cleared) = server.told("PUT", &second, Some(r#"{"location": "West Europe"}"#)).await;
-    assert_eq!(cleared["tags"], json!({}));
+    assert_eq!(cleared.get("tags"), None);
 
     let groups = format!("/subscriptions/{}/resourceGroups", server.tenant);
     let (_, answer) = server.told("GET", &groups, None).await;

@@ -136,6 +136,27 @@ fn command_line(lab: &Lab, operator: &ServicePrincipal, contributor: &ServicePri
     let made = az.json(&create)?;
     ensure!(made["name"] == file.vault.as_str(), "{made}");
     ensure!(made["properties"]["provisioningState"] == "Succeeded", "{made}");
+
+    let shop = az.json(&[
+        "backup",
+        "vault",
+        "create",
+        "-g",
+        &file.resource_group,
+        "-n",
+        "shop",
+        "-l",
+        "westeurope",
+    ])?;
+    ensure!(shop["name"] == "shop" && shop["location"] == "westeurope", "{shop}");
+    let shop = format!(
+        "{}?api-version=2024-04-01",
+        vault.replace(&format!("/vaults/{}", file.vault), "/vaults/shop")
+    );
+    az.json(&["rest", "--method", "get", "--url", &shop])?;
+    az.run(&["rest", "--method", "delete", "--url", &shop])?;
+    let message = az.refused(&["rest", "--method", "get", "--url", &shop])?;
+    ensure!(message.contains("ResourceNotFound"), "{message}");
     Ok(())
 }
 

@@ -175,6 +175,34 @@ def around(vaults, where, lab):
     assert list(vaults.operations.list())
 
 
+def several(vaults, client, where):
+    """A vault of its own, from its creation to its end; nothing of it shows in the first."""
+    group, first = where
+    own = "sdk-vault"
+    sku = vault_models.Sku(name="Standard")
+    made = vaults.vaults.begin_create_or_update(
+        group, own, vault_models.Vault(location="westeurope", sku=sku, tags={"made": "by the SDK"})
+    ).result()
+    assert made.name == own and made.location == "westeurope" and made.tags == {"made": "by the SDK"}, made
+    assert made.properties.provisioning_state == "Succeeded", made
+    tagged = vaults.vaults.begin_update(group, own, vault_models.PatchVault(tags={"stage": "test"})).result()
+    assert tagged.tags == {"stage": "test"} and tagged.etag != made.etag, tagged
+    assert vaults.vaults.get(group, own) == tagged
+    assert {one.name for one in vaults.vaults.list_by_resource_group(group)} == {first, own}
+    assert {one.name for one in vaults.vaults.list_by_subscription_id()} == {first, own}
+    fabric = client.replication_fabrics.begin_create(
+        group, own, "apart", models.FabricCreationInput(properties=models.FabricCreationInputProperties())
+    ).result()
+    assert f"/vaults/{own}/" in fabric.id, fabric
+    assert [one.name for one in client.replication_fabrics.list(group, own)] == ["apart"]
+    assert "apart" not in {one.name for one in client.replication_fabrics.list(*where)}
+    refused(409, lambda: vaults.vaults.begin_delete(group, own).result(), "fabric 'apart'")
+    client.replication_fabrics.begin_delete(group, own, "apart").result()
+    vaults.vaults.begin_delete(group, own).result()
+    refused(404, lambda: vaults.vaults.get(group, own))
+    assert [one.name for one in vaults.vaults.list_by_resource_group(group)] == [first]
+
+
 def main():
     with open(sys.argv[1], encoding="utf-8") as file:
         lab = json.load(file)
@@ -185,7 +213,9 @@ def main():
     networks(client, where, lab)
     configuration(client, where, lab)
     export(client, where, lab)
-    around(RecoveryServicesClient(**options), where, lab)
+    vaults = RecoveryServicesClient(**options)
+    around(vaults, where, lab)
+    several(vaults, client, where)
 
 
 if __name__ == "__main__":

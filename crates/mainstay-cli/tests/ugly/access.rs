@@ -2,10 +2,10 @@
 
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use mainstay_lab::HOME;
 
-use crate::support::{World, run};
+use crate::support::{World, eventually, run};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mistakes_have_their_exit_codes_and_say_what_to_do() -> Result<()> {
@@ -58,6 +58,7 @@ async fn mistakes_have_their_exit_codes_and_say_what_to_do() -> Result<()> {
 
     registration(&world)?;
     doctor(&world)?;
+    second_vault(&world).await?;
     world.proved()
 }
 
@@ -82,6 +83,44 @@ fn registration(world: &World) -> Result<()> {
     run(unregistered).expect(1).says("mainstay agent register");
     register(&key).expect(0);
     world.cli(&["host", "remove", "third"]).expect(0);
+    Ok(())
+}
+
+/// A host joins another vault of the same server: it is seen there, and only there, and the vault stays until it has left.
+async fn second_vault(world: &World) -> Result<()> {
+    world.cli(&["vault", "create", "second", "--tag", "stage=test"]).expect(0);
+    let in_second = |words: &[&str]| world.cli(&[&["--in-vault", "second"], words].concat());
+    in_second(&["fabric", "create", "apart"]).expect(0);
+    let key = in_second(&["host", "key", "--fabric", "apart"]).expect(0).out.trim().to_owned();
+    let scratch = tempfile::tempdir()?;
+    let mut register = Command::new(env!("CARGO_BIN_EXE_mainstay"));
+    register.args(["agent", "register", "--name", "moved", "--key", &key, "--data-dir"]).arg(scratch.path());
+    run(register).expect(0);
+    let config = scratch.path().join("agent.toml");
+    let text = format!(
+        "data_dir = {0:?}\nrun_dir = {0:?}\nlibvirt_uri = {1:?}\n",
+        scratch.path(),
+        world.lab.site(HOME)?.uri()
+    );
+    std::fs::write(&config, text)?;
+    let mut agent = tokio::process::Command::new(env!("CARGO_BIN_EXE_mainstay"));
+    let mut agent = agent.args(["agent", "run", "--config"]).arg(&config).kill_on_drop(true).spawn()?;
+    eventually("the host is connected to its vault", async || {
+        let hosts = in_second(&["host", "list", "--json"]).expect(0).json()?;
+        ensure!(hosts[0]["properties"]["connectionStatus"] == "Connected", "{hosts}");
+        Ok(())
+    })
+    .await?;
+    ensure!(!world.cli(&["host", "list"]).expect(0).out.contains("moved"));
+    ensure!(!world.cli(&["fabric", "list"]).expect(0).out.contains("apart"));
+    world.cli(&["vault", "delete", "second"]).expect(3).says("host 'moved'");
+    in_second(&["host", "remove", "moved"]).expect(0);
+    agent.kill().await?;
+    in_second(&["fabric", "delete", "apart"]).expect(0);
+    world.cli(&["vault", "delete", "second"]).expect(0);
+    in_second(&["fabric", "list"]).expect(4).says("second");
+    let vaults = world.cli(&["vault", "list", "--json"]).expect(0).json()?;
+    assert_eq!(vaults.as_array().context("a list")?.len(), 1);
     Ok(())
 }
 

@@ -66,16 +66,45 @@ pub struct OwedAlerts {
     pub newest: Vec<EventRecord>,
 }
 
-/// Records answered by one listing at most.
+/// A place in the list of events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventPlace {
+    /// When the event was.
+    pub time_ms: i64,
+    /// Its identifier.
+    pub id: String,
+}
+
+/// Audit records answered by one listing at most.
 const LIST_MAX: i64 = 1000;
 
 impl Db {
-    /// The newest events, newest first.
-    pub async fn events(&self) -> Result<Vec<EventRecord>, DbError> {
-        let rows = sqlx::query("SELECT id, document FROM events ORDER BY time_ms DESC, id DESC LIMIT $1")
-            .bind(LIST_MAX)
-            .fetch_all(&self.pool)
+    /// Reads an event.
+    pub async fn event(&self, id: &str) -> Result<Option<EventRecord>, DbError> {
+        let row = sqlx::query("SELECT id, document FROM events WHERE id = $1")
+            .bind(id.to_lowercase())
+            .fetch_optional(&self.pool)
             .await?;
+        row.map(|row| decode("event", row.try_get("id")?, row.try_get("document")?)).transpose()
+    }
+
+    /// Events, newest first: at most `count`, after a place.
+    pub async fn events_after(
+        &self,
+        place: Option<&EventPlace>,
+        count: usize,
+    ) -> Result<Vec<EventRecord>, DbError> {
+        let newest = EventPlace { time_ms: i64::MAX, id: String::new() };
+        let place = place.unwrap_or(&newest);
+        let rows = sqlx::query(
+            "SELECT id, document FROM events WHERE time_ms < $1 OR (time_ms = $1 AND id < $2)
+             ORDER BY time_ms DESC, id DESC LIMIT $3",
+        )
+        .bind(place.time_ms)
+        .bind(&place.id)
+        .bind(i64::try_from(count).unwrap_or(i64::MAX))
+        .fetch_all(&self.pool)
+        .await?;
         rows.iter().map(|row| decode("event", row.try_get("id")?, row.try_get("document")?)).collect()
     }
 

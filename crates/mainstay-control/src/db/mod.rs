@@ -21,7 +21,7 @@ use sqlx::{
 
 use item_cache::ItemCache;
 
-pub use events::{ALERTS_FAILED, AuditRecord, EventRecord, OwedAlerts};
+pub use events::{ALERTS_FAILED, AuditRecord, EventPlace, EventRecord, OwedAlerts};
 pub use items::{
     DiskRecord, FailoverRecord, ItemRecord, ReplicationRecord, StandDownRecord, TargetRecord, VmCopy,
 };

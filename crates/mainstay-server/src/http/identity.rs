@@ -22,6 +22,8 @@ pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
 const TOKEN_SECONDS: i64 = 3600;
 /// Whom tokens are meant for when a client asks for nothing else.
 const AUDIENCE: &str = "https://management.azure.com";
+/// How clients name the resource manager that this server is: by the present and by the former name of Azure's.
+const AUDIENCES: [&str; 2] = [AUDIENCE, "https://management.core.windows.net"];
 /// Longest audience that a client can ask for.
 const AUDIENCE_BYTES_MAX: usize = 256;
 /// What clients add to the scopes of people who sign in; it changes nothing for programs.
@@ -132,6 +134,14 @@ fn is_own_issuer(api: &Api, issuer: &str) -> bool {
     is_own_base && tenant == api.tenant
 }
 
+/// Whether a token was asked for to be shown here, and not to somebody else who could show it here in turn.
+fn is_own_audience(api: &Api, audience: &str) -> bool {
+    let audience = audience.trim_end_matches('/');
+    AUDIENCES.contains(&audience)
+        || audience == api.base_url
+        || audience.strip_prefix("https://").is_some_and(|host| is_own_host(api, host))
+}
+
 /// Who a request comes from.
 pub(super) struct SignedIn {
     /// For the audit trail and jobs.
@@ -164,8 +174,11 @@ pub(super) async fn sign_in(api: &Api, bearer: &str) -> Result<Result<SignedIn, 
         return Ok(Err(Unknown { who: String::new() }));
     };
     let now = api.directory.clock.now_ms().div_euclid(1000);
-    let is_valid =
-        claims.nbf <= now && now < claims.exp && claims.tid == api.tenant && is_own_issuer(api, &claims.iss);
+    let is_valid = claims.nbf <= now
+        && now < claims.exp
+        && claims.tid == api.tenant
+        && is_own_audience(api, &claims.aud)
+        && is_own_issuer(api, &claims.iss);
     let principal = match Uuid::parse_str(&claims.appid) {
         Ok(client_id) if is_valid => api.directory.valid_service_principal(client_id).await?,
         _ => None,

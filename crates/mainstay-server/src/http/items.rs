@@ -234,6 +234,13 @@ impl Around {
         Ok(Self { fabrics: call.control().fabrics().await?, policies: call.control().policies().await? })
     }
 
+    /// Of a single item.
+    async fn of(call: &Call, item: &ItemRecord) -> Result<Self, ApiError> {
+        let control = call.control();
+        let fabrics = vec![control.fabric(&item.fabric).await?, control.fabric(&item.recovery_fabric).await?];
+        Ok(Self { fabrics, policies: vec![control.policy(&item.policy).await?] })
+    }
+
     fn fabric(&self, name: &str) -> Result<&FabricRecord, ControlError> {
         let found = self.fabrics.iter().find(|fabric| fabric.name.eq_ignore_ascii_case(name));
         found.ok_or_else(|| ControlError::not_found("fabric", name))
@@ -247,7 +254,7 @@ impl Around {
 
 /// The resource of an item, as of now.
 pub(super) async fn show(call: &Call, item: &ItemRecord) -> Result<Resource<ItemProperties>, ApiError> {
-    show_with(call, item, &Around::read(call).await?).await
+    show_with(call, item, &Around::of(call, item).await?).await
 }
 
 async fn show_with(

@@ -7,7 +7,7 @@ use hyper::Method;
 use mainstay_api::arm::{CommentsInput, OperationStatus};
 use mainstay_control::{
     ControlError,
-    db::{Comparison, EventRecord, JobColumn, JobCondition, JobEntry, JobPlace, JobState},
+    db::{Comparison, EventPlace, EventRecord, JobColumn, JobCondition, JobEntry, JobPlace, JobState},
 };
 use mainstay_model::{Ending, JobId};
 
@@ -17,7 +17,7 @@ use super::{
     error::ApiError,
     exports,
     filter::{Filter, unknown_field},
-    json, list, page,
+    json, page,
 };
 
 pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
@@ -54,22 +54,11 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
         (&Method::GET, ["replicationoperationstatus", name]) => {
             json(&operation_status(call, job_id(name)?).await?)
         }
-        (&Method::GET, ["replicationevents"]) => {
-            let filter = call.filter()?;
-            let mut shown = Vec::new();
-            for event in control.db.events().await.map_err(ControlError::from)? {
-                let field = |name: &str| event_field(&event, name);
-                if filter.as_ref().map_or(Ok(true), |filter| filter.matches(&field))? {
-                    shown.push(convert::event(&ids, &event));
-                }
-            }
-            list(shown)
-        }
+        (&Method::GET, ["replicationevents"]) => list_events(call).await,
         (&Method::GET, ["replicationevents", name]) => {
-            let events = control.db.events().await.map_err(ControlError::from)?;
-            let event = events.iter().find(|event| event.id.eq_ignore_ascii_case(name));
+            let event = control.db.event(name).await.map_err(ControlError::from)?;
             let event = event.ok_or_else(|| ControlError::not_found("event", *name))?;
-            json(&convert::event(&ids, event))
+            json(&convert::event(&ids, &event))
         }
         _ => Err(ApiError::no_such_path()),
     }
@@ -94,6 +83,36 @@ fn event_field(event: &EventRecord, field: &str) -> Option<String> {
         "affectedobjectfriendlyname" => event.affected_object.clone(),
         _ => return None,
     })
+}
+
+/// A page of the events that pass the filter, newest first.
+async fn list_events(call: &Call) -> Result<Response, ApiError> {
+    let filter = call.filter()?;
+    let place = call.query("skiptoken").map(|token| {
+        let (time_ms, id) = token.split_once('.')?;
+        Some(EventPlace { time_ms: time_ms.parse().ok()?, id: id.to_owned() })
+    });
+    let mut place = place.map(|place| place.ok_or_else(ApiError::invalid_page)).transpose()?;
+    let ids = Ids(&call.vault);
+    let mut shown = Vec::new();
+    loop {
+        let events = call.control().db.events_after(place.as_ref(), PAGE_LENGTH).await;
+        let events = events.map_err(ControlError::from)?;
+        if events.is_empty() {
+            return page(shown, None);
+        }
+        for event in events {
+            if shown.len() == PAGE_LENGTH {
+                let next = place.map(|place| call.next_page(&format!("{}.{}", place.time_ms, place.id)));
+                return page(shown, next);
+            }
+            place = Some(EventPlace { time_ms: event.time_ms, id: event.id.clone() });
+            let field = |name: &str| event_field(&event, name);
+            if filter.as_ref().map_or(Ok(true), |filter| filter.matches(&field))? {
+                shown.push(convert::event(&ids, &event));
+            }
+        }
+    }
 }
 
 async fn list_jobs(call: &Call) -> Result<Response, ApiError> {

@@ -31,7 +31,7 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::any,
 };
-use hyper::{Method, StatusCode, header, http::request::Parts};
+use hyper::{Method, StatusCode, body::Body as _, header, http::request::Parts};
 use mainstay_api::arm;
 use mainstay_control::{
     Control, ControlError,
@@ -53,8 +53,6 @@ pub use v1::document_text;
 
 /// Largest request body; the largest real one is a few KiB.
 const BODY_BYTES_MAX: usize = 1 << 20;
-/// How long a request's body may take; whoever needs longer for so little holds a place that others want.
-const BODY_MAX: Duration = Duration::from_secs(30);
 /// Requests for access tokens of one address in a minute; a token lasts an hour.
 pub(crate) const TOKEN_REQUESTS_MAX: u32 = 120;
 
@@ -70,6 +68,8 @@ pub(crate) struct Api {
     pub(crate) base_url: String,
     /// Address that agents are told.
     pub(crate) agent_endpoint: String,
+    /// How long a request's body may take.
+    pub(crate) request_timeout: Duration,
     pub(crate) shutdown_timeout: Duration,
     /// SHA-256 of the authority's certificate, part of registration keys.
     pub(crate) metrics: metrics_exporter_prometheus::PrometheusHandle,
@@ -241,14 +241,14 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         return Err(ApiError::internal("the request's address is not known".to_owned()));
     };
     if let Some(route) = identity::route(&parts.method, &lower) {
-        let body = read_body(body, identity::BODY_BYTES_MAX).await?;
+        let body = read_body(&api, body, identity::BODY_BYTES_MAX).await?;
         return identity::answer(&api, route, &parts, &lower, &body, peer).await;
     }
     if let ([exports::PATH, name], &Method::GET) = (lower.as_slice(), &parts.method) {
         let query = parse_query(parts.uri.query().unwrap_or_default()).unwrap_or_default();
         return exports::download(&api, name, &query).await;
     }
-    let body = read_body(body, BODY_BYTES_MAX).await?;
+    let body = read_body(&api, body, BODY_BYTES_MAX).await?;
     if let ["api", "v1", rest @ ..] = lower.as_slice()
         && let Some(answer) = v1::dispatch_open(&api, &parts.method, rest, &body).await
     {
@@ -258,7 +258,14 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         };
     }
     let role_wanted = required_role(&parts.method, &lower);
-    let token = bearer(&parts.headers).ok_or_else(ApiError::unauthenticated)?;
+    let Some(token) = bearer(&parts.headers) else {
+        // Clients ask like this to learn how to sign in; whoever wants to change something is written down.
+        let error = ApiError::unauthenticated();
+        return Err(match parts.method {
+            Method::GET => error,
+            _ => refuse(&api, "", &parts, peer, error).await,
+        });
+    };
     let signed_in = match identity::sign_in(&api, token).await? {
         Ok(signed_in) => signed_in,
         Err(unknown) => {
@@ -453,15 +460,20 @@ fn required_role(method: &Method, path: &[&str]) -> Role {
     Role::Contributor
 }
 
-async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
-    let body = tokio::time::timeout(BODY_MAX, to_bytes(body, bytes_max)).await.map_err(|_| {
-        let message = format!("the request body took longer than {} s", BODY_MAX.as_secs());
-        ApiError::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message, "Try again.")
-    })?;
-    body.map_err(|_| {
+async fn read_body(api: &Api, body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
+    let too_large = || {
         let message = format!("the request body is larger than {bytes_max} bytes, or broke off");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLarge", message, "Send a smaller one.")
-    })
+    };
+    // What is announced need not be waited for.
+    if body.size_hint().lower() > bytes_max as u64 {
+        return Err(too_large());
+    }
+    let body = tokio::time::timeout(api.request_timeout, to_bytes(body, bytes_max)).await.map_err(|_| {
+        let message = format!("the request body took longer than {} s", api.request_timeout.as_secs());
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message, "Try again.")
+    })?;
+    body.map_err(|_| too_large())
 }
 
 /// Writes a failed sign-in down and says what to answer: `answer`, unless there were too many. Good tokens are never held up

@@ -3,20 +3,21 @@
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::{
-    AZURE, ContainerMappingInput, FabricProperties, PolicyInput, PolicySettings, Request, Resource,
+    AZURE, ContainerMappingInput, FabricProperties, PolicyInput, PolicySettings, ProtectableItemProperties,
+    Request, Resource,
 };
 use mainstay_control::{
     ControlError,
-    app::{FabricRecord, ProviderRecord},
+    app::{FabricRecord, ProtectableItem, ProviderRecord},
 };
-use mainstay_model::{ConfigurationChange, ProviderId, ReplicationPolicy};
+use mainstay_model::{ConfigurationChange, ProviderId, ReplicationPolicy, VmId};
 use serde_json::Value;
 
 use super::{
-    Call, body,
+    Call, PAGE_LENGTH, body,
     convert::{self, Ids, last_segment, segment_after},
     error::ApiError,
-    json, list, networks,
+    json, list, networks, page,
 };
 
 pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
@@ -201,19 +202,68 @@ async fn container(
 async fn protectable_items(call: &Call, fabric: &FabricRecord, rest: &[&str]) -> Result<Response, ApiError> {
     let control = call.control();
     let items = control.db.items().await.map_err(ControlError::from)?;
-    let found = control.protectable_items(&fabric.name).await?;
-    let mut shown = found.iter().map(|found| {
+    let mut found = control.protectable_items(&fabric.name).await?;
+    let show = |found: &ProtectableItem| {
         let name = items.iter().find(|item| Some(item.id) == found.item).map(|item| item.name.as_str());
         convert::protectable_item(&Ids(&call.vault), fabric, found, name)
-    });
+    };
     match rest {
-        [] => list(shown.collect()),
-        [name] => match shown.find(|item| item.name.eq_ignore_ascii_case(name)) {
-            Some(item) => json(&item),
-            None => Err(ControlError::not_found("protectable item", *name).into()),
-        },
-        _ => Err(ApiError::no_such_path()),
+        [] => {}
+        [name] => {
+            let found = found.iter().find(|found| found.vm.id.to_string().eq_ignore_ascii_case(name));
+            let found = found.ok_or_else(|| ControlError::not_found("protectable item", *name))?;
+            return json(&show(found));
+        }
+        _ => return Err(ApiError::no_such_path()),
     }
+    let filter = call.filter()?;
+    let take = call.query("take").map(|take| {
+        take.parse::<usize>().ok().filter(|take| *take > 0).ok_or_else(|| {
+            ApiError::bad_request(
+                "InvalidParameter",
+                format!("$take cannot be '{take}': expected is a whole number from 1"),
+                "Correct it, or leave it out.",
+            )
+        })
+    });
+    let take = take.transpose()?.unwrap_or(PAGE_LENGTH).min(PROTECTABLE_ITEMS_MAX);
+    let after = call.query("skiptoken").map(|token| {
+        let (id, name) = token.split_once('.')?;
+        Some((name.to_owned(), id.parse::<VmId>().ok()?))
+    });
+    let after = after.map(|after| after.ok_or_else(ApiError::invalid_page)).transpose()?;
+    // An order that lasts whatever comes and goes between two pages.
+    let place = |found: &ProtectableItem| (found.vm.name.clone(), found.vm.id);
+    found.sort_by_key(place);
+    found.retain(|found| after.as_ref().is_none_or(|after| place(found) > *after));
+    let mut shown = Vec::new();
+    let mut last = None;
+    for found in &found {
+        let item = show(found);
+        let passes = filter.as_ref().map(|filter| filter.matches(&|field| protectable_field(&item, field)));
+        if !passes.transpose()?.unwrap_or(true) {
+            continue;
+        }
+        if shown.len() == take {
+            let token = last.map(|(name, id)| mainstay_api::encode_segment(&format!("{id}.{name}")));
+            return page(shown, token.map(|token| call.next_page(&token)));
+        }
+        last = Some(place(found));
+        shown.push(item);
+    }
+    page(shown, None)
+}
+
+/// Protectable items of a page at most.
+const PROTECTABLE_ITEMS_MAX: usize = 1000;
+
+/// What protectable items can be filtered by.
+fn protectable_field(item: &Resource<ProtectableItemProperties>, field: &str) -> Option<String> {
+    Some(match field {
+        "friendlyname" => item.properties.friendly_name.clone(),
+        "protectionstatus" => item.properties.protection_status.clone(),
+        _ => return None,
+    })
 }
 
 async fn mappings(call: &Call, fabric: Option<&FabricRecord>) -> Result<Response, ApiError> {

@@ -277,12 +277,12 @@ pub(super) fn above_vault(call: &Call, path: &[&str]) -> Option<Result<Response,
             group,
             "providers",
             "microsoft.recoveryservices",
-            "locations",
-            _,
-            "checknameavailability",
-        ] if call.api.tenant.eq_ignore_ascii_case(subscription) && call.method == Method::POST => {
-            Some(check_name(call, group))
-        }
+            below @ ..,
+        ] if call.api.tenant.eq_ignore_ascii_case(subscription) => match (&call.method, below) {
+            (&Method::GET, ["operations"]) => Some(operations()),
+            (&Method::POST, ["locations", _, "checknameavailability"]) => Some(check_name(call, group)),
+            _ => None,
+        },
         _ => None,
     }
 }

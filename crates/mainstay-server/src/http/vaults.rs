@@ -217,9 +217,9 @@ fn resource_group(vault: &VaultRecord) -> Value {
     })
 }
 
-/// Words and shape as recorded; ids of vaults have `subscriptions` in lower case there, unlike all that is in them.
+/// Words and shape as recorded, without tags where nobody has written any; ids of vaults have `subscriptions` in lower case there, unlike all that is in them.
 fn resource(vault: &VaultRecord) -> Value {
-    json!({
+    let mut shown = json!({
         "id": format!(
             "/subscriptions/{}/resourceGroups/{}/providers/{NAMESPACE}/vaults/{}",
             vault.subscription, vault.resource_group, vault.name
@@ -228,7 +228,6 @@ fn resource(vault: &VaultRecord) -> Value {
         "type": format!("{NAMESPACE}/vaults"),
         "location": vault.location,
         "etag": format!("W/\"{}\"", vault.etag.map_or_else(|| vault.subscription.clone(), |etag| etag.to_string())),
-        "tags": vault.tags,
         "sku": { "name": "Standard" },
         "properties": {
             "provisioningState": "Succeeded",
@@ -252,5 +251,9 @@ fn resource(vault: &VaultRecord) -> Value {
                 "crossSubscriptionRestoreSettings": { "crossSubscriptionRestoreState": "Enabled" },
             },
         },
-    })
+    });
+    if !vault.tags.is_empty() {
+        shown["tags"] = json!(vault.tags);
+    }
+    shown
 }

@@ -143,7 +143,8 @@ impl Rig {
             ("network", "lan".to_owned()),
             ("subnet", "subnet".to_owned()),
             ("storage", "storage".to_owned()),
-            ("page", "none/none".to_owned()),
+            // After everything.
+            ("page", "ffffffff-ffff-ffff-ffff-ffffffffffff.~".to_owned()),
         ]);
         let rig = Self { _dir: dir, running, url, token, http, client, hosts, names };
         rig.discover(&vault).await;

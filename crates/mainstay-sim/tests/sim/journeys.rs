@@ -172,7 +172,7 @@ async fn after_a_boot_only_the_active_copy_is_started() {
     world.settle().await;
     world.check().await;
     assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Off);
-    let events = world.ask(|control| async move { control.db.events().await }).await.unwrap();
+    let events = world.ask(|control| async move { control.db.events_after(None, 1000).await }).await.unwrap();
     let started = events.iter().filter(|event| event.code == "StartedAfterBoot").count();
     assert_eq!(started, 2, "{events:#?}");
 

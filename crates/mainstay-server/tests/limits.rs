@@ -1,0 +1,102 @@
+//! Clients that are too slow or send too much do no harm: they are answered or cut off, and others are served meanwhile.
+
+#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
+
+mod support;
+
+use std::sync::Arc;
+
+use mainstay_control::SystemClock;
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, ServerName, pem::PemObject as _},
+};
+use serde_json::Value;
+use support::Server;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+async fn impatient() -> Server {
+    Server::start_with(Arc::new(SystemClock), |config| config.request_timeout_seconds = 1).await
+}
+
+async fn connect(server: &Server) -> TlsStream<TcpStream> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(server.authority_pem.as_bytes()).unwrap()).unwrap();
+    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = TcpStream::connect(server.running.api_address).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
+}
+
+/// All that the server says until it hangs up.
+async fn until_the_end(mut stream: TlsStream<TcpStream>) -> String {
+    let mut said = Vec::new();
+    // Without a farewell of TLS, as whoever is cut off.
+    if let Err(error) = stream.read_to_end(&mut said).await {
+        assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof, "{error}");
+    }
+    String::from_utf8(said).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_never_ends_a_request_is_cut_off_and_others_are_served() {
+    let server = impatient().await;
+    let mut slow = Vec::new();
+    for _ in 0..50 {
+        let mut head = connect(&server).await;
+        head.write_all(b"GET /subscriptions HTTP/1.1\r\nhost: localhost\r\nx-").await.unwrap();
+        slow.push(head);
+    }
+    let mut body = connect(&server).await;
+    let request = format!(
+        "PUT {} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-length: 100\r\n\r\n{{",
+        server.at("replicationFabrics/slow"),
+        server.token
+    );
+    body.write_all(request.as_bytes()).await.unwrap();
+    let listed: Value = server.administrator.get("/subscriptions").await.unwrap();
+    assert_eq!(listed["value"].as_array().unwrap().len(), 1);
+    for stream in slow {
+        let said = until_the_end(stream).await;
+        assert!(said.is_empty() || said.starts_with("HTTP/1.1 408"), "{said}");
+    }
+    let said = until_the_end(body).await;
+    assert!(said.starts_with("HTTP/1.1 408") && said.contains("RequestTimeout"), "{said}");
+    let fabric: Result<Value, _> = server.administrator.get(&server.at("replicationFabrics/slow")).await;
+    assert_eq!(fabric.unwrap_err().status(), Some(404));
+    server.running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_too_large_is_refused_before_it_is_read() {
+    let server = impatient().await;
+    let path = server.at("replicationFabrics/large");
+    let (status, text) = server.send("PUT", &path, Some(vec![b' '; (1 << 20) + 1])).await;
+    assert_eq!(status, 413, "{text}");
+    // So many bytes never come: what is announced is enough.
+    let mut liar = connect(&server).await;
+    let request = format!(
+        "PUT {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-length: 9999999999999\r\n\r\n",
+        server.token
+    );
+    liar.write_all(request.as_bytes()).await.unwrap();
+    let said = until_the_end(liar).await;
+    assert!(said.starts_with("HTTP/1.1 413"), "{said}");
+    let mut head = connect(&server).await;
+    let request = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1 << 20));
+    // The server may hang up in the middle of it.
+    let _ = head.write_all(request.as_bytes()).await;
+    let said = until_the_end(head).await;
+    assert!(said.is_empty() || said.starts_with("HTTP/1.1 4"), "{said}");
+    let listed: Value = server.administrator.get("/subscriptions").await.unwrap();
+    assert_eq!(listed["value"].as_array().unwrap().len(), 1);
+    server.running.stop().await;
+}
