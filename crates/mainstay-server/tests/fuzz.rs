@@ -319,8 +319,9 @@ fn operations(server: &Server, seed: &Seed) -> Vec<Operation> {
         other(
             "PUT",
             server.vault.id(),
-            json!({ "location": "here", "sku": { "name": "Standard" }, "properties": {} }),
+            json!({ "location": "mainstay", "sku": { "name": "Standard" }, "tags": { "a": "b" }, "properties": {} }),
         ),
+        other("PATCH", server.vault.id(), json!({ "tags": { "stage": "test" } })),
         other(
             "POST",
             format!("{group}/providers/Microsoft.RecoveryServices/locations/here/checkNameAvailability"),
@@ -428,15 +429,17 @@ async fn state(control: &Arc<Control>) -> String {
         .items()
         .await
         .unwrap()
-        .into_iter()
+        .iter()
         .map(|item| {
-            let ItemRecord { name, policy, target, state, resolved_errors, .. } = Arc::unwrap_or_clone(item);
+            let ItemRecord { name, policy, target, state, resolved_errors, .. } = ItemRecord::clone(item);
             (name, policy, target, state, resolved_errors)
         })
         .collect();
     let all = JobCondition::All(Vec::new());
     format!(
-        "{items:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{}",
+        "{items:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{:?}\n{}",
+        control.vault().await.unwrap(),
+        control.hosted_vaults().await.unwrap(),
         control.recovery_plans().await.unwrap(),
         control.fabrics().await.unwrap(),
         control.policies().await.unwrap(),
@@ -466,7 +469,7 @@ async fn restore(mut server: Server, control: &Arc<Control>, seed: &Seed) -> Ser
         };
         server = server.restart(end).await;
     }
-    for item in control.db.items().await.unwrap() {
+    for item in control.db.items().await.unwrap().iter() {
         let mut transaction = control.db.begin().await.unwrap();
         transaction.remove_item(item.id).await.unwrap();
         transaction.commit().await.unwrap();

@@ -33,7 +33,7 @@ async fn a_registration_key_works_for_five_days_and_not_longer() {
     let refused = control.register_host("something else", "kvm2", "1").await.unwrap_err();
     assert!(matches!(refused, ControlError::Invalid { code: "RegistrationKeyInvalid", .. }), "{refused}");
     // What was registered in time stays.
-    assert_eq!(control.providers().await.unwrap(), [first]);
+    assert_eq!(*control.providers().await.unwrap(), [Arc::new(first)]);
 }
 
 #[tokio::test]

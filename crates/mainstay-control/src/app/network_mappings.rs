@@ -55,14 +55,13 @@ pub(crate) fn mapped<'a>(
 impl Control {
     /// The networks of a fabric as last discovered.
     pub async fn network_names(&self, fabric: &str) -> Result<Vec<String>, ControlError> {
-        let mut names: Vec<_> = self
-            .providers()
-            .await?
-            .into_iter()
+        let providers = self.providers().await?;
+        let mut names: Vec<_> = providers
+            .iter()
             .filter(|provider| provider.fabric.eq_ignore_ascii_case(fabric))
-            .filter_map(|provider| provider.discovery)
-            .flat_map(|discovery| discovery.inventory.networks)
-            .map(|network| network.name)
+            .filter_map(|provider| provider.discovery.as_ref())
+            .flat_map(|discovery| &discovery.inventory.networks)
+            .map(|network| network.name.clone())
             .collect();
         names.sort();
         names.dedup();

@@ -1,6 +1,8 @@
 //! Protectable items: the VMs that were discovered in a fabric.
 
-use mainstay_model::{ItemId, ProviderId};
+use std::collections::{HashMap, HashSet};
+
+use mainstay_model::{ItemId, ProviderId, VmId};
 use mainstay_provider::{FindingSeverity, VirtualMachine};
 
 use crate::{Control, ControlError, db::ItemRecord};
@@ -25,21 +27,16 @@ impl Control {
     pub async fn protectable_items(&self, fabric: &str) -> Result<Vec<ProtectableItem>, ControlError> {
         let fabric = self.fabric(fabric).await?;
         let items = self.db.items().await?;
+        let copies = |item: &ItemRecord| [item.recovery_vm, item.test_vm].into_iter().flatten();
+        let ours: HashSet<VmId> = items.iter().flat_map(|item| copies(item)).map(|copy| copy.vm).collect();
+        let protected: HashMap<VmId, ItemId> = items.iter().map(|item| (item.vm, item.id)).collect();
         let mut found = Vec::new();
-        for provider in self.providers().await? {
+        for provider in self.providers().await?.iter() {
             if !provider.fabric.eq_ignore_ascii_case(&fabric.name) {
                 continue;
             }
-            let Some(discovery) = provider.discovery else { continue };
-            for vm in discovery.inventory.vms {
-                let is_ours = |item: &ItemRecord| {
-                    item.recovery_vm.is_some_and(|copy| copy.vm == vm.id)
-                        || item.test_vm.is_some_and(|copy| copy.vm == vm.id)
-                };
-                if items.iter().any(|item| is_ours(item)) {
-                    continue;
-                }
-                let item = items.iter().find(|item| item.vm == vm.id).map(|item| item.id);
+            let Some(discovery) = &provider.discovery else { continue };
+            for vm in discovery.inventory.vms.iter().filter(|vm| !ours.contains(&vm.id)) {
                 let why_not = vm
                     .findings
                     .iter()
@@ -47,10 +44,10 @@ impl Control {
                     .map(|finding| format!("{} {}", finding.message, finding.remedy))
                     .collect();
                 found.push(ProtectableItem {
-                    vm,
+                    vm: vm.clone(),
                     provider: provider.id,
                     fabric: fabric.name.clone(),
-                    item,
+                    item: protected.get(&vm.id).copied(),
                     why_not,
                 });
             }

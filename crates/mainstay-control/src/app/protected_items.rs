@@ -1,5 +1,7 @@
 //! Replicated items: protecting a VM, and every verb on what is protected.
 
+use std::sync::Arc;
+
 use mainstay_model::{
     ConfigurationChange, Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId,
     ReplicationPolicy, VmId, replication_health, rpo_seconds,
@@ -41,7 +43,7 @@ pub struct EnableRequest {
 impl Control {
     /// Begins to protect a VM.
     pub async fn enable_protection(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         request: EnableRequest,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
@@ -145,7 +147,7 @@ impl Control {
     /// An item of a fabric by its name.
     pub async fn item_named(&self, fabric: &str, name: &str) -> Result<ItemRecord, ControlError> {
         let item = self.db.item_named(fabric, name).await?;
-        item.ok_or_else(|| ControlError::not_found("replicated item", name))
+        item.map(Arc::unwrap_or_clone).ok_or_else(|| ControlError::not_found("replicated item", name))
     }
 
     /// Whether a host may touch an item's data in the store: it must be a side of the item. What cannot be found out is not
@@ -163,7 +165,7 @@ impl Control {
 
     /// Begins any operation whose parameters are ready.
     async fn begin(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         operation: Operation,
         params: impl serde::Serialize,
@@ -188,7 +190,7 @@ impl Control {
 
     /// Begins a test failover.
     pub async fn test_failover(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         params: TestFailoverParams,
         by: Requester,
@@ -199,7 +201,7 @@ impl Control {
 
     /// Begins the clean-up of a test failover; `notes` are kept with the job.
     pub async fn test_failover_cleanup(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         notes: &str,
         by: Requester,
@@ -209,7 +211,7 @@ impl Control {
 
     /// Begins an unplanned failover.
     pub async fn unplanned_failover(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         params: FailoverParams,
         by: Requester,
@@ -220,7 +222,7 @@ impl Control {
 
     /// Begins a planned failover to the recovery site.
     pub async fn planned_failover(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         params: FailoverParams,
         by: Requester,
@@ -231,10 +233,7 @@ impl Control {
 
     /// Cancels the failover or failback that is under way; after its point of no return, and when it has ended, there is
     /// nothing to cancel.
-    pub async fn cancel_failover(
-        self: &std::sync::Arc<Self>,
-        item: &ItemRecord,
-    ) -> Result<JobRecord, ControlError> {
+    pub async fn cancel_failover(self: &Arc<Self>, item: &ItemRecord) -> Result<JobRecord, ControlError> {
         let running = item.state.running.filter(|running| {
             matches!(
                 running.operation,
@@ -293,7 +292,7 @@ impl Control {
 
     /// Begins a failback.
     pub async fn failback(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         params: FailbackParams,
         by: Requester,
@@ -313,7 +312,7 @@ impl Control {
 
     /// Begins to run another recovery point.
     pub async fn change_recovery_point(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         point: PointChoice,
         by: Requester,
@@ -325,7 +324,7 @@ impl Control {
 
     /// Begins a commit.
     pub async fn commit(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
@@ -334,7 +333,7 @@ impl Control {
 
     /// Begins reverse replication.
     pub async fn reverse_replicate(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
@@ -343,7 +342,7 @@ impl Control {
 
     /// Begins a resynchronization.
     pub async fn resynchronize(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
@@ -352,7 +351,7 @@ impl Control {
 
     /// Begins to change what the recovery VM shall be.
     pub async fn update_item_target(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         target: TargetRecord,
         by: Requester,
@@ -363,7 +362,7 @@ impl Control {
 
     /// Begins to disable replication. With `force`, sites that are away are not waited for.
     pub async fn disable_protection(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         item: &ItemRecord,
         force: bool,
         by: Requester,

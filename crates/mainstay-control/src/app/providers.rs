@@ -1,5 +1,7 @@
 //! Recovery services providers: the agents of registered hosts, and the keys that register them.
 
+use std::sync::Arc;
+
 use mainstay_model::{ConfigurationChange, ProviderId};
 use mainstay_provider::{Discover, Discovery, NoProgress, call};
 use serde::{Deserialize, Serialize};
@@ -143,7 +145,7 @@ impl Control {
         change: ConfigurationChange,
         by: Requester,
     ) -> Result<ConfigurationJob, ControlError> {
-        for provider in self.providers().await? {
+        for provider in self.providers().await?.iter() {
             let is_meant = fabric.is_none_or(|fabric| provider.fabric.eq_ignore_ascii_case(fabric));
             if is_meant && self.sites.is_connected(provider.id) {
                 self.refresh_provider(provider.id).await?;
@@ -153,8 +155,8 @@ impl Control {
     }
 
     /// All registered hosts.
-    pub async fn providers(&self) -> Result<Vec<ProviderRecord>, ControlError> {
-        Ok(self.db.resources().await?)
+    pub async fn providers(&self) -> Result<Arc<Vec<Arc<ProviderRecord>>>, ControlError> {
+        Ok(self.db.shared_resources().await?)
     }
 
     /// A registered host by identifier.

@@ -1,15 +1,19 @@
 //! Items as last read. The reconcilers look at all items several times a second, and hardly ever has one changed: what has
 //! not is neither fetched nor decoded again.
+//!
+//! Transactions that write items are numbered, in the database, within the transaction; an item keeps the number of its last
+//! one. Whoever sees the writes sees the number, whichever process wrote, and what is new is what has a higher one than those
+//! seen before. Removals, which are rare, are counted besides, and have everything read again.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use sqlx::Row as _;
 use tokio::sync::Mutex;
 
-use super::{Db, DbError, ItemRecord, Transaction, items::read};
+use super::{Db, DbError, ItemRecord, Mark, Transaction, items::read};
 
-/// So many changed items are read one by one; more, with all others.
-const SINGLE_READS_MAX: usize = 64;
+/// All items, by fabric and name (without regard to case).
+pub type Items = Arc<Vec<Arc<ItemRecord>>>;
 
 /// The items, and how to tell whether they still are as they were.
 #[derive(Default)]
@@ -18,69 +22,99 @@ pub(super) struct ItemCache {
 }
 
 struct Known {
-    /// The count of writes before the items were read.
-    writes: i64,
-    /// In the order of the listing.
-    items: Vec<Arc<ItemRecord>>,
+    mark: Option<Mark>,
+    counts: Counts,
+    items: Items,
 }
 
-/// Counts a transaction that wrote items, within it: whoever sees its writes sees the count, whichever process wrote.
-pub(super) async fn count_write(transaction: &mut Transaction) -> Result<(), DbError> {
-    sqlx::query("UPDATE counters SET value = value + 1 WHERE name = 'item-writes'")
-        .execute(&mut *transaction.inner)
+/// As they were before the items were read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Counts {
+    writes: i64,
+    removals: i64,
+}
+
+/// An item's place in the list.
+pub fn item_place(item: &ItemRecord) -> (String, String) {
+    (item.fabric.to_lowercase(), item.name.to_lowercase())
+}
+
+impl Transaction {
+    /// The number of this transaction among those that write items.
+    pub(super) async fn item_write(&mut self) -> Result<i64, DbError> {
+        if let Some(number) = self.item_write {
+            return Ok(number);
+        }
+        let number: i64 = count(self, "item-writes").await?;
+        self.item_write = Some(number);
+        Ok(number)
+    }
+
+    pub(super) async fn count_item_removal(&mut self) -> Result<(), DbError> {
+        self.item_write().await?;
+        count(self, "item-removals").await.map(|_| ())
+    }
+}
+
+pub(super) async fn count(transaction: &mut Transaction, name: &str) -> Result<i64, DbError> {
+    let row = sqlx::query("UPDATE counters SET value = value + 1 WHERE name = $1 RETURNING value")
+        .bind(name)
+        .fetch_one(&mut *transaction.inner)
         .await?;
-    Ok(())
+    Ok(row.try_get("value")?)
 }
 
 impl Db {
-    /// All items, by fabric and name.
-    pub async fn items(&self) -> Result<Vec<Arc<ItemRecord>>, DbError> {
+    /// All items.
+    pub async fn items(&self) -> Result<Items, DbError> {
         let mut known = self.item_cache.known.lock().await;
         // Before reading: what is written meanwhile is read next time.
-        let row = sqlx::query("SELECT value FROM counters WHERE name = 'item-writes'")
-            .fetch_one(&self.pool)
-            .await?;
-        let writes: i64 = row.try_get("value")?;
-        if let Some(current) = known.as_ref().filter(|known| known.writes == writes) {
-            return Ok(current.items.clone());
+        let mark = self.mark();
+        if let Some(known) = known.as_ref().filter(|known| mark.is_some() && known.mark == mark) {
+            return Ok(known.items.clone());
         }
-        let before = known.take().map(|known| known.items).unwrap_or_default();
-        let items = self.items_since(before).await?;
-        *known = Some(Known { writes, items: items.clone() });
+        let counts = self.counts().await?;
+        let items = match known.take() {
+            Some(current) if current.counts == counts => current.items,
+            Some(current) if current.counts.removals == counts.removals => {
+                self.changed_since(current.items, current.counts.writes).await?
+            }
+            _ => Arc::new(self.read_items().await?),
+        };
+        *known = Some(Known { mark, counts, items: items.clone() });
         Ok(items)
     }
 
-    /// All items, with those taken from `before` that have not changed.
-    async fn items_since(&self, before: Vec<Arc<ItemRecord>>) -> Result<Vec<Arc<ItemRecord>>, DbError> {
-        if before.is_empty() {
-            return self.read_items().await;
-        }
-        let before: HashMap<String, Arc<ItemRecord>> =
-            before.into_iter().map(|item| (item.id.to_string(), item)).collect();
-        let rows =
-            sqlx::query("SELECT id, version FROM items ORDER BY fabric, name").fetch_all(&self.pool).await?;
-        let mut found = Vec::with_capacity(rows.len());
+    /// Reads an item by its fabric and name, without regard to case.
+    pub async fn item_named(&self, fabric: &str, name: &str) -> Result<Option<Arc<ItemRecord>>, DbError> {
+        let items = self.items().await?;
+        let place = (fabric.to_lowercase(), name.to_lowercase());
+        let found = items.binary_search_by_key(&place, |item| item_place(item));
+        Ok(found.ok().map(|index| items[index].clone()))
+    }
+
+    async fn counts(&self) -> Result<Counts, DbError> {
+        let row = sqlx::query(
+            "SELECT (SELECT value FROM counters WHERE name = 'item-writes') AS writes,
+                    (SELECT value FROM counters WHERE name = 'item-removals') AS removals",
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(Counts { writes: row.try_get("writes")?, removals: row.try_get("removals")? })
+    }
+
+    /// The items with what was written after a number.
+    async fn changed_since(&self, mut items: Items, writes: i64) -> Result<Items, DbError> {
+        let rows = sqlx::query("SELECT id, version, document FROM items WHERE written > $1")
+            .bind(writes)
+            .fetch_all(&self.pool)
+            .await?;
+        let list = Arc::make_mut(&mut items);
         for row in &rows {
-            let (id, version): (&str, i64) = (row.try_get("id")?, row.try_get("version")?);
-            found.push((id, before.get(id).filter(|item| item.version == version).cloned()));
-        }
-        if found.iter().filter(|(_, item)| item.is_none()).count() > SINGLE_READS_MAX {
-            return self.read_items().await;
-        }
-        let mut items = Vec::with_capacity(found.len());
-        for (id, item) in found {
-            match item {
-                Some(item) => items.push(item),
-                None => {
-                    let row = sqlx::query("SELECT id, version, document FROM items WHERE id = $1")
-                        .bind(id)
-                        .fetch_optional(&self.pool)
-                        .await?;
-                    // Removed since: then it is no item any more.
-                    if let Some(row) = row {
-                        items.push(Arc::new(read(&row)?));
-                    }
-                }
+            let item = Arc::new(read(row)?);
+            match list.binary_search_by_key(&item_place(&item), |item| item_place(item)) {
+                Ok(index) => list[index] = item,
+                Err(index) => list.insert(index, item),
             }
         }
         Ok(items)
@@ -153,9 +187,9 @@ mod tests {
     }
 
     /// What the listing says, and whether it is what the database holds.
-    async fn listed(db: &Db) -> Vec<Arc<ItemRecord>> {
+    async fn listed(db: &Db) -> Items {
         let items = db.items().await.unwrap();
-        assert_eq!(items, db.read_items().await.unwrap());
+        assert_eq!(*items, db.read_items().await.unwrap());
         items
     }
 
@@ -174,9 +208,11 @@ mod tests {
         transaction.remove_item(ItemId(Uuid::from_u128(0))).await.unwrap();
         transaction.commit().await.unwrap();
         assert_eq!(listed(&db).await.len(), 4);
-        // More than are read one by one.
+        // At the end, at the beginning, in the middle; and one that comes again.
         insert(&db, 10..200).await;
-        assert_eq!(listed(&db).await.len(), 194);
+        insert(&db, 0..1).await;
+        insert(&db, 7..8).await;
+        assert_eq!(listed(&db).await.len(), 196);
     }
 
     #[tokio::test]

@@ -214,36 +214,6 @@ impl Db {
             .await?;
         row.map(|row| read(&row)).transpose()
     }
-
-    /// Reads an item by its fabric and name, without regard to case.
-    pub async fn item_named(&self, fabric: &str, name: &str) -> Result<Option<ItemRecord>, DbError> {
-        let row = sqlx::query("SELECT id, version, document FROM items WHERE fabric = $1 AND name = $2")
-            .bind(fabric.to_lowercase())
-            .bind(name.to_lowercase())
-            .fetch_optional(&self.pool)
-            .await?;
-        row.map(|row| read(&row)).transpose()
-    }
-
-    /// At most `count` items, by fabric and name, after the one of the given fabric and name (in lower case).
-    pub async fn items_after(
-        &self,
-        place: Option<&(String, String)>,
-        count: usize,
-    ) -> Result<Vec<ItemRecord>, DbError> {
-        let none = (String::new(), String::new());
-        let (fabric, name) = place.unwrap_or(&none);
-        let rows = sqlx::query(
-            "SELECT id, version, document FROM items WHERE fabric > $1 OR (fabric = $1 AND name > $2)
-             ORDER BY fabric, name LIMIT $3",
-        )
-        .bind(fabric)
-        .bind(name)
-        .bind(i64::try_from(count).unwrap_or(i64::MAX))
-        .fetch_all(&self.pool)
-        .await?;
-        rows.iter().map(read).collect()
-    }
 }
 
 impl Transaction {
@@ -258,8 +228,9 @@ impl Transaction {
 
     /// Adds an item; a second one of the same name or VM is a conflict.
     pub async fn insert_item(&mut self, item: &ItemRecord) -> Result<(), DbError> {
+        let written = self.item_write().await?;
         let result = sqlx::query(
-            "INSERT INTO items (id, name, fabric, vm, version, document) VALUES ($1, $2, $3, $4, 1, $5)
+            "INSERT INTO items (id, name, fabric, vm, version, document, written) VALUES ($1, $2, $3, $4, 1, $5, $6)
              ON CONFLICT DO NOTHING",
         )
         .bind(item.id.to_string())
@@ -267,21 +238,23 @@ impl Transaction {
         .bind(item.fabric.to_lowercase())
         .bind(item.vm.to_string())
         .bind(encode("item", &item.name, item)?)
+        .bind(written)
         .execute(&mut *self.inner)
         .await?;
         if result.rows_affected() == 0 {
             return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
         }
-        self.has_item_changes = true;
         Ok(())
     }
 
     /// Writes an item that was read at `item.version`.
     pub async fn update_item(&mut self, item: &ItemRecord) -> Result<(), DbError> {
+        let written = self.item_write().await?;
         let result = sqlx::query(
-            "UPDATE items SET version = version + 1, document = $1 WHERE id = $2 AND version = $3",
+            "UPDATE items SET version = version + 1, document = $1, written = $2 WHERE id = $3 AND version = $4",
         )
         .bind(encode("item", &item.name, item)?)
+        .bind(written)
         .bind(item.id.to_string())
         .bind(item.version)
         .execute(&mut *self.inner)
@@ -289,14 +262,13 @@ impl Transaction {
         if result.rows_affected() == 0 {
             return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
         }
-        self.has_item_changes = true;
         Ok(())
     }
 
     /// Removes an item.
     pub async fn remove_item(&mut self, id: ItemId) -> Result<(), DbError> {
+        self.count_item_removal().await?;
         sqlx::query("DELETE FROM items WHERE id = $1").bind(id.to_string()).execute(&mut *self.inner).await?;
-        self.has_item_changes = true;
         Ok(())
     }
 }

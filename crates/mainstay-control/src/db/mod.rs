@@ -9,6 +9,7 @@ mod events;
 mod item_cache;
 mod items;
 mod jobs;
+mod mark;
 mod query;
 mod resources;
 
@@ -20,6 +21,9 @@ use sqlx::{
 };
 
 use item_cache::ItemCache;
+pub use item_cache::{Items, item_place};
+use mark::{Mark, MarkFile};
+use resources::ResourceCache;
 
 pub use events::{ALERTS_FAILED, AuditRecord, EventPlace, EventRecord, OwedAlerts};
 pub use items::{
@@ -71,13 +75,19 @@ pub enum DbError {
 #[derive(Clone)]
 pub struct Db {
     pool: SqlitePool,
+    /// `None`: it is in memory.
+    mark_file: Option<MarkFile>,
     item_cache: Arc<ItemCache>,
+    resource_cache: Arc<ResourceCache>,
 }
 
 /// A transaction; dropped without [`Transaction::commit`] it never was.
 pub struct Transaction {
     inner: sqlx::Transaction<'static, sqlx::Sqlite>,
-    has_item_changes: bool,
+    /// Its number among those that write items, when it has written one.
+    item_write: Option<i64>,
+    /// Whether its writing of resources has been counted.
+    has_counted_resources: bool,
 }
 
 /// Each entry brings the schema from its index to the next version. Entries are never changed once released.
@@ -114,6 +124,11 @@ const MIGRATIONS: &[&str] = &["
 ", "
     CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL);
     INSERT INTO counters (name, value) VALUES ('item-writes', 0);
+", "
+    ALTER TABLE items ADD COLUMN written BIGINT NOT NULL DEFAULT 0;
+    CREATE INDEX items_written ON items (written);
+    INSERT INTO counters (name, value) VALUES ('item-removals', 0);
+    INSERT INTO counters (name, value) VALUES ('resource-writes', 0);
 "];
 
 impl Db {
@@ -126,7 +141,8 @@ impl Db {
             // What was answered to a client survives a power cut.
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(Duration::from_secs(10));
-        Self::with(SqlitePoolOptions::new().max_connections(8).connect_with(options).await?).await
+        let pool = SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
+        Self::with(pool, Some(MarkFile::of(path))).await
     }
 
     /// A database in memory, for tests and simulations.
@@ -139,10 +155,10 @@ impl Db {
             .max_lifetime(None)
             .connect_with(options)
             .await?;
-        Self::with(pool).await
+        Self::with(pool, None).await
     }
 
-    async fn with(pool: SqlitePool) -> Result<Self, DbError> {
+    async fn with(pool: SqlitePool, mark_file: Option<MarkFile>) -> Result<Self, DbError> {
         sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")
             .execute(&pool)
             .await?;
@@ -163,13 +179,22 @@ impl Db {
                 .await?;
             transaction.commit().await?;
         }
-        Ok(Self { pool, item_cache: Arc::default() })
+        Ok(Self { pool, mark_file, item_cache: Arc::default(), resource_cache: Arc::default() })
     }
 
     /// Begins a transaction.
     pub async fn begin(&self) -> Result<Transaction, DbError> {
         // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another one wrote.
-        Ok(Transaction { inner: self.pool.begin_with("BEGIN IMMEDIATE").await?, has_item_changes: false })
+        Ok(Transaction {
+            inner: self.pool.begin_with("BEGIN IMMEDIATE").await?,
+            item_write: None,
+            has_counted_resources: false,
+        })
+    }
+
+    /// Changes with every commit; `None` when only the database can tell.
+    fn mark(&self) -> Option<Mark> {
+        self.mark_file.as_ref().and_then(MarkFile::read)
     }
 
     /// Closes all connections; what was committed is on disk.
@@ -180,10 +205,7 @@ impl Db {
 
 impl Transaction {
     /// Makes everything that was written in it durable at once.
-    pub async fn commit(mut self) -> Result<(), DbError> {
-        if self.has_item_changes {
-            item_cache::count_write(&mut self).await?;
-        }
+    pub async fn commit(self) -> Result<(), DbError> {
         Ok(self.inner.commit().await?)
     }
 }

@@ -1,9 +1,12 @@
 //! Resources that have a name and little else: fabrics, providers, policies, mappings, tokens, keys, service principals.
 
+use std::{any::Any, collections::HashMap, sync::Arc};
+
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::Row as _;
+use tokio::sync::Mutex;
 
-use super::{Db, DbError, Transaction, decode, encode};
+use super::{Db, DbError, Mark, Transaction, decode, encode, item_cache::count};
 
 /// The kinds of named resources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,33 +63,72 @@ impl ResourceKind {
 }
 
 /// A document that is kept as a named resource.
-pub trait Resource: Serialize + DeserializeOwned + Send {
+pub trait Resource: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
     /// What kind it is.
     const KIND: ResourceKind;
     /// Its name, unique among its kind; names that differ only in case are the same.
     fn name(&self) -> String;
 }
 
+/// Resources as last read: every request needs some, and they are seldom written. Transactions that write any are counted in
+/// the database, as those that write items.
+#[derive(Default)]
+pub(super) struct ResourceCache {
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    mark: Option<Mark>,
+    writes: i64,
+    /// By kind, its resources by name: an `Arc<Vec<Arc<R>>>`.
+    kinds: HashMap<&'static str, Box<dyn Any + Send + Sync>>,
+}
+
 impl Db {
     /// Reads a resource by name.
     pub async fn resource<R: Resource>(&self, name: &str) -> Result<Option<R>, DbError> {
-        let kind = R::KIND.key();
-        let row = sqlx::query("SELECT document FROM resources WHERE kind = $1 AND name = $2")
-            .bind(kind)
-            .bind(name.to_lowercase())
-            .fetch_optional(&self.pool)
-            .await?;
-        row.map(|row| decode(kind, name, row.try_get("document")?)).transpose()
+        let all = self.shared_resources::<R>().await?;
+        let found = all.binary_search_by_key(&name.to_lowercase(), |resource| resource.name().to_lowercase());
+        Ok(found.ok().map(|index| R::clone(&all[index])))
     }
 
     /// All resources of a kind, by name.
     pub async fn resources<R: Resource>(&self) -> Result<Vec<R>, DbError> {
+        Ok(self.shared_resources::<R>().await?.iter().map(|resource| R::clone(resource)).collect())
+    }
+
+    /// The same, without copies of them.
+    pub async fn shared_resources<R: Resource>(&self) -> Result<Arc<Vec<Arc<R>>>, DbError> {
+        let mut known = self.resource_cache.known.lock().await;
+        // Before reading: what is written meanwhile is read next time.
+        let mark = self.mark();
+        if mark.is_none() || known.mark != mark {
+            let row = sqlx::query("SELECT value FROM counters WHERE name = 'resource-writes'")
+                .fetch_one(&self.pool)
+                .await?;
+            let writes: i64 = row.try_get("value")?;
+            if known.writes != writes {
+                known.kinds.clear();
+            }
+            (known.mark, known.writes) = (mark, writes);
+        }
         let kind = R::KIND.key();
+        if let Some(found) = known.kinds.get(kind).and_then(|found| found.downcast_ref::<Arc<Vec<Arc<R>>>>())
+        {
+            return Ok(found.clone());
+        }
         let rows = sqlx::query("SELECT name, document FROM resources WHERE kind = $1 ORDER BY name")
             .bind(kind)
             .fetch_all(&self.pool)
             .await?;
-        rows.iter().map(|row| decode(kind, row.try_get("name")?, row.try_get("document")?)).collect()
+        let read = rows
+            .iter()
+            .map(|row| decode(kind, row.try_get("name")?, row.try_get("document")?).map(Arc::new))
+            .collect::<Result<Vec<Arc<R>>, DbError>>()?;
+        let read = Arc::new(read);
+        known.kinds.insert(kind, Box::new(read.clone()));
+        Ok(read)
     }
 }
 
@@ -112,8 +154,17 @@ impl Transaction {
         row.map(|row| decode(kind, name, row.try_get("document")?)).transpose()
     }
 
+    async fn count_resource_write(&mut self) -> Result<(), DbError> {
+        if !self.has_counted_resources {
+            count(self, "resource-writes").await?;
+            self.has_counted_resources = true;
+        }
+        Ok(())
+    }
+
     /// Writes a resource, replacing one of the same name.
     pub async fn put_resource<R: Resource>(&mut self, resource: &R) -> Result<(), DbError> {
+        self.count_resource_write().await?;
         let (kind, name) = (R::KIND.key(), resource.name());
         sqlx::query(
             "INSERT INTO resources (kind, name, document) VALUES ($1, $2, $3)
@@ -129,11 +180,72 @@ impl Transaction {
 
     /// Removes a resource; answers whether it was there.
     pub async fn remove_resource<R: Resource>(&mut self, name: &str) -> Result<bool, DbError> {
+        self.count_resource_write().await?;
         let result = sqlx::query("DELETE FROM resources WHERE kind = $1 AND name = $2")
             .bind(R::KIND.key())
             .bind(name.to_lowercase())
             .execute(&mut *self.inner)
             .await?;
         Ok(result.rows_affected() > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+    struct Thing {
+        name: String,
+        value: u32,
+    }
+
+    impl Resource for Thing {
+        const KIND: ResourceKind = ResourceKind::Policy;
+
+        fn name(&self) -> String {
+            self.name.clone()
+        }
+    }
+
+    async fn put(db: &Db, name: &str, value: u32) {
+        let mut transaction = db.begin().await.unwrap();
+        transaction.put_resource(&Thing { name: name.to_owned(), value }).await.unwrap();
+        transaction.commit().await.unwrap();
+    }
+
+    async fn value(db: &Db, name: &str) -> Option<u32> {
+        db.resource::<Thing>(name).await.unwrap().map(|thing| thing.value)
+    }
+
+    async fn behaves(db: &Db, other: &Db) {
+        assert_eq!(value(db, "b").await, None);
+        put(db, "B", 1).await;
+        put(other, "a", 2).await;
+        assert_eq!((value(db, "b").await, value(db, "A").await), (Some(1), Some(2)));
+        let first = db.shared_resources::<Thing>().await.unwrap();
+        assert!(Arc::ptr_eq(&first, &db.shared_resources::<Thing>().await.unwrap()));
+        let mut transaction = db.begin().await.unwrap();
+        transaction.put_resource(&Thing { name: "b".to_owned(), value: 3 }).await.unwrap();
+        // Its own writes are seen by itself alone until they are committed.
+        assert_eq!(transaction.resource::<Thing>("b").await.unwrap().map(|thing| thing.value), Some(3));
+        drop(transaction);
+        assert_eq!(value(db, "b").await, Some(1));
+        let mut transaction = other.begin().await.unwrap();
+        assert!(transaction.remove_resource::<Thing>("b").await.unwrap());
+        transaction.commit().await.unwrap();
+        assert_eq!(value(db, "b").await, None);
+        assert_eq!(db.resources::<Thing>().await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_anybody_wrote_is_seen_at_once_and_nothing_is_read_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mainstay.db");
+        behaves(&Db::open(&path).await.unwrap(), &Db::open(&path).await.unwrap()).await;
+        let memory = Db::in_memory().await.unwrap();
+        behaves(&memory, &memory).await;
     }
 }

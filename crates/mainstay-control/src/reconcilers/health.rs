@@ -9,7 +9,9 @@ use crate::{Control, ControlError};
 impl Control {
     pub(super) async fn reconcile_health(self: Arc<Self>) -> Result<(), ControlError> {
         let policies = self.policies_by_name().await?;
-        for item in &self.db.items().await? {
+        for item in self.db.items().await?.iter() {
+            // Thousands of items must not hold up whoever waits for this thread.
+            tokio::task::consume_budget().await;
             let Some(policy) = policies.get(&item.policy.to_lowercase()) else { continue };
             let (health, errors, rpo) = self.item_health_under(item, policy);
             if let Some(rpo) = rpo {

@@ -8,7 +8,7 @@ use crate::{Control, ControlError, db::VmCopy};
 
 impl Control {
     pub(super) async fn reconcile_hydration(self: Arc<Self>) -> Result<(), ControlError> {
-        for item in self.db.items().await? {
+        for item in self.db.items().await?.iter() {
             let Some(copy) = item.recovery_vm.filter(|copy| !copy.is_hydrated) else { continue };
             // While a job works on the item, the VM is the job's.
             if item.state.running.is_some()

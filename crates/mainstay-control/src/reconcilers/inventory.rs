@@ -1,8 +1,8 @@
 //! What is on the hosts, read now and then.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
-use mainstay_model::{Health, ItemId, ProviderId};
+use mainstay_model::{Health, ItemId, ProviderId, VmId};
 use mainstay_provider::{AnswerWaiting, Discovery, NoProgress, VirtualMachine, call};
 
 use crate::{Control, ControlError, db::DiskRecord};
@@ -13,7 +13,7 @@ const DISCOVERY_AGE_MAX_MS: i64 = 30_000;
 impl Control {
     pub(super) async fn reconcile_inventory(self: Arc<Self>) -> Result<(), ControlError> {
         let now_ms = self.clock.now_ms();
-        for provider in self.providers().await? {
+        for provider in self.providers().await?.iter() {
             let is_fresh = provider
                 .discovered_ms
                 .is_some_and(|discovered_ms| now_ms - discovered_ms < DISCOVERY_AGE_MAX_MS);
@@ -76,11 +76,13 @@ impl Control {
 
     /// A VM that its administrator renamed, or whose disks grew, stays the same item; people see what it is now.
     pub(crate) async fn note_changes(&self, discovery: &Discovery) -> Result<(), ControlError> {
-        for item in self.db.items().await? {
-            let home = discovery.inventory.vms.iter().find(|vm| vm.id == item.vm);
+        let vms: HashMap<VmId, &VirtualMachine> =
+            discovery.inventory.vms.iter().map(|vm| (vm.id, vm)).collect();
+        for item in self.db.items().await?.iter() {
+            let home = vms.get(&item.vm).copied();
             let name = home.map_or(&item.vm_name, |vm| &vm.name);
             let active = item.active_vm().unwrap_or(item.vm);
-            let active = discovery.inventory.vms.iter().find(|vm| vm.id == active);
+            let active = vms.get(&active).copied();
             let disks = with_sizes(&item.disks, active);
             if *name == item.vm_name && disks == item.disks {
                 continue;

@@ -139,13 +139,14 @@ impl Control {
     pub(super) async fn reconcile_replication(self: Arc<Self>) -> Result<(), ControlError> {
         let now_ms = self.clock.now_ms();
         let policies = self.policies_by_name().await?;
-        for item in self.db.items().await? {
+        for item in self.db.items().await?.iter() {
+            tokio::task::consume_budget().await;
             if item.state.phase == Phase::FinalizingProtection && item.state.running.is_none() {
-                self.finalize(&item).await?;
+                self.finalize(item).await?;
             }
             let Some(policy) = policies.get(&item.policy.to_lowercase()) else { continue };
-            if is_due(&item, policy, now_ms) && self.sites.is_connected(item.primary_provider) {
-                self.begin_cycle(&item, *policy);
+            if is_due(item, policy, now_ms) && self.sites.is_connected(item.primary_provider) {
+                self.begin_cycle(item, *policy);
             }
         }
         Ok(())

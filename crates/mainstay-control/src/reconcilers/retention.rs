@@ -14,9 +14,9 @@ const HISTORY_MS: i64 = 90 * 24 * 3_600_000;
 impl Control {
     pub(super) async fn reconcile_retention(self: Arc<Self>) -> Result<(), ControlError> {
         let now_ms = self.clock.now_ms();
-        for item in self.db.items().await? {
+        for item in self.db.items().await?.iter() {
             if item.state.is_replicating() {
-                self.expire_points(&item, now_ms).await?;
+                self.expire_points(item, now_ms).await?;
             }
         }
         self.maintain_store(now_ms).await?;

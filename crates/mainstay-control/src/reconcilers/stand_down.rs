@@ -12,13 +12,13 @@ use crate::{
 
 impl Control {
     pub(super) async fn reconcile_stand_down(self: Arc<Self>) -> Result<(), ControlError> {
-        for item in self.db.items().await? {
+        for item in self.db.items().await?.iter() {
             // Until the failover's job has ended it may still be undone, and the old side be the active one again.
             if item.state.running.is_some() {
                 continue;
             }
             for order in &item.stand_downs {
-                self.stand_down(&item, *order).await?;
+                self.stand_down(item, *order).await?;
             }
         }
         Ok(())

@@ -12,7 +12,7 @@ use mainstay_api::arm::{
 use mainstay_control::{
     ControlError,
     app::{EnableRequest, FabricRecord, MEMORY_BYTES_MIN, PolicyRecord},
-    db::{ItemRecord, JobRecord, TargetRecord},
+    db::{ItemRecord, JobRecord, TargetRecord, item_place},
     workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
 };
 use mainstay_model::{PointId, ProviderId, projection};
@@ -62,26 +62,23 @@ async fn show_page(call: &Call, fabric: Option<&FabricRecord>) -> Result<Respons
         Some(None) => return Err(ApiError::invalid_page()),
     };
     let around = Around::read(call).await?;
+    let items = call.control().db.items().await.map_err(ControlError::from)?;
+    let begin = place.as_ref().map_or(0, |place| items.partition_point(|item| item_place(item) <= *place));
     let mut shown = Vec::new();
-    loop {
-        let items =
-            call.control().db.items_after(place.as_ref(), PAGE_LENGTH).await.map_err(ControlError::from)?;
-        if items.is_empty() {
-            return page(shown, None);
+    for item in &items[begin..] {
+        let is_here = fabric.is_none_or(|fabric| fabric.name.eq_ignore_ascii_case(&item.fabric));
+        let passes = filter.as_ref().map(|filter| filter.matches(&|field| item_field(item, field)));
+        if !is_here || !passes.transpose()?.unwrap_or(true) {
+            continue;
         }
-        for item in &items {
-            if shown.len() == PAGE_LENGTH {
-                let next = place.map(|(fabric, name)| call.next_page(&format!("{fabric}%2F{name}")));
-                return page(shown, next);
-            }
-            place = Some((item.fabric.to_lowercase(), item.name.to_lowercase()));
-            let is_here = fabric.is_none_or(|fabric| fabric.name.eq_ignore_ascii_case(&item.fabric));
-            let passes = filter.as_ref().map(|filter| filter.matches(&|field| item_field(item, field)));
-            if is_here && passes.transpose()?.unwrap_or(true) {
-                shown.push(show_with(call, item, &around).await?);
-            }
+        if shown.len() == PAGE_LENGTH {
+            let next = place.map(|(fabric, name)| call.next_page(&format!("{fabric}%2F{name}")));
+            return page(shown, next);
         }
+        place = Some(item_place(item));
+        shown.push(show_with(call, item, &around).await?);
     }
+    page(shown, None)
 }
 
 /// What items can be filtered by: the names of the service's query parameters.

@@ -22,7 +22,11 @@ mod vault_health;
 mod vault_services;
 mod vaults;
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
@@ -31,7 +35,12 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::any,
 };
-use hyper::{Method, StatusCode, body::Body as _, header, http::request::Parts};
+use hyper::{
+    Method, StatusCode,
+    body::Body as _,
+    header::{self, HeaderValue},
+    http::request::Parts,
+};
 use mainstay_api::arm;
 use mainstay_control::{
     Control, ControlError,
@@ -204,14 +213,20 @@ fn page<T: serde::Serialize>(value: Vec<T>, next_link: Option<String>) -> Result
 const PAGE_LENGTH: usize = 100;
 
 async fn handle(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let began = Instant::now();
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     // A task of its own: a client that goes away must not stop a change half-way, between a job that is written and its start.
-    let response = match tokio::spawn(dispatch(api, request)).await {
+    let mut response = match tokio::spawn(dispatch(api, request)).await {
         Ok(Ok(response)) => response,
         Ok(Err(error)) => error.into_response(),
         Err(error) => ApiError::internal(format!("the request was not carried out: {error}")).into_response(),
     };
+    // What of a slow answer is the server's (W3C Server Timing), in milliseconds.
+    let timing = format!("total;dur={:.3}", began.elapsed().as_secs_f64() * 1000.0);
+    if let Ok(timing) = HeaderValue::from_str(&timing) {
+        response.headers_mut().insert("server-timing", timing);
+    }
     let status = response.status();
     metrics::counter!("mainstay_http_requests", "method" => method.to_string(), "status" => status.as_u16().to_string())
         .increment(1);

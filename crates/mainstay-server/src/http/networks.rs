@@ -59,12 +59,12 @@ pub(super) async fn list_networks(call: &Call, fabric: Option<&FabricRecord>) ->
 /// Networks with their fabrics, in order; hosts of a fabric that have the same network have one.
 async fn networks_of(call: &Call, fabric: Option<&FabricRecord>) -> Result<Vec<(String, Network)>, ApiError> {
     let mut found = Vec::new();
-    for provider in call.control().providers().await? {
+    for provider in call.control().providers().await?.iter() {
         if fabric.is_some_and(|fabric| !provider.fabric.eq_ignore_ascii_case(&fabric.name)) {
             continue;
         }
-        let networks = provider.discovery.into_iter().flat_map(|discovery| discovery.inventory.networks);
-        found.extend(networks.map(|network| (provider.fabric.clone(), network)));
+        let networks = provider.discovery.iter().flat_map(|discovery| &discovery.inventory.networks);
+        found.extend(networks.map(|network| (provider.fabric.clone(), network.clone())));
     }
     found.sort_by(|a, b| (&a.0, &a.1.name).cmp(&(&b.0, &b.1.name)));
     found.dedup_by(|a, b| a.0 == b.0 && a.1.name == b.1.name);

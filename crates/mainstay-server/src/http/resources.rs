@@ -1,5 +1,7 @@
 //! Fabrics, providers, containers, mappings, protectable items, networks, policies: what is configured once.
 
+use std::sync::Arc;
+
 use axum::response::Response;
 use hyper::Method;
 use mainstay_api::arm::{
@@ -52,9 +54,13 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
 }
 
 /// A fabric's resource, with those of all hosts that are its.
-fn shown_fabric(call: &Call, fabric: &FabricRecord, hosts: &[ProviderRecord]) -> Resource<FabricProperties> {
+fn shown_fabric(
+    call: &Call,
+    fabric: &FabricRecord,
+    hosts: &[Arc<ProviderRecord>],
+) -> Resource<FabricProperties> {
     let is_here = |host: &&ProviderRecord| host.fabric.eq_ignore_ascii_case(&fabric.name);
-    let hosts: Vec<_> = hosts.iter().filter(is_here).collect();
+    let hosts: Vec<&ProviderRecord> = hosts.iter().map(|host| &**host).filter(is_here).collect();
     let is_healthy = hosts.iter().all(|host| call.control().sites.is_connected(host.id));
     convert::fabric(&Ids(&call.vault), fabric, &hosts, is_healthy)
 }

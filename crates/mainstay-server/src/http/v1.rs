@@ -254,8 +254,10 @@ async fn find_item(call: &Call, id: &str) -> Result<ItemRecord, ApiError> {
         return Ok(call.control().item(id).await?);
     }
     let items = call.control().db.items().await.map_err(ControlError::from)?;
-    let found = items.into_iter().find(|item| item.name.eq_ignore_ascii_case(id));
-    found.map(Arc::unwrap_or_clone).ok_or_else(|| ControlError::not_found("replicated item", id).into())
+    let found = items.iter().find(|item| item.name.eq_ignore_ascii_case(id));
+    found
+        .map(|item| ItemRecord::clone(item))
+        .ok_or_else(|| ControlError::not_found("replicated item", id).into())
 }
 
 async fn item_status(call: &Call, id: &str) -> Result<ItemStatus, ApiError> {

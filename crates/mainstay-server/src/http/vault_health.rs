@@ -78,8 +78,8 @@ impl Summary {
 async fn health(call: &Call) -> Result<VaultHealthProperties, ApiError> {
     let control = call.control();
     let mut items = Summary::new("ProtectedItems");
-    for item in control.db.items().await.map_err(ControlError::from)? {
-        let (health, errors, _) = control.item_health(&item).await?;
+    for item in control.db.items().await.map_err(ControlError::from)?.iter() {
+        let (health, errors, _) = control.item_health(item).await?;
         items.add(health);
         for error in &errors {
             items.issue(&error.code, "Replication", error.level, &error.message, &item.id.to_string());

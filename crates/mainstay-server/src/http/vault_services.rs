@@ -131,7 +131,7 @@ async fn replication_usages(call: &Call) -> Result<Response, ApiError> {
     let items = control.db.items().await.map_err(db)?;
     let providers = control.providers().await?;
     let mut unhealthy_vms = 0;
-    for item in &items {
+    for item in items.iter() {
         unhealthy_vms += i64::from(control.item_health(item).await?.0 != Health::Normal);
     }
     let away = providers.iter().filter(|provider| !control.sites.is_connected(provider.id)).count();

@@ -22,7 +22,7 @@ impl World {
     pub async fn check(&self) {
         let items =
             self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
-        for item in &items {
+        for item in items.iter() {
             self.check_points(item).await;
             self.check_copies(item).await;
         }

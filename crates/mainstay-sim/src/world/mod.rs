@@ -257,7 +257,7 @@ impl World {
     pub async fn item(&self, name: &str) -> Option<ItemRecord> {
         let items =
             self.ask(|control| async move { control.db.items().await }).await.expect("items are read");
-        items.into_iter().find(|item| item.name == name).map(Arc::unwrap_or_clone)
+        items.iter().find(|item| item.name == name).map(|item| ItemRecord::clone(item))
     }
 
     /// The phase of a VM's item.

@@ -251,7 +251,7 @@ async fn scripts_are_told_what_happens_and_only_allowed_ones_run() {
     std::fs::write(&script, format!("#!/bin/sh\ncat > {}\necho updated\n", context.display())).unwrap();
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
     let world = world_with_plan(|_| {}).await;
-    let ids: Vec<_> = world.ask(|control| async move { control.db.items().await }).await.unwrap();
+    let ids = world.ask(|control| async move { control.db.items().await }).await.unwrap();
     let plan = |path: &str| {
         let kind = ActionKind::Script { path: path.to_owned(), timeout_seconds: 60, is_primary: false };
         let mut group = PlanGroup { items: ids.iter().map(|item| item.id).collect(), ..PlanGroup::default() };
