@@ -106,7 +106,8 @@ async fn fill(db: &Db, items: usize, jobs: usize) -> Result<Filled> {
     for number in 0..jobs {
         let item = &known[number % items];
         let operation = Operation::ALL[number % Operation::ALL.len()];
-        let job = job(item, operation, began_ms + i64::try_from(number)? * 1_000);
+        let ending = if number % 10 == 0 { Ending::Failed } else { Ending::Succeeded };
+        let job = job(item, operation, ending, began_ms + i64::try_from(number)? * 1_000);
         transaction.put_job(&job).await?;
         made.push(job.id);
     }
@@ -231,8 +232,7 @@ fn item(number: usize, primary_provider: ProviderId, recovery_provider: Provider
 }
 
 /// A job that has ended, with the whole log of its workflow.
-fn job(item: &ItemRecord, operation: Operation, created_ms: i64) -> JobRecord {
-    let ending = if created_ms % 10 == 0 { Ending::Failed } else { Ending::Succeeded };
+fn job(item: &ItemRecord, operation: Operation, ending: Ending, created_ms: i64) -> JobRecord {
     let mut job = JobRecord {
         id: JobId(Uuid::new_v4()),
         operation,
@@ -348,8 +348,15 @@ async fn ask(lab: &Lab, jobs: &[JobId], scale: Scale) -> Result<Vec<Figure>> {
         pages.push(next.strip_prefix(&asker.url).context("a page of this server")?.to_owned());
     }
     ensure!(pages.len() == items.len().div_ceil(100), "{} items on {} pages", items.len(), pages.len());
-    let filter = encode_segment("JobStatus eq 'Failed' and JobName eq 'Failover'");
-    let filtered = vec![format!("{}&$filter={filter}", versioned("replicationJobs"))];
+    let filters = [
+        "JobStatus eq 'Failed' and JobName eq 'UnplannedFailover'",
+        "JobStatus eq 'Succeeded' and StartTime eq '2020-01-01T00:00:00Z'",
+        "ObjectName eq 'vm-00042'",
+        // Nothing passes.
+        "JobName eq 'Failover'",
+    ];
+    let filtered =
+        filters.map(|filter| format!("{}&$filter={}", versioned("replicationJobs"), encode_segment(filter)));
 
     let count = scale.pick(1_000, 100);
     let listed = asker.times(&pages, count).await?;

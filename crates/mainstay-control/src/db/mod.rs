@@ -129,6 +129,8 @@ const MIGRATIONS: &[&str] = &["
     CREATE INDEX items_written ON items (written);
     INSERT INTO counters (name, value) VALUES ('item-removals', 0);
     INSERT INTO counters (name, value) VALUES ('resource-writes', 0);
+    CREATE INDEX jobs_scenario ON jobs (LOWER(scenario), created_ms, id);
+    CREATE INDEX jobs_object ON jobs (LOWER(object), created_ms, id);
 "];
 
 impl Db {
