@@ -239,10 +239,15 @@ impl Vaults {
         }
         let id = Uuid::new_v4();
         let made = self.make(id, record).await;
-        if made.is_err()
-            && let Err(error) = remove_directories(&self.config, id).await
-        {
-            tracing::warn!(%error, %id, "the directories of a vault that could not be made stay behind");
+        if made.is_err() {
+            // Directories that nothing names do no harm; a vault without its directories does.
+            let is_listed =
+                self.first.control.hosted_vaults().await.map(|all| all.iter().any(|one| one.id == id));
+            if is_listed.is_ok_and(|is_listed| !is_listed)
+                && let Err(error) = remove_directories(&self.config, id).await
+            {
+                tracing::warn!(%error, %id, "the directories of a vault that could not be made stay behind");
+            }
         }
         made
     }
@@ -251,10 +256,17 @@ impl Vaults {
         let control = open_control(&self.config, Some(id), self.clock.clone()).await?;
         control.create_vault(record).await?;
         let vault = Arc::new(HostedVault::open(control, Some(id)).await?);
-        // Last: from now on it is one of the server's vaults, also after a crash.
-        self.first.control.put_hosted_vault(&HostedVaultRecord { id, is_deleting: false }).await?;
+        let kept = async {
+            vault.start(self.alerts.as_ref()).await?;
+            // Last: from now on it is one of the server's vaults, also after a crash.
+            self.first.control.put_hosted_vault(&HostedVaultRecord { id, is_deleting: false }).await
+        };
+        if let Err(error) = kept.await {
+            vault.halt().await;
+            vault.close().await;
+            return Err(error.into());
+        }
         self.others.write().unwrap_or_else(PoisonError::into_inner).push(vault.clone());
-        vault.start(self.alerts.as_ref()).await?;
         Ok(vault)
     }
 

@@ -7,10 +7,13 @@
 
 use std::sync::Arc;
 
-use sqlx::Row as _;
 use tokio::sync::Mutex;
 
-use super::{Db, DbError, ItemRecord, Mark, Transaction, items::read};
+use super::{
+    Db, DbError, ItemRecord, Transaction,
+    counters::{Counts, count},
+    items::read,
+};
 
 /// All items, by fabric and name (without regard to case).
 pub type Items = Arc<Vec<Arc<ItemRecord>>>;
@@ -22,16 +25,9 @@ pub(super) struct ItemCache {
 }
 
 struct Known {
-    mark: Option<Mark>,
+    /// As they were before the items were read.
     counts: Counts,
     items: Items,
-}
-
-/// As they were before the items were read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Counts {
-    writes: i64,
-    removals: i64,
 }
 
 /// An item's place in the list.
@@ -56,32 +52,23 @@ impl Transaction {
     }
 }
 
-pub(super) async fn count(transaction: &mut Transaction, name: &str) -> Result<i64, DbError> {
-    let row = sqlx::query("UPDATE counters SET value = value + 1 WHERE name = $1 RETURNING value")
-        .bind(name)
-        .fetch_one(&mut *transaction.inner)
-        .await?;
-    Ok(row.try_get("value")?)
-}
-
 impl Db {
     /// All items.
     pub async fn items(&self) -> Result<Items, DbError> {
         let mut known = self.item_cache.known.lock().await;
         // Before reading: what is written meanwhile is read next time.
-        let mark = self.mark();
-        if let Some(known) = known.as_ref().filter(|known| mark.is_some() && known.mark == mark) {
-            return Ok(known.items.clone());
-        }
         let counts = self.counts().await?;
-        let items = match known.take() {
-            Some(current) if current.counts == counts => current.items,
-            Some(current) if current.counts.removals == counts.removals => {
-                self.changed_since(current.items, current.counts.writes).await?
+        let (counts, items) = match known.take() {
+            // Another request may have brought it further than this one asks for.
+            Some(current) if current.counts.item_writes >= counts.item_writes => {
+                (current.counts, current.items)
             }
-            _ => Arc::new(self.read_items().await?),
+            Some(current) if current.counts.item_removals == counts.item_removals => {
+                (counts, self.changed_since(current.items, current.counts.item_writes).await?)
+            }
+            _ => (counts, Arc::new(self.read_items().await?)),
         };
-        *known = Some(Known { mark, counts, items: items.clone() });
+        *known = Some(Known { counts, items: items.clone() });
         Ok(items)
     }
 
@@ -91,16 +78,6 @@ impl Db {
         let place = (fabric.to_lowercase(), name.to_lowercase());
         let found = items.binary_search_by_key(&place, |item| item_place(item));
         Ok(found.ok().map(|index| items[index].clone()))
-    }
-
-    async fn counts(&self) -> Result<Counts, DbError> {
-        let row = sqlx::query(
-            "SELECT (SELECT value FROM counters WHERE name = 'item-writes') AS writes,
-                    (SELECT value FROM counters WHERE name = 'item-removals') AS removals",
-        )
-        .fetch_one(&self.pool)
-        .await?;
-        Ok(Counts { writes: row.try_get("writes")?, removals: row.try_get("removals")? })
     }
 
     /// The items with what was written after a number.

@@ -4,12 +4,12 @@
 //! conditional on the version that was read, so that two writers never overwrite each other. Placeholders
 //! are `$1`, types are `TEXT` and `BIGINT`: the text is the same for SQLite and PostgreSQL.
 
+mod counters;
 mod counts;
 mod events;
 mod item_cache;
 mod items;
 mod jobs;
-mod mark;
 mod query;
 mod resources;
 
@@ -20,9 +20,10 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
+use counters::Commits;
+pub use counters::asking_once;
 use item_cache::ItemCache;
 pub use item_cache::{Items, item_place};
-use mark::{Mark, MarkFile};
 use resources::ResourceCache;
 
 pub use events::{ALERTS_FAILED, AuditRecord, EventPlace, EventRecord, OwedAlerts};
@@ -75,8 +76,7 @@ pub enum DbError {
 #[derive(Clone)]
 pub struct Db {
     pool: SqlitePool,
-    /// `None`: it is in memory.
-    mark_file: Option<MarkFile>,
+    commits: Arc<Commits>,
     item_cache: Arc<ItemCache>,
     resource_cache: Arc<ResourceCache>,
 }
@@ -84,6 +84,7 @@ pub struct Db {
 /// A transaction; dropped without [`Transaction::commit`] it never was.
 pub struct Transaction {
     inner: sqlx::Transaction<'static, sqlx::Sqlite>,
+    commits: Arc<Commits>,
     /// Its number among those that write items, when it has written one.
     item_write: Option<i64>,
     /// Whether its writing of resources has been counted.
@@ -144,7 +145,7 @@ impl Db {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(Duration::from_secs(10));
         let pool = SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
-        Self::with(pool, Some(MarkFile::of(path))).await
+        Self::with(pool).await
     }
 
     /// A database in memory, for tests and simulations.
@@ -157,10 +158,10 @@ impl Db {
             .max_lifetime(None)
             .connect_with(options)
             .await?;
-        Self::with(pool, None).await
+        Self::with(pool).await
     }
 
-    async fn with(pool: SqlitePool, mark_file: Option<MarkFile>) -> Result<Self, DbError> {
+    async fn with(pool: SqlitePool) -> Result<Self, DbError> {
         sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")
             .execute(&pool)
             .await?;
@@ -181,7 +182,7 @@ impl Db {
                 .await?;
             transaction.commit().await?;
         }
-        Ok(Self { pool, mark_file, item_cache: Arc::default(), resource_cache: Arc::default() })
+        Ok(Self { pool, commits: Arc::default(), item_cache: Arc::default(), resource_cache: Arc::default() })
     }
 
     /// Begins a transaction.
@@ -189,14 +190,10 @@ impl Db {
         // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another one wrote.
         Ok(Transaction {
             inner: self.pool.begin_with("BEGIN IMMEDIATE").await?,
+            commits: self.commits.clone(),
             item_write: None,
             has_counted_resources: false,
         })
-    }
-
-    /// Changes with every commit; `None` when only the database can tell.
-    fn mark(&self) -> Option<Mark> {
-        self.mark_file.as_ref().and_then(MarkFile::read)
     }
 
     /// Closes all connections; what was committed is on disk.
@@ -208,7 +205,10 @@ impl Db {
 impl Transaction {
     /// Makes everything that was written in it durable at once.
     pub async fn commit(self) -> Result<(), DbError> {
-        Ok(self.inner.commit().await?)
+        let committed = self.inner.commit().await;
+        // Also after an error: it may have been committed all the same.
+        self.commits.add();
+        Ok(committed?)
     }
 }
 

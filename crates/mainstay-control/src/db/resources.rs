@@ -6,7 +6,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use sqlx::Row as _;
 use tokio::sync::Mutex;
 
-use super::{Db, DbError, Mark, Transaction, decode, encode, item_cache::count};
+use super::{Db, DbError, Transaction, counters::count, decode, encode};
 
 /// The kinds of named resources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +79,6 @@ pub(super) struct ResourceCache {
 
 #[derive(Default)]
 struct Known {
-    mark: Option<Mark>,
     writes: i64,
     /// By kind, its resources by name: an `Arc<Vec<Arc<R>>>`.
     kinds: HashMap<&'static str, Box<dyn Any + Send + Sync>>,
@@ -102,16 +101,11 @@ impl Db {
     pub async fn shared_resources<R: Resource>(&self) -> Result<Arc<Vec<Arc<R>>>, DbError> {
         let mut known = self.resource_cache.known.lock().await;
         // Before reading: what is written meanwhile is read next time.
-        let mark = self.mark();
-        if mark.is_none() || known.mark != mark {
-            let row = sqlx::query("SELECT value FROM counters WHERE name = 'resource-writes'")
-                .fetch_one(&self.pool)
-                .await?;
-            let writes: i64 = row.try_get("value")?;
-            if known.writes != writes {
-                known.kinds.clear();
-            }
-            (known.mark, known.writes) = (mark, writes);
+        let writes = self.counts().await?.resource_writes;
+        // Another request may have brought them further than this one asks for.
+        if known.writes < writes {
+            known.kinds.clear();
+            known.writes = writes;
         }
         let kind = R::KIND.key();
         if let Some(found) = known.kinds.get(kind).and_then(|found| found.downcast_ref::<Arc<Vec<Arc<R>>>>())

@@ -45,7 +45,7 @@ use mainstay_api::arm;
 use mainstay_control::{
     Control, ControlError,
     app::{Requester, Role, VaultRecord},
-    db::AuditRecord,
+    db::{AuditRecord, asking_once},
 };
 use mainstay_model::JobId;
 use serde::de::DeserializeOwned;
@@ -217,7 +217,7 @@ async fn handle(State(api): State<Arc<Api>>, request: Request) -> Response {
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     // A task of its own: a client that goes away must not stop a change half-way, between a job that is written and its start.
-    let mut response = match tokio::spawn(dispatch(api, request)).await {
+    let mut response = match tokio::spawn(asking_once(dispatch(api, request))).await {
         Ok(Ok(response)) => response,
         Ok(Err(error)) => error.into_response(),
         Err(error) => ApiError::internal(format!("the request was not carried out: {error}")).into_response(),
