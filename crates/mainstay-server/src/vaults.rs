@@ -69,8 +69,13 @@ impl HostedVault {
         (!*is_deleted).then_some(is_deleted)
     }
 
-    /// Writes other tags on it.
+    /// Writes other tags on it. Alone in the vault: what is remembered of it must be what was written last, and a vault that
+    /// is being deleted has nothing to be written in.
     pub(crate) async fn tag(&self, tags: BTreeMap<String, String>) -> Result<Arc<VaultRecord>, ControlError> {
+        let is_deleted = self.is_deleted.write().await;
+        if *is_deleted {
+            return Err(ControlError::not_found("vault", self.record().name.as_str()));
+        }
         let record = Arc::new(self.control.tag_vault(tags).await?);
         *self.record.write().unwrap_or_else(PoisonError::into_inner) = record.clone();
         Ok(record)

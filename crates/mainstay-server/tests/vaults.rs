@@ -223,3 +223,25 @@ async fn register(server: &Server, key: &str) -> RegisterAnswer {
     });
     server.administrator.post("/api/v1/register", &body).await.unwrap()
 }
+
+/// What the server remembers of a vault is what it has written, whoever wrote beside whom.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tags_that_are_written_at_once_are_remembered_as_they_are_kept() {
+    let server = Arc::new(Server::start(Arc::new(SystemClock)).await);
+    let path = server.vault.id();
+    let mut writers = Vec::new();
+    for number in 0..32 {
+        let (server, path) = (server.clone(), path.clone());
+        writers.push(tokio::spawn(async move {
+            let body = format!(r#"{{"tags": {{"writer": "{number}"}}}}"#);
+            assert_eq!(server.told("PATCH", &path, Some(&body)).await.0, 200);
+        }));
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let kept = server.records().await.vault().await.unwrap();
+    let (_, shown) = server.told("GET", &path, None).await;
+    assert_eq!(shown["tags"], json!(kept.tags));
+    assert_eq!(shown["etag"], format!("W/\"{}\"", kept.etag.unwrap()));
+}

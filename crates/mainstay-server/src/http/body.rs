@@ -449,26 +449,22 @@ pub(super) const PLAN_FAILOVER: &[Field] = &[
 ];
 
 /// The vault itself. What it says of alerts, keys and networks belongs to Azure.
-pub(super) const VAULT: &[Field] = &[
-    field("location", Takes::Text(64)),
-    field("tags", Takes::Object),
-    field("sku", Takes::Object),
-    field("sku.name", Takes::Word(&["Standard", "RS0"])),
-    field("identity", Takes::Object),
-    PROPERTIES,
-    field("properties.publicNetworkAccess", Takes::Word(&["Enabled", "Disabled"])),
-];
+pub(super) const VAULT: &[Field] = &vault(field("location", Takes::Text(64)));
 
 /// A vault that is to be made.
-pub(super) const NEW_VAULT: &[Field] = &[
-    required("location", Takes::Text(64)),
-    field("tags", Takes::Object),
-    field("sku", Takes::Object),
-    field("sku.name", Takes::Word(&["Standard", "RS0"])),
-    field("identity", Takes::Object),
-    PROPERTIES,
-    field("properties.publicNetworkAccess", Takes::Word(&["Enabled", "Disabled"])),
-];
+pub(super) const NEW_VAULT: &[Field] = &vault(required("location", Takes::Text(64)));
+
+const fn vault(location: Field) -> [Field; 7] {
+    [
+        location,
+        field("tags", Takes::Object),
+        field("sku", Takes::Object),
+        field("sku.name", Takes::Word(&["Standard", "RS0"])),
+        field("identity", Takes::Object),
+        PROPERTIES,
+        field("properties.publicNetworkAccess", Takes::Word(&["Enabled", "Disabled"])),
+    ]
+}
 
 /// Longest life of a token or a service principal: a century, which is for ever.
 const DAYS: Takes = Takes::Number(0, 36_500);

@@ -319,11 +319,6 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
         None => return Err(ControlError::not_found("vault", lower[VAULT_PLACE]).into()),
         Some(vault) => vault,
     };
-    // A vault is not deleted before requests in it have been answered; its deletion itself would wait for ever.
-    let in_use = if is_vault_itself { None } else { vault.in_use().await };
-    if in_use.is_none() && !is_vault_itself {
-        return Err(ControlError::not_found("vault", vault.record().name.as_str()).into());
-    }
     let mut call = Call {
         vault: vault.record(),
         control: vault.control.clone(),
@@ -339,6 +334,10 @@ async fn dispatch(api: Arc<Api>, request: Request) -> Result<Response, ApiError>
     if is_vault_itself {
         return vaults::vault(&call, asked.as_deref()).await;
     }
+    // A vault is not deleted before requests in it have been answered.
+    let Some(_in_use) = vault.in_use().await else {
+        return Err(ControlError::not_found("vault", call.vault.name.as_str()).into());
+    };
     if let Some((.., below)) = vault_path(&lower) {
         call.segments.drain(..=VAULT_PLACE);
         if let ([.., "operationresults", name], &Method::GET) = (below, &call.method) {
