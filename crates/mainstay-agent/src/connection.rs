@@ -22,8 +22,9 @@ const DATA_PROTOCOL: &[u8] = b"mainstay-data/1";
 const DIAL_MAX: Duration = Duration::from_secs(10);
 /// First pause after a lost connection; doubles up to the longest.
 const RETRY_MIN: Duration = Duration::from_millis(100);
-/// Holds two TLS records.
-const READ_BUFFER_BYTES: usize = 32 << 10;
+/// Bytes read from a connection, and encrypted for it, at once: more than a frame, which in smaller pieces would wake the
+/// other end several times, at a higher cost than that of its bytes.
+const BUFFER_BYTES: usize = 320 << 10;
 /// Longest pause.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
@@ -56,8 +57,10 @@ impl ServerLink {
             let stream = TcpStream::connect(&self.address).await?;
             stream.set_nodelay(true)?;
             // The TLS library reads in pieces of 4 KiB, each a system call.
-            let stream = BufReader::with_capacity(READ_BUFFER_BYTES, stream);
-            TlsConnector::from(tls.clone()).connect(self.name.clone(), stream).await
+            let stream = BufReader::with_capacity(BUFFER_BYTES, stream);
+            let mut stream = TlsConnector::from(tls.clone()).connect(self.name.clone(), stream).await?;
+            stream.get_mut().1.set_buffer_limit(Some(BUFFER_BYTES));
+            Ok::<_, io::Error>(stream)
         });
         let stream = dialled
             .await

@@ -136,6 +136,12 @@ impl Records {
         replace(&dir.join("item.json"), record)
     }
 
+    /// Writes an item's record so that the agent finds it after its own death; after a loss of the host's power it may find
+    /// the one before. For what the one before leads to again: what was pending is settled with the server.
+    pub fn put_settled_item(&self, record: &ItemFile) -> io::Result<()> {
+        write_aside(&self.item_dir(record.item).join("item.json"), record)
+    }
+
     /// Removes an item's record and hash tables.
     pub fn remove_item(&self, item: ItemId) -> io::Result<()> {
         match fs::remove_dir_all(self.item_dir(item)) {
@@ -220,13 +226,18 @@ fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
 /// Extension of a record that is being written.
 const UNFINISHED: &str = "new";
 
-/// Writes a file whole or not at all, and durably.
-fn replace(path: &Path, record: &impl Serialize) -> io::Result<()> {
+/// Writes a file whole or not at all.
+fn write_aside(path: &Path, record: &impl Serialize) -> io::Result<()> {
     let temporary = path.with_extension(UNFINISHED);
     let mut file = fs::File::create(&temporary)?;
     file.write_all(&serde_json::to_vec_pretty(record)?)?;
     file.sync_all()?;
-    fs::rename(&temporary, path)?;
+    fs::rename(&temporary, path)
+}
+
+/// Writes a file whole or not at all, and durably.
+fn replace(path: &Path, record: &impl Serialize) -> io::Result<()> {
+    write_aside(path, record)?;
     match path.parent() {
         Some(dir) => fs::File::open(dir)?.sync_all(),
         None => Ok(()),

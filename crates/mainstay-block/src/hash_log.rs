@@ -31,6 +31,8 @@ pub(crate) enum Record {
 pub(crate) struct LogWriter {
     pub(crate) session: Uuid,
     pub(crate) prepared: bool,
+    /// Found at opening the table: nobody knows how much of it the table has taken.
+    pub(crate) is_found: bool,
     records: u64,
     file: BufWriter<File>,
 }
@@ -44,9 +46,16 @@ fn sum(parts: &[&[u8]]) -> [u8; 32] {
 }
 
 impl LogWriter {
-    /// Starts an empty log, replacing what was there.
+    /// Starts an empty log in the file, whose name is durable when this returns.
     pub(crate) fn create(path: &Path, session: Uuid) -> io::Result<Self> {
-        let file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
+        let file = match OpenOptions::new().write(true).truncate(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let file = File::create(path)?;
+                sync_parent(path)?;
+                file
+            }
+            opened => opened?,
+        };
         let mut file = BufWriter::with_capacity(1 << 17, file);
         let mut header = [0u8; HEADER_BYTES];
         header[..8].copy_from_slice(MAGIC);
@@ -54,13 +63,13 @@ impl LogWriter {
         let check = sum(&[&header[..32]]);
         header[32..].copy_from_slice(&check[..16]);
         file.write_all(&header)?;
-        Ok(Self { session, prepared: false, records: 0, file })
+        Ok(Self { session, prepared: false, is_found: false, records: 0, file })
     }
 
     /// Continues the log that [`read_log`] found prepared.
     pub(crate) fn reopen(path: &Path, session: Uuid) -> io::Result<Self> {
         let file = BufWriter::new(OpenOptions::new().append(true).open(path)?);
-        Ok(Self { session, prepared: true, records: 0, file })
+        Ok(Self { session, prepared: true, is_found: true, records: 0, file })
     }
 
     fn append(&mut self, tag: u8, body: &[u8]) -> io::Result<()> {
@@ -95,21 +104,18 @@ impl LogWriter {
         if !self.prepared {
             let records = self.records;
             self.append(3, &records.to_le_bytes())?;
-            self.sync()?;
+            self.file.flush()?;
+            self.file.get_ref().sync_all()?;
             self.prepared = true;
         }
         Ok(())
     }
 
-    /// Makes the decision durable; from here replay finishes without asking anybody.
+    /// Notes the decision; from here replay finishes without asking anybody. Not synced: after a loss of power without it the
+    /// server is asked again.
     pub(crate) fn committed(&mut self, point: Uuid) -> io::Result<()> {
         self.append(4, point.as_bytes())?;
-        self.sync()
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        self.file.flush()?;
-        self.file.get_ref().sync_all()
+        self.file.flush()
     }
 }
 
@@ -190,4 +196,22 @@ pub(crate) fn log_path(table: &Path) -> PathBuf {
     let mut name = table.as_os_str().to_owned();
     name.push(".pending");
     name.into()
+}
+
+/// Empties the log; its name stays, so that the next session need not make one durable.
+pub(crate) fn clear(path: &Path) -> io::Result<()> {
+    match OpenOptions::new().write(true).open(path) {
+        Ok(file) => file.set_len(0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes the directory entry of `path` durable. Windows flushes it with the file.
+pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) if cfg!(unix) && parent.as_os_str().is_empty() => File::open(".")?.sync_all(),
+        Some(parent) if cfg!(unix) => File::open(parent)?.sync_all(),
+        _ => Ok(()),
+    }
 }

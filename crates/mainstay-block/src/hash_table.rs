@@ -12,8 +12,9 @@
 //! 3. [`HashTable::commit`] after its answer, or [`HashTable::abandon`].
 //!
 //! After a crash between 2 and 3 [`HashTable::pending`] names the session: ask the server whether it committed
-//! it, then commit or abandon. A crash before 2 abandons by itself; a crash in 3 finishes at the next open.
-//! What can leak: nothing but a log file, which the next session replaces.
+//! it, then commit or abandon. A crash before 2 abandons by itself; a crash in 3 finishes at the next open, or, when the
+//! host lost its power before the answer was on disk, as after 2. The log's file stays, empty: what is written down for
+//! each cycle of each disk is two syncs.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,7 +24,7 @@ use std::sync::{Mutex, PoisonError};
 use uuid::Uuid;
 
 use crate::file::{read_exact_at, write_all_at};
-use crate::hash_log::{LogState, LogWriter, Record, log_path, read_log, word};
+use crate::hash_log::{LogState, LogWriter, Record, clear, log_path, read_log, sync_parent, word};
 use crate::{BLOCK_LENGTH, BlockHash, BlockHasher, HashKey, blocks_of, is_zero};
 
 const MAGIC: &[u8; 8] = b"MSHASHT1";
@@ -116,10 +117,8 @@ impl HashTable {
     /// # Errors
     /// [`HashTableError::Io`].
     pub fn create(path: &Path, disk_bytes: u64, key: HashKey, fill: Fill) -> Result<Self, HashTableError> {
-        match std::fs::remove_file(log_path(path)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
+        // Its log's name becomes durable with its own.
+        File::create(log_path(path))?;
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
         file.set_len(HEADER_BYTES + blocks_of(disk_bytes) * 8)?;
         let table = Self {
@@ -175,7 +174,7 @@ impl HashTable {
             log: Mutex::new(None),
         };
         match read_log(&log_path(path), |_| Ok(()))? {
-            LogState::Nothing => remove_if_there(&log_path(path))?,
+            LogState::Nothing => clear(&log_path(path))?,
             LogState::Prepared(session) => {
                 *lock(&table.log) = Some(LogWriter::reopen(&log_path(path), session)?);
             }
@@ -337,7 +336,6 @@ impl HashTable {
         if let Some(log) = log.as_mut() {
             log.prepare()?;
         }
-        sync_parent(&self.path)?;
         Ok(())
     }
 
@@ -369,30 +367,49 @@ impl HashTable {
     /// [`HashTableError::Io`].
     pub fn abandon(&self, session: Uuid) -> Result<(), HashTableError> {
         let mut log = lock(&self.log);
-        if log.as_ref().is_some_and(|open| open.session == session) {
-            *log = None;
-            remove_if_there(&log_path(&self.path))?;
+        let Some(open) = log.as_ref().filter(|open| open.session == session) else { return Ok(()) };
+        if open.is_found {
+            // The table may have taken some of it before a loss of power, on the word of a server that has forgotten its
+            // commit since (restored from a backup): nothing is known of these blocks.
+            self.replay(|first, count| self.fill(first, count, BlockHash::UNKNOWN))?;
+            self.file.sync_all()?;
         }
+        *log = None;
+        clear(&log_path(&self.path))?;
         Ok(())
     }
 
-    /// Replays the log into the table, then the header, then removes the log.
+    /// Hands the block ranges of the log's records to `each`.
+    fn replay(&self, each: impl Fn(u64, u64) -> io::Result<()>) -> Result<(), HashTableError> {
+        read_log(&log_path(&self.path), |record| {
+            let (first, count) = match record {
+                Record::Hashes(first, hashes) => (first, hashes.len() as u64),
+                Record::Zeros(first, count) => (first, count),
+                Record::Prepared(_) | Record::Committed(_) => return Ok(()),
+            };
+            self.inside(first, count)?;
+            each(first, count)
+        })?;
+        Ok(())
+    }
+
+    fn inside(&self, first: u64, count: u64) -> io::Result<()> {
+        let end = first.checked_add(count).filter(|end| *end <= self.blocks());
+        end.map(|_| ()).ok_or_else(|| io::Error::other("staged block outside the disk"))
+    }
+
+    /// Replays the log into the table, then the header, then empties the log.
     fn apply(&self, point: Uuid) -> Result<(), HashTableError> {
         let path = log_path(&self.path);
-        let blocks = self.blocks();
-        let inside = |first: u64, count: u64| {
-            let end = first.checked_add(count).filter(|end| *end <= blocks);
-            end.map(|_| ()).ok_or_else(|| io::Error::other("staged block outside the disk"))
-        };
         read_log(&path, |record| match record {
             Record::Hashes(first, hashes) => {
-                inside(first, hashes.len() as u64)?;
+                self.inside(first, hashes.len() as u64)?;
                 let mask = self.hole.mask();
                 let bytes: Vec<u8> = hashes.iter().flat_map(|hash| (hash.0 ^ mask).to_le_bytes()).collect();
                 write_all_at(&self.file, &bytes, HEADER_BYTES + first * 8)
             }
             Record::Zeros(first, count) => {
-                inside(first, count)?;
+                self.inside(first, count)?;
                 self.fill(first, count, BlockHash::ZERO)
             }
             Record::Prepared(_) | Record::Committed(_) => Ok(()),
@@ -400,7 +417,7 @@ impl HashTable {
         lock(&self.described).point = Some(point);
         // Hashes and header become durable together: whatever a crash leaves of them, the log still says all of it.
         self.write_header()?;
-        remove_if_there(&path)?;
+        clear(&path)?;
         Ok(())
     }
 
@@ -445,22 +462,6 @@ impl HashTable {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Makes the directory entry of `path` durable. Windows flushes it with the file.
-fn sync_parent(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) if cfg!(unix) && parent.as_os_str().is_empty() => File::open(".")?.sync_all(),
-        Some(parent) if cfg!(unix) => File::open(parent)?.sync_all(),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -116,6 +116,46 @@ fn a_crash_at_every_byte_of_the_log_leaves_the_old_or_the_new_state() {
     }
 }
 
+/// Power is lost when the server has answered and the table has taken some of the log, but the answer is not on disk. Then
+/// the server is restored from a backup in which there is no such session: what it holds is not what the table has taken.
+#[test]
+fn a_session_that_the_server_has_forgotten_leaves_its_blocks_unknown() {
+    let bench = bench();
+    let table = HashTable::create(&bench.path, 10 * 4096, KEY, Fill::Zeros).unwrap();
+    table.stage(id(1), 2, &[BlockHash(50), BlockHash(51)]).unwrap();
+    table.stage_zeros(id(1), 6, 1).unwrap();
+    table.prepare(id(1)).unwrap();
+    let prepared = std::fs::read(log_path(&bench.path)).unwrap();
+    table.commit(id(1), id(77)).unwrap();
+    drop(table);
+    std::fs::write(log_path(&bench.path), &prepared).unwrap();
+    let table = HashTable::open(&bench.path).unwrap();
+    assert_eq!(table.pending(), Some(id(1)));
+    table.abandon(id(1)).unwrap();
+    let table = HashTable::open(&bench.path).unwrap();
+    assert_eq!(table.pending(), None);
+    assert_eq!(table.hashes(2, 2).unwrap(), [BlockHash::UNKNOWN; 2]);
+    assert_eq!(table.not_zero(0, 10).unwrap(), [(2, 2), (6, 1)]);
+}
+
+/// Each cycle of each disk would sync the directory otherwise.
+#[test]
+fn the_log_keeps_its_name() {
+    let bench = bench();
+    let table = HashTable::create(&bench.path, 4096, KEY, Fill::Zeros).unwrap();
+    for session in 1..4 {
+        let is_there = || std::fs::metadata(log_path(&bench.path)).unwrap().len();
+        assert_eq!(is_there(), 0);
+        table.stage(id(session), 0, &[BlockHash(50)]).unwrap();
+        match session {
+            2 => table.abandon(id(session)).unwrap(),
+            _ => table.commit(id(session), id(session + 10)).unwrap(),
+        }
+        assert_eq!(is_there(), 0);
+        drop(HashTable::open(&bench.path).unwrap());
+    }
+}
+
 #[test]
 fn damage_of_the_header_is_noticed() {
     let bench = bench();

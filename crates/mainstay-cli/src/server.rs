@@ -154,8 +154,17 @@ pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
         ServerCommand::Run { server, logging } => {
             logging.start()?;
             let running = mainstay_server::run(&server.config()?).await?;
-            terminated().await?;
+            let is_superseded = tokio::select! {
+                ended = terminated() => ended.map(|()| false)?,
+                () = running.superseded() => true,
+            };
             running.stop().await;
+            if is_superseded {
+                anyhow::bail!(
+                    "another server has taken over the replica store; only one may look after it: \
+                     see which one it is before you start this one again"
+                );
+            }
             Ok(Exit::Done)
         }
     }

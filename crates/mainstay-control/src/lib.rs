@@ -5,12 +5,14 @@
 //! * [`workflows`]: the jobs' steps, one file per operation.
 //! * [`reconcilers`]: what must stay true without anybody asking.
 //! * [`alerts`]: mails about events.
+//! * `catalogue`: the copy of the vault's state in the replica store.
 //! * [`db`]: the only module that knows SQL.
 //!
 //! It knows sites only as [`mainstay_provider::Site`] and nothing of HTTP.
 
 pub mod alerts;
 pub mod app;
+mod catalogue;
 mod clock;
 pub mod db;
 mod error;
@@ -25,6 +27,7 @@ use mainstay_model::{Health, ItemId};
 use mainstay_store::Store;
 use uuid::Uuid;
 
+pub use catalogue::Adoption;
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use error::ControlError;
 pub use sites::SiteDirectory;
@@ -54,6 +57,7 @@ pub struct Control {
     pub vault_name: std::sync::OnceLock<String>,
     /// Replication cycles under way.
     pub cycles: reconcilers::Cycles,
+    catalogue: catalogue::Catalogue,
 }
 
 impl Control {
@@ -70,6 +74,7 @@ impl Control {
             scripts: std::sync::OnceLock::new(),
             vault_name: std::sync::OnceLock::new(),
             cycles: reconcilers::Cycles::default(),
+            catalogue: catalogue::Catalogue::default(),
         })
     }
 

@@ -100,17 +100,23 @@ pub(crate) fn give(path: &Path, owner: Option<Owner>) -> Result<(), SiteError> {
 
 /// Writes a record so that after a crash there is the old one or the new one.
 pub(crate) fn write_record(path: &Path, record: &impl Serialize) -> Result<(), SiteError> {
-    let text =
-        serde_json::to_vec_pretty(record).map_err(|error| failed(format!("writing a record: {error}")))?;
-    let write = || -> io::Result<()> {
-        let new_path = path.with_extension("new");
-        let mut file = fs::File::create(&new_path)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&new_path, path)?;
-        sync_directory(path)
-    };
-    write().doing(&format!("writing {}", path.display()))
+    write_aside(path, record)
+        .and_then(|()| sync_directory(path))
+        .doing(&format!("writing {}", path.display()))
+}
+
+/// Writes a record that must outlive the agent and not the host: without power there is no VM whose state it could tell. It
+/// is whole then, or not there.
+pub(crate) fn write_passing_record(path: &Path, record: &impl Serialize) -> Result<(), SiteError> {
+    write_aside(path, record).doing(&format!("writing {}", path.display()))
+}
+
+fn write_aside(path: &Path, record: &impl Serialize) -> io::Result<()> {
+    let new_path = path.with_extension("new");
+    let mut file = fs::File::create(&new_path)?;
+    file.write_all(&serde_json::to_vec_pretty(record)?)?;
+    file.sync_all()?;
+    fs::rename(&new_path, path)
 }
 
 /// Reads a record; `None` if there is none.

@@ -12,8 +12,8 @@ const SHARE_MIN: f64 = 0.8;
 /// Saved part of the bytes below which compression gains little. By its cost in processor time alone it would have to save
 /// more than half of them on a link that is faster than it (measured: docs/benchmarks.md), but space counts as well.
 const GAIN_MIN: f64 = 0.2;
-/// While compression gains little, one frame of so many tries whether it still does.
-const TRIAL_EVERY: u32 = 8;
+/// While compression gains little, one frame of so many tries whether it still does: ten a second on two busy cores.
+const TRIAL_EVERY: u32 = 32;
 /// Weight of the newest frame in the averages: a few dozen frames, some tens of milliseconds, tell.
 const WEIGHT: f64 = 1.0 / 32.0;
 
@@ -142,7 +142,7 @@ mod tests {
         let mut busy = pace(200, 1000, 500, MOST);
         let efforts: Vec<Effort> = (0..64).map(|_| busy.effort(false, false)).collect();
         let tried = efforts.iter().filter(|effort| **effort == Effort::Fast).count();
-        assert_eq!((tried, efforts.len() - tried), (8, 56));
+        assert_eq!((tried, efforts.len() - tried), (2, 62));
         assert!(efforts.iter().all(|effort| *effort != Effort::Small));
         // With time for it, or content that gains, it compresses again.
         assert_eq!(pace(200, 1000, 990, MOST).effort(false, false), Effort::Fast);

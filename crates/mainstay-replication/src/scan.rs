@@ -17,13 +17,18 @@ use crate::{ReplicationError, SendDisk, SendJob, SendOptions, SendProgress};
 
 /// Bytes whose extents are asked for at once.
 const EXTENT_WINDOW_BYTES: u64 = 1 << 30;
-/// Blocks per read: one frame's worth, large enough for a device to stream.
-const READ_BLOCKS: u64 = FRAME_BLOCKS_MAX as u64;
+/// Bytes of a full frame.
+const FRAME_BYTES: usize = FRAME_BLOCKS_MAX * BLOCK_BYTES as usize;
+/// Blocks per read: four frames' worth. Each read wakes a few threads, here and in the device's process, which costs as much
+/// as copying 100 KiB.
+const READ_BLOCKS: u64 = 4 * FRAME_BLOCKS_MAX as u64;
 /// Blocks of zeros compared with the table at once (1 GiB of disk, 2 MiB of table).
 const ZERO_BLOCKS: u64 = 1 << 18;
-/// Frames being compressed, or compressed and not yet taken, at once: enough that the cores have work while one frame is
-/// waited for in order, few enough to stay small (1 MiB of payload).
-const FRAMES_COMPRESSING: usize = 4;
+/// Frames that a thread compresses one after the other when so many are there.
+const FRAMES_BATCHED: usize = 4;
+/// Batches being compressed, or compressed and not yet taken, at once: enough that the cores have work while one is
+/// waited for in order, few enough to stay small (4 MiB of payload).
+const BATCHES_COMPRESSING: usize = 4;
 
 /// What is handed to the link.
 pub(crate) enum Output {
@@ -68,7 +73,7 @@ pub(crate) async fn scan(
     output: mpsc::Sender<Output>,
 ) -> Result<(), ReplicationError> {
     let (piece_sink, piece_source) = mpsc::channel(64);
-    let (frame_sink, frame_source) = mpsc::channel(2);
+    let (frame_sink, frame_source) = mpsc::channel(FRAMES_BATCHED);
     let plan = plan(job, options.time_max, piece_sink);
     let build = build(job, options, progress, piece_source, frame_sink);
     let compress = compress(options, progress, frame_source, &output);
@@ -209,7 +214,7 @@ async fn build(
                 Change::Data { disk, first, hashes, content } => {
                     let (target, mut left, mut at) = (&job.disks[disk], content, first);
                     // What fills a frame gets one of its own, which saves a copy of it.
-                    if left.len() == FRAME_BLOCKS_MAX * BLOCK_BYTES as usize
+                    if left.len() >= FRAME_BYTES
                         && frame.payload_bytes() > 0
                         && frames.send(std::mem::take(&mut frame)).await.is_err()
                     {
@@ -323,30 +328,36 @@ async fn compress(
         let frame: Option<FrameBuilder> = frames.recv().await;
         frame.map(|frame| (frame, frames))
     });
-    let encoded = frames.map(|frame| {
+    let encoded = frames.ready_chunks(FRAMES_BATCHED).map(|batch| {
         let effort = lock().effort(options.bytes_per_second.is_some(), output.capacity() == 0);
-        async move {
+        let finish = move |frame: FrameBuilder| {
             let plain_bytes = frame.payload_bytes() as u64;
-            let task = tokio::task::spawn_blocking(move || Cost::of(|| frame.finish(effort))).await;
-            let (frame, cost) = task.map_err(|error| ReplicationError::internal(&error))?;
+            let (frame, cost) = Cost::of(|| frame.finish(effort));
             let frame = frame?;
             let made = Made { effort, plain_bytes, frame_bytes: frame.len() as u64, cost };
             Ok::<_, ReplicationError>((frame, made))
+        };
+        let finish_all = move || batch.into_iter().map(finish).collect::<Result<Vec<_>, _>>();
+        async move {
+            let task = tokio::task::spawn_blocking(finish_all).await;
+            task.map_err(|error| ReplicationError::internal(&error))?
         }
         .boxed()
     });
-    let mut encoded = Box::pin(encoded.buffered(FRAMES_COMPRESSING));
-    while let Some((frame, made)) = encoded.try_next().await? {
-        let bytes = made.frame_bytes;
-        throttle.spend(bytes).await;
-        lock().record(made);
-        if output.send(Output::Frame(frame)).await.is_err() {
-            return Ok(());
+    let mut encoded = Box::pin(encoded.buffered(BATCHES_COMPRESSING));
+    while let Some(batch) = encoded.try_next().await? {
+        for (frame, made) in batch {
+            let bytes = made.frame_bytes;
+            throttle.spend(bytes).await;
+            lock().record(made);
+            if output.send(Output::Frame(frame)).await.is_err() {
+                return Ok(());
+            }
+            progress.send_modify(|progress| {
+                progress.frames += 1;
+                progress.frame_bytes += bytes;
+            });
         }
-        progress.send_modify(|progress| {
-            progress.frames += 1;
-            progress.frame_bytes += bytes;
-        });
     }
     Ok(())
 }

@@ -66,7 +66,7 @@ pub type BeforePartial = Arc<dyn Fn(&[Vec<Range<u64>>]) -> std::io::Result<()> +
 /// How to send.
 #[derive(Clone, Debug)]
 pub struct SendOptions {
-    /// Reads of 256 KiB on the devices at the same time, over all disks.
+    /// Reads of 1 MiB on the devices at the same time, over all disks.
     pub reads_in_flight: usize,
     /// Bytes of frames sent but not yet durable; bounds memory. 48 MiB fill 1 Gbit/s at 150 ms twice over, also
     /// while a segment is being written.
@@ -80,7 +80,7 @@ pub struct SendOptions {
 
 impl Default for SendOptions {
     fn default() -> Self {
-        Self { reads_in_flight: 16, window_bytes: 48 << 20, bytes_per_second: None, time_max: None }
+        Self { reads_in_flight: 8, window_bytes: 48 << 20, bytes_per_second: None, time_max: None }
     }
 }
 

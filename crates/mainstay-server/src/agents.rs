@@ -13,12 +13,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     authority::{CONTROL_PROTOCOL, DATA_PROTOCOL, certificate_provider},
-    listener::{Secured, listen},
+    listener::{Limits, Secured, listen},
     vaults::Vaults,
 };
 
-/// Connections of agents at once: each agent has one for control and a few for data.
-const CONNECTIONS_MAX: usize = 4096;
+/// Each agent has one connection for control and a few for data, over which gigabytes go in frames of 256 KiB: in smaller
+/// pieces, waking each other costs the two ends more than the bytes.
+const LIMITS: Limits = Limits { connections_max: 4096, buffer_bytes: 320 << 10 };
 
 /// Serves agents until `stop`.
 pub(crate) async fn serve(
@@ -37,7 +38,7 @@ pub(crate) async fn serve(
             }
         }
     };
-    listen(listener, tls, CONNECTIONS_MAX, stop, serve).await;
+    listen(listener, tls, LIMITS, stop, serve).await;
 }
 
 async fn serve_peer(stream: Secured, vaults: &Vaults) {

@@ -19,19 +19,27 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A connection after its handshake. Buffered underneath: the TLS library reads in pieces of 4 KiB, each a system call.
 pub(crate) type Secured = TlsStream<BufReader<TcpStream>>;
-const READ_BUFFER_BYTES: usize = 32 << 10;
 
-/// Hands every connection to `serve` until `stop`, at most `connections_max` of them at once; returns when all have
+/// What is let in, and how it is served.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits {
+    /// Connections at once.
+    pub(crate) connections_max: usize,
+    /// Bytes read from a connection, and encrypted for it, at once.
+    pub(crate) buffer_bytes: usize,
+}
+
+/// Hands every connection to `serve` until `stop`, within the limits; returns when all have
 /// ended. `serve` ends its connection when it sees `stop`, or is dropped if it was still in the handshake.
 pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
-    connections_max: usize,
+    limits: Limits,
     stop: CancellationToken,
     serve: impl Fn(Secured) -> F + Clone + Send + 'static,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let places = Arc::new(Semaphore::new(connections_max));
+    let places = Arc::new(Semaphore::new(limits.connections_max));
     let tasks = TaskTracker::new();
     loop {
         let place = tokio::select! {
@@ -55,7 +63,7 @@ pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
             let _place = place;
             let shaken = tokio::select! {
                 () = stop.cancelled() => return,
-                shaken = shake_hands(stream, acceptor) => shaken,
+                shaken = shake_hands(stream, acceptor, limits.buffer_bytes) => shaken,
             };
             if let Some(stream) = shaken {
                 serve(stream).await;
@@ -66,12 +74,16 @@ pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
     tasks.wait().await;
 }
 
-async fn shake_hands(stream: TcpStream, acceptor: TlsAcceptor) -> Option<Secured> {
+async fn shake_hands(stream: TcpStream, acceptor: TlsAcceptor, buffer_bytes: usize) -> Option<Secured> {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
-    match timeout(HANDSHAKE_MAX, acceptor.accept(BufReader::with_capacity(READ_BUFFER_BYTES, stream))).await {
-        Ok(Ok(stream)) => Some(stream),
+    let stream = BufReader::with_capacity(buffer_bytes, stream);
+    match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
+        Ok(Ok(mut stream)) => {
+            stream.get_mut().1.set_buffer_limit(Some(buffer_bytes));
+            Some(stream)
+        }
         Ok(Err(error)) => {
             tracing::debug!(%error, "a handshake failed");
             None

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::{
     Authority, ServerConfig, agents,
     http::{Api, Limit, Peer, TOKEN_REQUESTS_MAX, router},
-    listener::{Secured, listen},
+    listener::{Limits, Secured, listen},
     smtp::Smtp,
     token_key::TokenKey,
     vaults::{AlertSettings, Vaults, open_control},
@@ -70,8 +70,8 @@ pub struct Running {
     vaults: Arc<Vaults>,
 }
 
-/// Connections of API clients at once.
-const CONNECTIONS_MAX: usize = 1024;
+/// Connections of API clients, whose requests are small.
+const LIMITS: Limits = Limits { connections_max: 1024, buffer_bytes: 32 << 10 };
 
 /// Starts the server; it is ready when this returns.
 pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
@@ -131,6 +131,11 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
 }
 
 impl Running {
+    /// Returns when another server has taken over the replica store; this one must stop.
+    pub async fn superseded(&self) {
+        self.vaults.superseded().await;
+    }
+
     /// Stops orderly: no new work, what is under way ends where it can be taken up again.
     pub async fn stop(self) {
         self.vaults.halt().await;
@@ -199,5 +204,5 @@ async fn serve_api(
             }
         }
     };
-    listen(listener, tls, CONNECTIONS_MAX, stop, serve).await;
+    listen(listener, tls, LIMITS, stop, serve).await;
 }

@@ -45,6 +45,7 @@ pub(crate) type InUse<'a> = tokio::sync::RwLockReadGuard<'a, bool>;
 
 impl HostedVault {
     async fn open(control: Arc<Control>, id: Option<Uuid>) -> Result<Self, ControlError> {
+        control.adopt_catalogue(false).await?;
         let record = control.vault().await?;
         // New just now: it is empty.
         let _ = control.vault_name.set(record.name.clone());
@@ -87,7 +88,18 @@ impl HostedVault {
     }
 
     /// Takes up what was under way, and keeps true what must be.
-    async fn start(&self, alerts: Option<&AlertSettings>) -> Result<usize, ControlError> {
+    async fn start(
+        &self,
+        alerts: Option<&AlertSettings>,
+        superseded: &CancellationToken,
+    ) -> Result<usize, ControlError> {
+        let (control, superseded, stop) = (self.control.clone(), superseded.clone(), self.stop.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = control.superseded() => superseded.cancel(),
+            }
+        });
         if let Some(alerts) = alerts {
             let name = self.record().name.clone();
             let alerts =
@@ -126,6 +138,8 @@ pub(crate) struct Vaults {
     others: RwLock<Vec<Arc<HostedVault>>>,
     /// One vault is made or deleted at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Another server has taken over the store of one of them.
+    superseded: CancellationToken,
 }
 
 impl Vaults {
@@ -153,6 +167,7 @@ impl Vaults {
             first: Arc::new(first),
             others: RwLock::new(others),
             changing: tokio::sync::Mutex::new(()),
+            superseded: CancellationToken::new(),
         })
     }
 
@@ -160,7 +175,7 @@ impl Vaults {
     pub(crate) async fn start(&self) -> Result<usize, ControlError> {
         let mut resumed = 0;
         for vault in self.all() {
-            resumed += vault.start(self.alerts.as_ref()).await?;
+            resumed += vault.start(self.alerts.as_ref(), &self.superseded).await?;
         }
         Ok(resumed)
     }
@@ -178,6 +193,11 @@ impl Vaults {
         for vault in self.all() {
             vault.close().await;
         }
+    }
+
+    /// Returns when another server has taken over the store of one of them.
+    pub(crate) async fn superseded(&self) {
+        self.superseded.cancelled().await;
     }
 
     /// The first, which keeps what is the server's.
@@ -262,7 +282,7 @@ impl Vaults {
         control.create_vault(record).await?;
         let vault = Arc::new(HostedVault::open(control, Some(id)).await?);
         let kept = async {
-            vault.start(self.alerts.as_ref()).await?;
+            vault.start(self.alerts.as_ref(), &self.superseded).await?;
             // Last: from now on it is one of the server's vaults, also after a crash.
             self.first.control.put_hosted_vault(&HostedVaultRecord { id, is_deleting: false }).await
         };

@@ -31,6 +31,11 @@ pub(crate) fn definition(replica: Uuid, definition: Uuid) -> Path {
     Path::from(format!("{ROOT}/{replica}/definition/{definition}"))
 }
 
+/// A document beside the replicas, whose folder no replica's can be: it is no UUID.
+pub(crate) fn document(name: &str) -> Path {
+    Path::from(format!("{ROOT}/catalogue/{name}"))
+}
+
 /// The version in a manifest's key.
 pub(crate) fn manifest_version(path: &Path) -> Option<u64> {
     path.filename()?.parse().ok()

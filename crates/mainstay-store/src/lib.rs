@@ -10,6 +10,7 @@
 //! v1/<replica>/map/<id>           extent maps of layers                 docs/formats/layer.md
 //! v1/<replica>/definition/<id>    opaque description of the VM
 //! v1/<replica>/manifest/<version> what is true                          docs/formats/manifest.md
+//! v1/catalogue/<name>             what a vault is made of               docs/formats/catalogue.md
 //! ```
 //!
 //! Only put, put-if-absent, get (range), list and delete are used, so a local directory ([`local_storage`], with
@@ -21,10 +22,13 @@
 //! later pass. Nothing else can leak, and nothing acknowledged is lost.
 
 mod cache;
+mod catalogue;
 mod diff;
+mod envelope;
 mod error;
 mod extent_map;
 mod keys;
+mod local;
 mod maintain;
 mod manifest;
 mod map_file;
@@ -40,11 +44,11 @@ mod store;
 
 pub use diff::DiskDiff;
 pub use error::StoreError;
+pub use local::local_storage;
 pub use maintain::MaintainReport;
 pub use manifest::{Consistency, DiskSpec, PointCounters};
 pub use options::StoreOptions;
 pub use reader::{PointDisk, PointReader};
 pub use scrub::{Damage, ScrubReport};
 pub use session::{PointMeta, Session, SessionSpec};
-pub use storage::local_storage;
 pub use store::{PointInfo, ReplicaInfo, Store};

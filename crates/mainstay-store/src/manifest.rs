@@ -11,12 +11,11 @@ use std::collections::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::envelope::Envelope;
 use crate::map_file::MapRef;
 
-const MAGIC: &[u8; 8] = b"MSMANIF1";
-const HEADER_BYTES: usize = 32;
-/// A manifest of 100,000 recovery points is below this.
-const PLAIN_BYTES_MAX: usize = 64 << 20;
+/// A manifest of 100,000 recovery points is below 64 MiB.
+const ENVELOPE: Envelope = Envelope { magic: b"MSMANIF1", version: 1, bytes_max: 64 << 20 };
 /// Sessions whose outcome is remembered after their recovery point is gone.
 const RECENT_SESSIONS: usize = 64;
 
@@ -140,32 +139,11 @@ impl Manifest {
 
     pub(crate) fn encode(&self) -> Result<Vec<u8>, &'static str> {
         let plain = postcard::to_stdvec(self).map_err(|_| "manifest does not encode")?;
-        if plain.len() > PLAIN_BYTES_MAX {
-            return Err("manifest too large");
-        }
-        let packed = zstd::bulk::compress(&plain, 3).map_err(|_| "compression failed")?;
-        let mut out = Vec::with_capacity(HEADER_BYTES + packed.len());
-        out.extend_from_slice(MAGIC);
-        out.extend_from_slice(&1u32.to_le_bytes());
-        out.extend_from_slice(&(plain.len() as u32).to_le_bytes());
-        out.extend_from_slice(&checksum(&out, &packed));
-        out.extend_from_slice(&packed);
-        Ok(out)
+        ENVELOPE.seal(&[], &plain)
     }
 
     pub(crate) fn decode(bytes: &[u8], replica: Uuid, version: u64) -> Result<Self, &'static str> {
-        if bytes.len() < HEADER_BYTES || &bytes[..8] != MAGIC || bytes[8..12] != 1u32.to_le_bytes() {
-            return Err("magic or version");
-        }
-        let (header, packed) = bytes.split_at(HEADER_BYTES);
-        if header[16..] != checksum(&header[..16], packed) {
-            return Err("checksum");
-        }
-        let plain = u32::from_le_bytes([header[12], header[13], header[14], header[15]]) as usize;
-        if plain > PLAIN_BYTES_MAX {
-            return Err("too large");
-        }
-        let plain = zstd::bulk::decompress(packed, plain).map_err(|_| "compression")?;
+        let plain = ENVELOPE.open(&[], bytes)?;
         let manifest: Self = postcard::from_bytes(&plain).map_err(|_| "encoding")?;
         if manifest.replica != replica || manifest.version != version {
             return Err("another manifest's bytes");
@@ -292,13 +270,4 @@ impl Manifest {
         let jumps = self.layers.iter().filter_map(|layer| layer.jump.as_ref().map(|jump| &jump.map));
         self.layers.iter().map(|layer| &layer.delta).chain(jumps)
     }
-}
-
-fn checksum(header: &[u8], packed: &[u8]) -> [u8; 16] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(header);
-    hasher.update(packed);
-    let mut sum = [0; 16];
-    sum.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    sum
 }

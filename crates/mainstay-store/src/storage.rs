@@ -1,43 +1,14 @@
-//! The few operations of object storage that are used, so that a test can count and break them, and the
-//! local directory with real durability.
+//! The few operations of object storage that are used, and which objects must not be collected meanwhile.
 
 use std::collections::HashMap;
-use std::path::Path as FilePath;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::TryStreamExt as _;
-use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload};
 
 use crate::StoreError;
-
-/// Object storage in a local directory, created if missing, in which every acknowledged put is durable: file and
-/// directory are synced. Half-written staging files of a crashed process are removed.
-///
-/// # Errors
-/// Those of creating and reading the directory.
-pub fn local_storage(directory: &FilePath) -> std::io::Result<Arc<dyn ObjectStore>> {
-    std::fs::create_dir_all(directory)?;
-    remove_staging_files(directory)?;
-    let storage = LocalFileSystem::new_with_prefix(directory).map_err(std::io::Error::other)?;
-    Ok(Arc::new(storage.with_fsync(true)))
-}
-
-/// `object_store` stages an upload as `name#number` beside its target; none of our names has a `#`.
-fn remove_staging_files(directory: &FilePath) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(directory)? {
-        let entry = entry?;
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            remove_staging_files(&entry.path())?;
-        } else if kind.is_file() && entry.file_name().to_string_lossy().contains('#') {
-            std::fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
 
 /// How a put-if-absent ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

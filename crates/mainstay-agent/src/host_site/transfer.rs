@@ -194,7 +194,7 @@ impl Inner {
         let left_now: u64 = left.iter().flatten().map(|(start, end)| end - start).sum();
         record.base = Some(Base { point, tracker: Some(tracker.clone()), left });
         record.pending = None;
-        self.records.put_item(record)?;
+        self.records.put_settled_item(record)?;
         // Old trackers cost memory, not correctness; the next cycle tries again.
         if let Err(error) = self.hypervisor.confirm_tracker(record.vm, &tracker).await {
             tracing::warn!(item = %record.item, %error, "old trackers could not be removed");

@@ -94,6 +94,35 @@ pub(super) async fn count(transaction: &mut Transaction, name: &str) -> Result<i
     Ok(row.try_get("value")?)
 }
 
+/// Brings a count up to at least this.
+pub(super) async fn raise(transaction: &mut Transaction, name: &str, value: i64) -> Result<(), DbError> {
+    sqlx::query("UPDATE counters SET value = $1 WHERE name = $2 AND value < $1")
+        .bind(value)
+        .bind(name)
+        .execute(&mut *transaction.inner)
+        .await?;
+    Ok(())
+}
+
+impl Db {
+    /// How often items were written.
+    pub async fn item_writes(&self) -> Result<i64, DbError> {
+        Ok(self.counts().await?.item_writes)
+    }
+
+    /// How often resources were written.
+    pub async fn resource_writes(&self) -> Result<i64, DbError> {
+        Ok(self.counts().await?.resource_writes)
+    }
+
+    /// The database now has what so many writes of items have brought.
+    pub async fn note_item_writes(&self, writes: i64) -> Result<(), DbError> {
+        let mut transaction = self.begin().await?;
+        raise(&mut transaction, "item-writes", writes).await?;
+        transaction.commit().await
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

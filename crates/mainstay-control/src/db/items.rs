@@ -265,6 +265,18 @@ impl Transaction {
         Ok(())
     }
 
+    /// Writes an item in the place of whatever is there of it, as if it had been written `version` times.
+    pub async fn adopt_item(&mut self, item: &ItemRecord, version: i64) -> Result<(), DbError> {
+        self.remove_item(item.id).await?;
+        self.insert_item(item).await?;
+        sqlx::query("UPDATE items SET version = $1 WHERE id = $2")
+            .bind(version)
+            .bind(item.id.to_string())
+            .execute(&mut *self.inner)
+            .await?;
+        Ok(())
+    }
+
     /// Removes an item.
     pub async fn remove_item(&mut self, id: ItemId) -> Result<(), DbError> {
         self.count_item_removal().await?;

@@ -34,7 +34,7 @@ pub use jobs::{
     ConfigurationJob, JobColumn, JobCondition, JobEntry, JobError, JobPlace, JobRecord, JobState, StepRecord,
 };
 pub use query::Comparison;
-pub use resources::{Resource, ResourceKind};
+pub use resources::{Resource, ResourceKind, StoredResource};
 
 /// Why the database refused.
 #[derive(Debug, thiserror::Error)]

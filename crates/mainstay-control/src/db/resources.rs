@@ -2,11 +2,16 @@
 
 use std::{any::Any, collections::HashMap, sync::Arc};
 
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use sqlx::Row as _;
 use tokio::sync::Mutex;
 
-use super::{Db, DbError, Transaction, counters::count, decode, encode};
+use super::{
+    Db, DbError, Transaction,
+    counters::{count, raise},
+    decode, encode,
+};
 
 /// The kinds of named resources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +64,36 @@ impl ResourceKind {
             Self::AlertSetting => "alert-setting",
             Self::VaultSetting => "vault-setting",
         }
+    }
+}
+
+/// What the replica store's catalogue has of resources: all but who may sign in, keys, and what is made for one use.
+const CATALOGUED: [ResourceKind; 10] = [
+    ResourceKind::Vault,
+    ResourceKind::HostedVault,
+    ResourceKind::Fabric,
+    ResourceKind::Provider,
+    ResourceKind::Policy,
+    ResourceKind::ContainerMapping,
+    ResourceKind::RecoveryPlan,
+    ResourceKind::NetworkMapping,
+    ResourceKind::AlertSetting,
+    ResourceKind::VaultSetting,
+];
+
+/// A resource as it is written, of whatever kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredResource {
+    kind: String,
+    name: String,
+    /// Its record.
+    pub document: Value,
+}
+
+impl StoredResource {
+    /// Whether it is of this kind.
+    pub fn is<R: Resource>(&self) -> bool {
+        self.kind == R::KIND.key()
     }
 }
 
@@ -126,7 +161,52 @@ impl Db {
     }
 }
 
+impl Db {
+    /// Everything that the catalogue has of resources.
+    pub async fn catalogued_resources(&self) -> Result<Vec<StoredResource>, DbError> {
+        let rows = sqlx::query("SELECT kind, name, document FROM resources ORDER BY kind, name")
+            .fetch_all(&self.pool)
+            .await?;
+        let mut found = Vec::new();
+        for row in rows {
+            let kind: String = row.try_get("kind")?;
+            if let Some(known) = CATALOGUED.iter().find(|known| known.key() == kind) {
+                let name: String = row.try_get("name")?;
+                let document = decode(known.key(), &name, row.try_get("document")?)?;
+                found.push(StoredResource { kind, name, document });
+            }
+        }
+        Ok(found)
+    }
+}
+
 impl Transaction {
+    /// Puts these in the place of everything that the catalogue has of resources, as a database would have them that has
+    /// seen so many writes.
+    pub async fn replace_catalogued_resources(
+        &mut self,
+        resources: &[StoredResource],
+        writes: i64,
+    ) -> Result<(), DbError> {
+        self.count_resource_write().await?;
+        for kind in CATALOGUED {
+            sqlx::query("DELETE FROM resources WHERE kind = $1")
+                .bind(kind.key())
+                .execute(&mut *self.inner)
+                .await?;
+        }
+        for resource in resources {
+            let Some(kind) = CATALOGUED.iter().find(|kind| kind.key() == resource.kind) else { continue };
+            sqlx::query("INSERT INTO resources (kind, name, document) VALUES ($1, $2, $3)")
+                .bind(kind.key())
+                .bind(&resource.name)
+                .bind(encode(kind.key(), &resource.name, &resource.document)?)
+                .execute(&mut *self.inner)
+                .await?;
+        }
+        raise(self, "resource-writes", writes).await
+    }
+
     /// All resources of a kind, by name.
     pub async fn resources<R: Resource>(&mut self) -> Result<Vec<R>, DbError> {
         let kind = R::KIND.key();

@@ -30,9 +30,10 @@ type Pass = BoxFuture<'static, Result<(), ControlError>>;
 impl Control {
     /// Runs all reconcilers until `stop`.
     pub async fn run_reconcilers(self: Arc<Self>, stop: CancellationToken) {
-        let reconcilers: [(&'static str, Duration, Reconcile); 6] = [
+        let reconcilers: [(&'static str, Duration, Reconcile); 7] = [
             ("replication", TICK, |control| Box::pin(control.reconcile_replication())),
             ("hydration", TICK, |control| Box::pin(control.reconcile_hydration())),
+            ("catalogue", TICK, |control| Box::pin(async move { control.reconcile_catalogue().await })),
             ("stand-down", TICK, |control| Box::pin(control.reconcile_stand_down())),
             ("inventory", TICK, |control| Box::pin(control.reconcile_inventory())),
             ("health", TICK, |control| Box::pin(control.reconcile_health())),

@@ -13,7 +13,7 @@ use mainstay_provider::{PowerState, SiteError};
 use serde_json::Value;
 
 use crate::error::{busy, failed};
-use crate::files::{remove_file, write_record};
+use crate::files::{remove_file, write_passing_record};
 use crate::host::Host;
 use crate::xml::Domain;
 
@@ -45,7 +45,7 @@ pub(crate) async fn freeze(
     if marker(host, vm).exists() {
         return Err(busy("the guest has not thawed since an earlier freeze", "Restart the guest's agent."));
     }
-    write_record(&marker(host, vm), &vm)?;
+    write_passing_record(&marker(host, vm), &vm)?;
     host.libvirt.freeze(vm, timeout).await
 }
 

@@ -24,7 +24,7 @@ use mainstay_provider::{
 use serde::{Deserialize, Serialize};
 
 use crate::error::busy;
-use crate::files::{read_record, write_record};
+use crate::files::{read_record, write_passing_record};
 use crate::host::Host;
 use crate::nodes::PREFIX;
 pub(crate) use stale::{abandon, abandon_all, wait_until_idle};
@@ -120,7 +120,7 @@ pub(crate) async fn begin(
     }
     let run = host.files.run().join(request.capture.0.simple().to_string());
     let record = CaptureRecord { run };
-    write_record(&record_path, &record)?;
+    write_passing_record(&record_path, &record)?;
     let opened = async {
         host.make_directory(&record.run).await?;
         if power == PowerState::Off {

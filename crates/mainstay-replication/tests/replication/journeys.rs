@@ -88,9 +88,9 @@ proptest! {
     fn slices_make_a_point_of_the_last_moment(rounds in proptest::collection::vec(round(), 1..6)) {
         paused(async {
             let bench = Bench::new();
-            let mut source = Source::new(&[1_000_000, 777_777]);
-            source.write(0, 0, noise(9, 1_000_000)).await;
-            source.write(1, 0, noise(8, 777_777)).await;
+            let mut source = Source::new(&[5_000_000, 3_777_777]);
+            source.write(0, 0, noise(9, 5_000_000)).await;
+            source.write(1, 0, noise(8, 3_777_777)).await;
             let mut left: Vec<Vec<std::ops::Range<u64>>> =
                 source.disks.iter().map(|(device, _)| std::iter::once(0..device.size()).collect()).collect();
             let mut rounds = rounds.iter();
@@ -117,7 +117,7 @@ proptest! {
                 let listed = bench.store().points(REPLICA).await.unwrap();
                 prop_assert_eq!(listed.len(), usize::from(is_whole));
             }
-            prop_assert!(count >= 7, "{} slices of 256 KiB cannot hold 1.7 MB", count);
+            prop_assert!(count >= 7, "{} slices of 1 MiB cannot hold 8.8 MB", count);
             prop_assert!(read_point(&bench, source.parent.unwrap()).await == source.contents());
             Ok(())
         })?;

@@ -110,6 +110,24 @@ fn make_dir() -> TempDir {
     .expect("a directory")
 }
 
+fn remove_files(dir: &Path) {
+    if dir.exists() {
+        std::fs::remove_dir_all(dir).expect("a directory is removed");
+    }
+}
+
+/// Copies a database that is closed: the file and its log.
+fn copy_files(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a directory");
+    for entry in std::fs::read_dir(from).into_iter().flatten() {
+        let entry = entry.expect("a directory is read");
+        // The index of the log is made anew.
+        if !entry.file_name().to_string_lossy().ends_with("-shm") {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).expect("a file is copied");
+        }
+    }
+}
+
 impl World {
     /// A world in which nothing is protected yet.
     pub async fn new(options: WorldOptions) -> Self {
@@ -119,7 +137,9 @@ impl World {
         let oracle = Arc::new(Oracle::new(clock.clone()));
         let storage = Arc::new(InMemory::new());
         let network = Network::new();
-        let server = start_server(dir.path().join("db"), storage.clone(), clock.clone()).await;
+        let database = dir.path().join("database");
+        std::fs::create_dir_all(&database).expect("a directory");
+        let server = start_server(database.join("db"), storage.clone(), clock.clone()).await;
         let control = server.control.clone();
         let has_spare = options.has_spare;
         let setup = server.process.handle().spawn(async move { set_up(&control, has_spare).await });
@@ -206,12 +226,49 @@ impl World {
 
     /// Kills the server and starts it over the same database and storage.
     pub async fn restart_server(&mut self) {
+        self.restart_server_after(|_, _| {}).await;
+    }
+
+    /// Kills the server, keeps a copy of its database in the place of an earlier one, and starts it again.
+    pub async fn back_up_database(&mut self) {
+        self.restart_server_after(|database, backup| {
+            remove_files(backup);
+            copy_files(database, backup);
+        })
+        .await;
+    }
+
+    /// The server's database is lost and replaced by the copy that was kept, or by an empty one when none was.
+    pub async fn restore_database(&mut self) {
+        self.lose_database_after(copy_files).await;
+    }
+
+    /// The server's database is lost.
+    pub async fn lose_database(&mut self) {
+        self.lose_database_after(|_, _| {}).await;
+    }
+
+    async fn lose_database_after(&mut self, replace: impl FnOnce(&Path, &Path)) {
+        // What was asked for a moment ago may be lost with the database; what was answered is not.
+        self.ask(|control| async move { control.reconcile_catalogue().await })
+            .await
+            .expect("the catalogue is written");
+        self.restart_server_after(|database, backup| {
+            remove_files(database);
+            replace(backup, database);
+        })
+        .await;
+    }
+
+    async fn restart_server_after(&mut self, meanwhile: impl FnOnce(&Path, &Path)) {
         self.network.set_server(None);
         let Server { process, control } = self.server.take().expect("the server runs");
         drop(control);
         process.kill().await;
-        let database = self.dir.path().join("db");
-        let server = start_server(database, self.storage.clone(), self.clock.clone()).await;
+        let database = self.dir.path().join("database");
+        meanwhile(&database, &self.dir.path().join("backup"));
+        std::fs::create_dir_all(&database).expect("a directory");
+        let server = start_server(database.join("db"), self.storage.clone(), self.clock.clone()).await;
         self.network.set_server(Some((server.process.handle().clone(), server.control.clone())));
         self.server = Some(server);
         self.ask(|control| async move { control.resume_jobs().await }).await.expect("jobs go on");

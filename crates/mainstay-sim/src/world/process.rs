@@ -129,6 +129,7 @@ pub(super) async fn start_server(
         let db = Db::open(&database).await.expect("the database opens");
         let store = Arc::new(Store::open(storage, StoreOptions::default()));
         let control = Control::new(db, store, clock);
+        control.adopt_catalogue(false).await.expect("the catalogue is read");
         tokio::spawn(control.clone().run_reconcilers(CancellationToken::new()));
         control
     };

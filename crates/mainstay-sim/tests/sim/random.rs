@@ -102,7 +102,15 @@ impl Run {
                 // Not there while another recovery point is being chosen.
                 let _ = host.hypervisor.crash_vm(id);
             }
-            89..93 => self.start_active(vm).await,
+            89..91 => self.start_active(vm).await,
+            91..93 => {
+                match self.rng.random_range(0..3) {
+                    0 => self.world.back_up_database().await,
+                    1 => self.world.restore_database().await,
+                    _ => self.world.lose_database().await,
+                }
+                self.set_faults();
+            }
             93..95 => self.world.home.hypervisor.let_guests_refuse(self.rng.random()),
             _ => {
                 let host = if is_home { &self.world.home } else { &self.world.recovery };

@@ -1,0 +1,119 @@
+//! Object storage in a local directory with real durability.
+
+use std::fs::File;
+use std::io;
+use std::path::Path as FilePath;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+};
+
+/// Objects from this size on come in numbers, and are not read again soon: the segments of long transfers. The last changes of
+/// a VM, which a failover reads first, are mostly smaller.
+const BULK_BYTES: usize = 4 << 20;
+
+/// Object storage in a local directory, created if missing, in which every acknowledged put is durable: file and
+/// directory are synced. Half-written staging files of a crashed process are removed. What is written in bulk does not stay in
+/// the host's page cache.
+///
+/// # Errors
+/// Those of creating and reading the directory.
+pub fn local_storage(directory: &FilePath) -> io::Result<Arc<dyn ObjectStore>> {
+    std::fs::create_dir_all(directory)?;
+    remove_staging_files(directory)?;
+    let files = LocalFileSystem::new_with_prefix(directory).map_err(io::Error::other)?;
+    Ok(Arc::new(LocalStorage { files: files.with_fsync(true) }))
+}
+
+/// `object_store` stages an upload as `name#number` beside its target; none of our names has a `#`.
+fn remove_staging_files(directory: &FilePath) -> io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            remove_staging_files(&entry.path())?;
+        } else if kind.is_file() && entry.file_name().to_string_lossy().contains('#') {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[derive(Debug)]
+struct LocalStorage {
+    files: LocalFileSystem,
+}
+
+impl std::fmt::Display for LocalStorage {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.files.fmt(out)
+    }
+}
+
+/// Gives the pages of a synced file back. A transfer of gigabytes would push everything else on the host out of memory, and
+/// where memory is lent to the host page by page each new one costs several times its copy.
+fn forget_pages(path: &FilePath) -> io::Result<()> {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    posix_fadvise(File::open(path)?, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+    Ok(())
+}
+
+#[async_trait]
+impl ObjectStore for LocalStorage {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        let is_bulk = payload.content_length() >= BULK_BYTES;
+        let put = self.files.put_opts(location, payload, options).await?;
+        if is_bulk {
+            let path = self.files.path_to_filesystem(location)?;
+            // Only speed is at stake: the object is durable.
+            match tokio::task::spawn_blocking(move || forget_pages(&path)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%location, %error, "pages stay in memory"),
+                Err(error) => tracing::debug!(%location, %error, "pages stay in memory"),
+            }
+        }
+        Ok(put)
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        self.files.put_multipart_opts(location, options).await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.files.get_opts(location, options).await
+    }
+
+    async fn get_ranges(
+        &self,
+        location: &Path,
+        ranges: &[std::ops::Range<u64>],
+    ) -> Result<Vec<bytes::Bytes>> {
+        self.files.get_ranges(location, ranges).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        self.files.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.files.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.files.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.files.copy_opts(from, to, options).await
+    }
+}
