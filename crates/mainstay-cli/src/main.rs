@@ -155,6 +155,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Agent(command) => agent::run(command).await,
         Command::Lab(command) => lab::run(command).await,
         Command::Demo(arguments) => demo::run(arguments).await,
+        Command::Vault(vaults::VaultCommand::Rebuild { server, store, json }) => {
+            vaults::rebuild(&server, store, json).await
+        }
         Command::Vault(command) => vaults::run(&connect.open().await?, command).await,
         Command::Fabric(command) => resources::fabric(&connect.open().await?, command).await,
         Command::Host(command) => resources::host(&connect.open().await?, command).await,

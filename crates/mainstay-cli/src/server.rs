@@ -26,7 +26,7 @@ pub(crate) struct ServerArguments {
 }
 
 impl ServerArguments {
-    fn config(&self) -> anyhow::Result<ServerConfig> {
+    pub(crate) fn config(&self) -> anyhow::Result<ServerConfig> {
         let mut config = match &self.config {
             Some(path) => {
                 let text =
@@ -71,6 +71,21 @@ enum ServerCommand {
         /// Prints what was made as JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Copies the server's own state (databases, keys, certificates; no recovery points) into a new directory, also while it
+    /// runs.
+    Backup {
+        #[command(flatten)]
+        server: ServerArguments,
+        /// The directory to make.
+        directory: PathBuf,
+    },
+    /// Puts a backup in the place of a lost state. What has happened since is taken from the replica store at the start.
+    Restore {
+        #[command(flatten)]
+        server: ServerArguments,
+        /// The backup's directory.
+        directory: PathBuf,
     },
     /// Prints the OpenAPI document of `/api/v1`, which a server also answers at `/api/v1/openapi.json`.
     Openapi,
@@ -145,6 +160,20 @@ pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
                 None => output::note("the server was initialised before; its tokens are as they were"),
             }
             output::note("The token is shown only now. Start the server with `mainstay server run`.");
+            Ok(Exit::Done)
+        }
+        ServerCommand::Backup { server, directory } => {
+            mainstay_server::back_up(&server.config()?, &directory).await?;
+            output::note(&format!("the server's state is in {}; keep it secret", directory.display()));
+            Ok(Exit::Done)
+        }
+        ServerCommand::Restore { server, directory } => {
+            let config = server.config()?;
+            mainstay_server::restore(&config, &directory).await?;
+            output::note(&format!(
+                "the server's state is back in {}; start it with `mainstay server run`",
+                config.data_dir.display()
+            ));
             Ok(Exit::Done)
         }
         ServerCommand::Openapi => {

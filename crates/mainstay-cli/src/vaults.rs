@@ -1,6 +1,6 @@
 //! Vaults: what belongs together, with a database and a replica store of its own.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use clap::Subcommand;
 use mainstay_api::{
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     exit::{Exit, UsageError},
     output,
+    server::ServerArguments,
     session::Session,
 };
 
@@ -46,6 +47,17 @@ pub(crate) enum VaultCommand {
     Tag {
         /// The tags, NAME=VALUE.
         tag: Vec<String>,
+    },
+    /// Makes a lost server anew from its replica store alone: vaults, sites, policies, items, and the jobs that were under way.
+    /// Run it where the new server will run, before its first start.
+    Rebuild {
+        #[command(flatten)]
+        server: ServerArguments,
+        /// Directory of the replica store; that of the configuration by default.
+        #[arg(long, value_name = "DIR")]
+        store: Option<PathBuf>,
+        #[arg(long)]
+        json: bool,
     },
     /// Deletes a vault in which there is nothing any more.
     Delete {
@@ -100,9 +112,66 @@ pub(crate) async fn run(session: &Session, command: VaultCommand) -> anyhow::Res
             let body = json!({ "tags": tags(&tag)? });
             session.client.begin(Method::PATCH, &session.vault, Some(&body)).await?;
         }
+        // It has no server to ask.
+        VaultCommand::Rebuild { server, store, json } => return rebuild(&server, store, json).await,
         VaultCommand::Delete { name, resource_group } => {
             session.client.delete(&path(session, &name, resource_group.as_deref()).await?).await?;
         }
+    }
+    Ok(Exit::Done)
+}
+
+/// `vault rebuild`, which is done without a server.
+pub(crate) async fn rebuild(
+    server: &ServerArguments,
+    store: Option<PathBuf>,
+    json: bool,
+) -> anyhow::Result<Exit> {
+    let mut config = server.config()?;
+    let is_elsewhere = store.as_ref().is_some_and(|store| *store != config.store_dir());
+    if store.is_some() {
+        config.store_dir = store;
+    }
+    let rebuilt = mainstay_server::rebuild(&config).await?;
+    let token = rebuilt.token.map(|token| token.0);
+    let ca_file = config.data_dir.join("pki/ca.pem");
+    if json {
+        let vaults = rebuilt.vaults.iter().map(|one| {
+            json!({
+                "id": one.vault.id(),
+                "hosts": one.hosts.iter().map(|(name, fabric)| json!({ "name": name, "fabric": fabric })).collect::<Vec<_>>(),
+                "items": one.items.iter().map(|(name, points, newest_ms)| json!({
+                    "name": name, "recovery_points": points, "newest_point_ms": newest_ms
+                })).collect::<Vec<_>>(),
+                "damaged": one.adoption.damaged,
+            })
+        });
+        output::json(&json!({ "vaults": vaults.collect::<Vec<_>>(), "token": token, "ca_file": ca_file }))?;
+        return Ok(Exit::Done);
+    }
+    for one in &rebuilt.vaults {
+        output::line(&format!("vault:  {}", one.vault.id()));
+        let rows = one.items.iter().map(|(name, points, _)| vec![name.clone(), points.to_string()]).collect();
+        output::table(&["ITEM", "RECOVERY POINTS"], rows);
+        for what in &one.adoption.damaged {
+            output::note(&format!("could not be read: {what}"));
+        }
+        for (name, fabric) in &one.hosts {
+            output::note(&format!(
+                "register host '{name}' again: `mainstay host key --fabric {fabric}`, then on the host `mainstay agent register \
+                 --name {name}` and a restart of its agent"
+            ));
+        }
+    }
+    output::line(&format!("CA:     {}", ca_file.display()));
+    if let Some(token) = token {
+        output::line(&format!("token:  {token}"));
+        output::note("The token is shown only now. Start the server with `mainstay server run`.");
+    }
+    if is_elsewhere {
+        output::note(
+            "Write the store's directory into the server's configuration as store_dir before you start it.",
+        );
     }
     Ok(Exit::Done)
 }

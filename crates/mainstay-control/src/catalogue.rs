@@ -228,7 +228,7 @@ impl Control {
         {
             return Err(ControlError::Conflict(format!(
                 "the replica store belongs to the vault {}, and the database to {}: choose another store directory, or take \
-                 over what is there with `mainstay server rebuild`",
+                 over what is there with `mainstay vault rebuild`",
                 theirs.id(),
                 ours.id()
             )));

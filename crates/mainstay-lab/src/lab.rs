@@ -227,8 +227,6 @@ impl Lab {
         let client = self.client()?;
         let path = format!("{}/replicationFabrics/{name}", self.vault_path());
         client.begin(reqwest::Method::PUT, &path, Some(&json!({ "properties": {} }))).await?;
-        let key: mainstay_api::v1::RegistrationKey =
-            client.post(&format!("/api/v1/fabrics/{name}/registrationKeys"), &json!({})).await?;
         let site = self.site(name)?;
         let link_port = if has_relay { Some(free_port()?) } else { None };
         // Empty: what registration answers.
@@ -248,20 +246,7 @@ impl Lab {
         if let Some(port) = link_port {
             write(&self.link_port(name), &port.to_string())?;
         }
-        let output = site
-            .account()
-            .command(&program(&self.dir).to_string_lossy())
-            .args(["agent", "register", "--name", name, "--config"])
-            .arg(self.agent_config(name))
-            .env("MAINSTAY_REGISTRATION_KEY", key.key)
-            .output()
-            .await?;
-        if !output.status.success() {
-            bail!(
-                "the agent of site {name} could not be registered: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        }
+        self.register(name).await?;
         let libvirt_uri = site.uri().to_owned();
         self.file.sites.push(LabSite {
             name: name.to_owned(),
@@ -275,6 +260,34 @@ impl Lab {
         }
         self.start_agent(name).await?;
         self.wait_connected(name).await
+    }
+
+    /// Registers the agent of a site, for the first time or again.
+    pub async fn register(&self, name: &str) -> Result<()> {
+        let path = format!("/api/v1/fabrics/{name}/registrationKeys");
+        let key: mainstay_api::v1::RegistrationKey = self.client()?.post(&path, &json!({})).await?;
+        let output = self
+            .site(name)?
+            .account()
+            .command(&program(&self.dir).to_string_lossy())
+            .args(["agent", "register", "--name", name, "--config"])
+            .arg(self.agent_config(name))
+            .env("MAINSTAY_REGISTRATION_KEY", key.key)
+            .output()
+            .await?;
+        if !output.status.success() {
+            bail!(
+                "the agent of site {name} could not be registered: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        Ok(())
+    }
+
+    /// The server lets in with another token than before.
+    pub fn set_token(&mut self, token: &str) -> Result<()> {
+        token.clone_into(&mut self.file.token);
+        self.file.write(&self.dir)
     }
 
     fn agent_config(&self, site: &str) -> PathBuf {

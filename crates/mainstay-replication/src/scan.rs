@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
-use mainstay_block::frame::{FRAME_BLOCKS_MAX, FrameBuilder};
+use mainstay_block::frame::{Effort, FRAME_BLOCKS_MAX, FrameBuilder};
 use mainstay_block::hash_table::Verdict;
 use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of};
 use tokio::sync::{mpsc, watch};
@@ -27,8 +27,8 @@ const ZERO_BLOCKS: u64 = 1 << 18;
 /// Frames that a thread compresses one after the other when so many are there.
 const FRAMES_BATCHED: usize = 4;
 /// Batches being compressed, or compressed and not yet taken, at once: enough that the cores have work while one is
-/// waited for in order, few enough to stay small (4 MiB of payload).
-const BATCHES_COMPRESSING: usize = 4;
+/// waited for in order, few enough that what was just read is still in the processors' caches.
+const BATCHES_COMPRESSING: usize = 2;
 
 /// What is handed to the link.
 pub(crate) enum Output {
@@ -51,6 +51,13 @@ struct Piece {
 
 /// What must be sent of a piece, in order.
 enum Change {
+    /// Whole frames of blocks one after the other, made where they were compared: another thread would have to fetch them
+    /// from memory again.
+    Frames {
+        first: u64,
+        hashes: Vec<BlockHash>,
+        frames: Vec<(Bytes, Made)>,
+    },
     /// Blocks one after the other, the last perhaps partial.
     Data {
         disk: usize,
@@ -65,6 +72,39 @@ enum Change {
     },
 }
 
+/// What goes on to be compressed.
+enum Built {
+    Frame(FrameBuilder),
+    /// Nothing more is to be done.
+    Made(Vec<(Bytes, Made)>),
+}
+
+/// How hard the next frame is compressed.
+struct Compression<'a> {
+    pace: Arc<Mutex<Pace>>,
+    is_limited: bool,
+    output: &'a mpsc::Sender<Output>,
+}
+
+impl Compression<'_> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn effort(&self) -> Effort {
+        self.lock().effort(self.is_limited, self.output.capacity() == 0)
+    }
+}
+
+/// Encodes a frame. CPU-bound.
+fn finish(frame: FrameBuilder, effort: Effort) -> Result<(Bytes, Made), ReplicationError> {
+    let plain_bytes = frame.payload_bytes() as u64;
+    let (frame, cost) = Cost::of(|| frame.finish(effort));
+    let frame = frame?;
+    let made = Made { effort, plain_bytes, frame_bytes: frame.len() as u64, cost };
+    Ok((frame, made))
+}
+
 /// Runs to the end of all ranges or of the time, or until `output` is closed.
 pub(crate) async fn scan(
     job: &SendJob,
@@ -75,8 +115,10 @@ pub(crate) async fn scan(
     let (piece_sink, piece_source) = mpsc::channel(64);
     let (frame_sink, frame_source) = mpsc::channel(FRAMES_BATCHED);
     let plan = plan(job, options.time_max, piece_sink);
-    let build = build(job, options, progress, piece_source, frame_sink);
-    let compress = compress(options, progress, frame_source, &output);
+    let is_limited = options.bytes_per_second.is_some();
+    let compression = Compression { pace: Arc::default(), is_limited, output: &output };
+    let build = build(job, options, progress, &compression, piece_source, frame_sink);
+    let compress = compress(options, progress, &compression, frame_source);
     let (left, (), ()) = tokio::try_join!(plan, build, compress)?;
     // A link that closes its end has failed and tells why itself.
     let _closed = output.send(Output::End { left }).await;
@@ -196,30 +238,35 @@ async fn build(
     job: &SendJob,
     options: &SendOptions,
     progress: &watch::Sender<SendProgress>,
+    compression: &Compression<'_>,
     pieces: mpsc::Receiver<Piece>,
-    frames: mpsc::Sender<FrameBuilder>,
+    frames: mpsc::Sender<Built>,
 ) -> Result<(), ReplicationError> {
     let pieces = stream::unfold(pieces, |mut pieces| async move {
         let piece: Option<Piece> = pieces.recv().await;
         piece.map(|piece| (piece, pieces))
     });
-    let examined = pieces
-        .map(|piece| async move { Ok::<_, ReplicationError>((piece, examine(job, piece).await?)) }.boxed());
+    let examined = pieces.map(|piece| {
+        async move { Ok::<_, ReplicationError>((piece, examine(job, piece, compression).await?)) }.boxed()
+    });
     let mut examined = Box::pin(examined.buffered(options.reads_in_flight.max(1)));
     let mut frame = FrameBuilder::new();
     while let Some((piece, changes)) = examined.try_next().await? {
         let (mut changed, mut zeroed) = (0, 0);
         for change in changes {
             match change {
-                Change::Data { disk, first, hashes, content } => {
-                    let (target, mut left, mut at) = (&job.disks[disk], content, first);
-                    // What fills a frame gets one of its own, which saves a copy of it.
-                    if left.len() >= FRAME_BYTES
-                        && frame.payload_bytes() > 0
-                        && frames.send(std::mem::take(&mut frame)).await.is_err()
-                    {
+                Change::Frames { first, hashes, frames: made } => {
+                    if !frame.is_empty() && !hand_over(&mut frame, &frames).await {
                         return Ok(());
                     }
+                    job.disks[piece.disk].table.stage(job.session, first, &hashes)?;
+                    changed += hashes.len() as u64 * BLOCK_BYTES;
+                    if frames.send(Built::Made(made)).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                Change::Data { disk, first, hashes, content } => {
+                    let (target, mut left, mut at) = (&job.disks[disk], content, first);
                     while !left.is_empty() {
                         if !room(&mut frame, &frames).await {
                             return Ok(());
@@ -251,17 +298,40 @@ async fn build(
     }
     if !frame.is_empty() {
         // The receiving side closes only when it failed, and tells why itself.
-        let _closed = frames.send(frame).await;
+        let _closed = frames.send(Built::Frame(frame)).await;
     }
     Ok(())
 }
 
 /// Hands a full frame over. False when the receiving side has closed, which it does only when it failed.
-async fn room(frame: &mut FrameBuilder, frames: &mpsc::Sender<FrameBuilder>) -> bool {
-    frame.room() > 0 || frames.send(std::mem::take(frame)).await.is_ok()
+async fn room(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
+    frame.room() > 0 || hand_over(frame, frames).await
 }
 
-async fn examine(job: &SendJob, piece: Piece) -> Result<Vec<Change>, ReplicationError> {
+async fn hand_over(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
+    frames.send(Built::Frame(std::mem::take(frame))).await.is_ok()
+}
+
+/// Encodes a piece of which every block is sent, in whole frames.
+fn whole(
+    disk: u16,
+    first: u64,
+    data: &Bytes,
+    effort: Effort,
+) -> Result<Vec<(Bytes, Made)>, ReplicationError> {
+    let frames = (0..data.len()).step_by(FRAME_BYTES).map(|at| {
+        let mut frame = FrameBuilder::new();
+        frame.push_bytes(disk, first + at as u64 / BLOCK_BYTES, data.slice(at..at + FRAME_BYTES))?;
+        finish(frame, effort)
+    });
+    frames.collect()
+}
+
+async fn examine(
+    job: &SendJob,
+    piece: Piece,
+    compression: &Compression<'_>,
+) -> Result<Vec<Change>, ReplicationError> {
     let disk = &job.disks[piece.disk];
     let table = Arc::clone(&disk.table);
     let index = piece.disk;
@@ -276,8 +346,19 @@ async fn examine(job: &SendJob, piece: Piece) -> Result<Vec<Change>, Replication
         let to = (piece.end * BLOCK_BYTES).min(disk.device.size());
         let device = |source| ReplicationError::Device { disk: disk.index, source };
         let data = disk.device.read(from, to - from).await.map_err(device)?;
+        let (effort, target) = (compression.effort(), disk.index);
         tokio::task::spawn_blocking(move || {
             let verdicts = table.compare(piece.first, &data)?;
+            let hash = |verdict: &Verdict| match verdict {
+                Verdict::Data(hash) => Some(*hash),
+                Verdict::Same | Verdict::Zero => None,
+            };
+            if data.len().is_multiple_of(FRAME_BYTES)
+                && let Some(hashes) = verdicts.iter().map(hash).collect()
+            {
+                let frames = whole(target, piece.first, &data, effort)?;
+                return Ok(vec![Change::Frames { first: piece.first, hashes, frames }]);
+            }
             let mut changes: Vec<Change> = Vec::new();
             for ((block, verdict), at) in
                 (piece.first..).zip(verdicts).zip((0..).step_by(BLOCK_BYTES as usize))
@@ -318,27 +399,31 @@ async fn examine(job: &SendJob, piece: Piece) -> Result<Vec<Change>, Replication
 async fn compress(
     options: &SendOptions,
     progress: &watch::Sender<SendProgress>,
-    frames: mpsc::Receiver<FrameBuilder>,
-    output: &mpsc::Sender<Output>,
+    compression: &Compression<'_>,
+    frames: mpsc::Receiver<Built>,
 ) -> Result<(), ReplicationError> {
     let mut throttle = Throttle::new(options.bytes_per_second);
-    let pace = Mutex::new(Pace::default());
-    let lock = || pace.lock().unwrap_or_else(PoisonError::into_inner);
     let frames = stream::unfold(frames, |mut frames| async move {
-        let frame: Option<FrameBuilder> = frames.recv().await;
+        let frame: Option<Built> = frames.recv().await;
         frame.map(|frame| (frame, frames))
     });
     let encoded = frames.ready_chunks(FRAMES_BATCHED).map(|batch| {
-        let effort = lock().effort(options.bytes_per_second.is_some(), output.capacity() == 0);
-        let finish = move |frame: FrameBuilder| {
-            let plain_bytes = frame.payload_bytes() as u64;
-            let (frame, cost) = Cost::of(|| frame.finish(effort));
-            let frame = frame?;
-            let made = Made { effort, plain_bytes, frame_bytes: frame.len() as u64, cost };
-            Ok::<_, ReplicationError>((frame, made))
+        let effort = compression.effort();
+        let is_made = batch.iter().all(|built| matches!(built, Built::Made(_)));
+        let finish_all = move || {
+            let mut all = Vec::new();
+            for built in batch {
+                match built {
+                    Built::Frame(frame) => all.push(finish(frame, effort)?),
+                    Built::Made(made) => all.extend(made),
+                }
+            }
+            Ok::<_, ReplicationError>(all)
         };
-        let finish_all = move || batch.into_iter().map(finish).collect::<Result<Vec<_>, _>>();
         async move {
+            if is_made {
+                return finish_all();
+            }
             let task = tokio::task::spawn_blocking(finish_all).await;
             task.map_err(|error| ReplicationError::internal(&error))?
         }
@@ -349,8 +434,8 @@ async fn compress(
         for (frame, made) in batch {
             let bytes = made.frame_bytes;
             throttle.spend(bytes).await;
-            lock().record(made);
-            if output.send(Output::Frame(frame)).await.is_err() {
+            compression.lock().record(made);
+            if compression.output.send(Output::Frame(frame)).await.is_err() {
                 return Ok(());
             }
             progress.send_modify(|progress| {

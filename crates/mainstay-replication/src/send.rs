@@ -80,7 +80,7 @@ pub struct SendOptions {
 
 impl Default for SendOptions {
     fn default() -> Self {
-        Self { reads_in_flight: 8, window_bytes: 48 << 20, bytes_per_second: None, time_max: None }
+        Self { reads_in_flight: 4, window_bytes: 48 << 20, bytes_per_second: None, time_max: None }
     }
 }
 

@@ -64,7 +64,8 @@ impl ServerConfig {
         toml::from_str(text)
     }
 
-    pub(crate) fn store_dir(&self) -> PathBuf {
+    /// Where recovery points are kept.
+    pub fn store_dir(&self) -> PathBuf {
         self.store_dir.clone().unwrap_or_else(|| self.data_dir.join("store"))
     }
 }

@@ -22,7 +22,7 @@ use mainstay_store::{Store, StoreOptions, local_storage};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 
-use crate::ServerConfig;
+use crate::{ServerConfig, rescue::DATABASE};
 
 /// Vaults of a server: each costs a few connections to its database and a look at its items twice a second.
 const VAULTS_MAX: usize = 100;
@@ -346,7 +346,7 @@ async fn remove_directories(config: &ServerConfig, id: Uuid) -> std::io::Result<
 }
 
 /// Where the directories of further vaults are, in the server's data and in its store.
-const VAULTS_DIR: &str = "vaults";
+pub(crate) const VAULTS_DIR: &str = "vaults";
 
 fn data_dir(config: &ServerConfig, id: Option<Uuid>) -> PathBuf {
     beneath(&config.data_dir, id)
@@ -369,7 +369,7 @@ pub(crate) async fn open_control(
     let (data_dir, store_dir) = (data_dir(config, id), store_dir(config, id));
     create_private_dir(&data_dir).with_context(|| format!("data directory {}", data_dir.display()))?;
     create_private_dir(&store_dir).with_context(|| format!("store directory {}", store_dir.display()))?;
-    let db_path = data_dir.join("mainstay.db");
+    let db_path = data_dir.join(DATABASE);
     let db = Db::open(&db_path).await.with_context(|| format!("database {}", db_path.display()))?;
     let storage =
         local_storage(&store_dir).with_context(|| format!("replica store {}", store_dir.display()))?;

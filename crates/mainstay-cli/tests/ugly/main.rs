@@ -9,6 +9,7 @@ mod crashes;
 mod disaster;
 mod firmware;
 mod isolation;
+mod rescue;
 mod space;
 mod stubborn;
 mod support;

@@ -148,6 +148,16 @@ impl Db {
         Self::with(pool).await
     }
 
+    /// Copies a database file whole, also while another process writes into it. `to` must not be there.
+    pub async fn copy(from: &Path, to: &Path) -> Result<(), DbError> {
+        let options = SqliteConnectOptions::new().filename(from).busy_timeout(Duration::from_secs(10));
+        let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await?;
+        let copied =
+            sqlx::query("VACUUM INTO $1").bind(to.to_string_lossy().into_owned()).execute(&pool).await;
+        pool.close().await;
+        Ok(copied.map(|_| ())?)
+    }
+
     /// A database in memory, for tests and simulations.
     pub async fn in_memory() -> Result<Self, DbError> {
         let options = SqliteConnectOptions::new().in_memory(true);
