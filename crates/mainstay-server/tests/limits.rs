@@ -81,17 +81,18 @@ async fn who_never_ends_a_request_is_cut_off_and_others_are_served() {
 async fn what_is_too_large_is_refused_before_it_is_read() {
     let server = impatient().await;
     let path = server.at("replicationFabrics/large");
-    let (status, text) = server.send("PUT", &path, Some(vec![b' '; (1 << 20) + 1])).await;
-    assert_eq!(status, 413, "{text}");
-    // So many bytes never come: what is announced is enough.
-    let mut liar = connect(&server).await;
-    let request = format!(
-        "PUT {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-length: 9999999999999\r\n\r\n",
-        server.token
-    );
-    liar.write_all(request.as_bytes()).await.unwrap();
-    let said = until_the_end(liar).await;
-    assert!(said.starts_with("HTTP/1.1 413"), "{said}");
+    // What is announced is enough. None of it is sent: the server hangs up on what it does not read, and whoever is still
+    // writing then may not see the answer.
+    for announced in [(1 << 20) + 1, 9_999_999_999_999_u64] {
+        let mut liar = connect(&server).await;
+        let request = format!(
+            "PUT {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-length: {announced}\r\n\r\n",
+            server.token
+        );
+        liar.write_all(request.as_bytes()).await.unwrap();
+        let said = until_the_end(liar).await;
+        assert!(said.starts_with("HTTP/1.1 413"), "{said}");
+    }
     let mut head = connect(&server).await;
     let request = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1 << 20));
     // The server may hang up in the middle of it.
