@@ -1,11 +1,11 @@
 //! What the agent must know after a crash: one JSON file per item and per recovery VM, replaced atomically.
 
 use std::{
-    fs,
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
 };
 
+use mainstay_block::durable::{UNFINISHED, sync_parent, write_aside};
 use mainstay_model::{Generation, ItemId, PointId, VmId};
 use mainstay_provider::TrackerId;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -139,7 +139,7 @@ impl Records {
     /// Writes an item's record so that the agent finds it after its own death; after a loss of the host's power it may find
     /// the one before. For what the one before leads to again: what was pending is settled with the server.
     pub fn put_settled_item(&self, record: &ItemFile) -> io::Result<()> {
-        write_aside(&self.item_dir(record.item).join("item.json"), record)
+        write_aside(&self.item_dir(record.item).join("item.json"), &serde_json::to_vec_pretty(record)?)
     }
 
     /// Removes an item's record and hash tables.
@@ -223,25 +223,10 @@ fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     }
 }
 
-/// Extension of a record that is being written.
-const UNFINISHED: &str = "new";
-
-/// Writes a file whole or not at all.
-fn write_aside(path: &Path, record: &impl Serialize) -> io::Result<()> {
-    let temporary = path.with_extension(UNFINISHED);
-    let mut file = fs::File::create(&temporary)?;
-    file.write_all(&serde_json::to_vec_pretty(record)?)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)
-}
-
 /// Writes a file whole or not at all, and durably.
 fn replace(path: &Path, record: &impl Serialize) -> io::Result<()> {
-    write_aside(path, record)?;
-    match path.parent() {
-        Some(dir) => fs::File::open(dir)?.sync_all(),
-        None => Ok(()),
-    }
+    write_aside(path, &serde_json::to_vec_pretty(record)?)?;
+    sync_parent(path)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::BlockHash;
+use crate::durable::sync_parent;
 
 const MAGIC: &[u8; 8] = b"MSHLOG01";
 const HEADER_BYTES: usize = 48;
@@ -204,14 +205,5 @@ pub(crate) fn clear(path: &Path) -> io::Result<()> {
         Ok(file) => file.set_len(0),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
-    }
-}
-
-/// Makes the directory entry of `path` durable. Windows flushes it with the file.
-pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) if cfg!(unix) && parent.as_os_str().is_empty() => File::open(".")?.sync_all(),
-        Some(parent) if cfg!(unix) => File::open(parent)?.sync_all(),
-        _ => Ok(()),
     }
 }

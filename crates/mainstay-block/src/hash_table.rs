@@ -23,8 +23,9 @@ use std::sync::{Mutex, PoisonError};
 
 use uuid::Uuid;
 
+use crate::durable::sync_parent;
 use crate::file::{read_exact_at, write_all_at};
-use crate::hash_log::{LogState, LogWriter, Record, clear, log_path, read_log, sync_parent, word};
+use crate::hash_log::{LogState, LogWriter, Record, clear, log_path, read_log, word};
 use crate::{BLOCK_LENGTH, BlockHash, BlockHasher, HashKey, blocks_of, is_zero};
 
 const MAGIC: &[u8; 8] = b"MSHASHT1";

@@ -7,6 +7,7 @@
 //! and stored verbatim. What a replica holds is known to its agent by a [`hash_table::HashTable`].
 
 mod device;
+pub mod durable;
 mod faulty;
 mod file;
 pub mod frame;

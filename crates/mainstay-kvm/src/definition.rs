@@ -211,7 +211,7 @@ fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     file.write_all(bytes)?;
     file.sync_all()?;
     std::fs::rename(&new_path, path)?;
-    crate::files::sync_directory(path)
+    mainstay_block::durable::sync_parent(path)
 }
 
 /// Where the TPM's state lies. libvirt says so only if somebody chose the place; its own choice depends on how it was

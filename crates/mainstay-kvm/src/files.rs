@@ -8,10 +8,11 @@
 //! | `run/` | sockets and scratch files; QEMU makes some of them, so it belongs to QEMU's account |
 
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
+use mainstay_block::durable::{sync_parent, write_aside};
 use mainstay_model::VmId;
 use mainstay_provider::SiteError;
 use serde::Serialize;
@@ -100,23 +101,16 @@ pub(crate) fn give(path: &Path, owner: Option<Owner>) -> Result<(), SiteError> {
 
 /// Writes a record so that after a crash there is the old one or the new one.
 pub(crate) fn write_record(path: &Path, record: &impl Serialize) -> Result<(), SiteError> {
-    write_aside(path, record)
-        .and_then(|()| sync_directory(path))
-        .doing(&format!("writing {}", path.display()))
+    write_passing_record(path, record)?;
+    sync_parent(path).doing(&format!("writing {}", path.display()))
 }
 
 /// Writes a record that must outlive the agent and not the host: without power there is no VM whose state it could tell. It
 /// is whole then, or not there.
 pub(crate) fn write_passing_record(path: &Path, record: &impl Serialize) -> Result<(), SiteError> {
-    write_aside(path, record).doing(&format!("writing {}", path.display()))
-}
-
-fn write_aside(path: &Path, record: &impl Serialize) -> io::Result<()> {
-    let new_path = path.with_extension("new");
-    let mut file = fs::File::create(&new_path)?;
-    file.write_all(&serde_json::to_vec_pretty(record)?)?;
-    file.sync_all()?;
-    fs::rename(&new_path, path)
+    let text =
+        serde_json::to_vec_pretty(record).map_err(|error| failed(format!("writing a record: {error}")))?;
+    write_aside(path, &text).doing(&format!("writing {}", path.display()))
 }
 
 /// Reads a record; `None` if there is none.
@@ -147,14 +141,6 @@ pub(crate) fn remove_directory(path: &Path) -> Result<(), SiteError> {
             Err(error).doing(&format!("removing {}", path.display()))
         }
         _ => Ok(()),
-    }
-}
-
-/// Makes the name of a file durable.
-pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) => fs::File::open(parent)?.sync_all(),
-        None => Ok(()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mainstay_block::durable::sync_parent;
 use mainstay_model::VmId;
 use mainstay_provider::{NetworkKind, RecoveryDisk, RecoveryVmSpec, SiteError};
 use sha2::{Digest as _, Sha256};
@@ -10,7 +11,7 @@ use super::{RecoveryRecord, middle_path, read_record, record_path, reserve, top_
 use crate::command::{argument, run};
 use crate::definition::Definition;
 use crate::error::{While as _, refused};
-use crate::files::{Owner, give, sync_directory, write_record};
+use crate::files::{Owner, give, write_record};
 use crate::host::Host;
 use crate::inventory::{machines, networks};
 use crate::libvirt::XmlKind;
@@ -137,7 +138,7 @@ pub(crate) async fn make_overlay(
     give(&new_path, owner)?;
     std::fs::File::open(&new_path)?.sync_all()?;
     std::fs::rename(&new_path, path).doing("naming an overlay")?;
-    sync_directory(path).doing("naming an overlay")
+    sync_parent(path).doing("naming an overlay")
 }
 
 /// Lets QEMU connect to the recovery point's sockets. They are made by another account and made anew whenever
