@@ -81,7 +81,7 @@ enum Built {
 
 /// How hard the next frame is compressed.
 struct Compression<'a> {
-    pace: Arc<Mutex<Pace>>,
+    pace: Mutex<Pace>,
     is_limited: bool,
     output: &'a mpsc::Sender<Output>,
 }
@@ -116,7 +116,7 @@ pub(crate) async fn scan(
     let (frame_sink, frame_source) = mpsc::channel(FRAMES_BATCHED);
     let plan = plan(job, options.time_max, piece_sink);
     let is_limited = options.bytes_per_second.is_some();
-    let compression = Compression { pace: Arc::default(), is_limited, output: &output };
+    let compression = Compression { pace: Mutex::default(), is_limited, output: &output };
     let build = build(job, options, progress, &compression, piece_source, frame_sink);
     let compress = compress(options, progress, &compression, frame_source);
     let (left, (), ()) = tokio::try_join!(plan, build, compress)?;
