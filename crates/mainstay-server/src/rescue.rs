@@ -2,13 +2,14 @@
 
 use std::{
     fs,
-    io::{self, Write as _},
+    io::Write as _,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
+use mainstay_block::durable::sync_parent;
 use mainstay_control::{
     Adoption, SystemClock,
     app::{Role, TokenSecret, VaultRecord},
@@ -112,8 +113,15 @@ pub async fn back_up(config: &ServerConfig, to: &Path) -> anyhow::Result<()> {
     if to.exists() {
         bail!("{} is there already; a backup is made in a new directory", to.display());
     }
-    let unfinished = to.with_extension("unfinished");
-    remove(&unfinished)?;
+    let mut unfinished = to.as_os_str().to_owned();
+    unfinished.push(".unfinished");
+    let unfinished = PathBuf::from(unfinished);
+    if unfinished.exists() {
+        bail!(
+            "{} is there already: another backup is being made, or was not finished; remove it in that case",
+            unfinished.display()
+        );
+    }
     make_dir(&unfinished)?;
     copy_state(&config.data_dir, &unfinished).await?;
     fs::rename(&unfinished, to).with_context(|| format!("make {}", to.display()))?;
@@ -185,19 +193,4 @@ fn make_dir(path: &Path) -> anyhow::Result<()> {
         .mode(0o700)
         .create(path)
         .with_context(|| format!("make {}", path.display()))
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-fn sync_parent(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => fs::File::open(".")?.sync_all(),
-        Some(parent) => fs::File::open(parent)?.sync_all(),
-        None => Ok(()),
-    }
 }

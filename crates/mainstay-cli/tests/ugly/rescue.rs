@@ -83,6 +83,11 @@ async fn a_restored_server_learns_from_the_store_what_it_has_missed() -> Result<
     let backup = world.lab.dir().join("backup");
     let backup_text = backup.display().to_string();
     let copy = ["server", "backup", "--config", &paths.config, &backup_text];
+    // Whatever it is, it is not removed.
+    let unfinished = world.lab.dir().join("backup.unfinished");
+    fs::create_dir(&unfinished)?;
+    world.cli(&copy).expect(1).says("was not finished");
+    fs::remove_dir(&unfinished)?;
     world.cli(&copy).expect(0);
     world.cli(&copy).expect(1).says("is there already");
     // After the backup: the VM moves to the other site, and the source is switched off by us.
