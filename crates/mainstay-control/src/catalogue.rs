@@ -50,6 +50,13 @@ struct CataloguedItem {
     job: Option<JobRecord>,
 }
 
+impl CataloguedItem {
+    /// Tells one state from another, however often it was written.
+    fn sum(&self) -> Result<Sum, ControlError> {
+        Ok(Sha256::digest(write(&(&self.item, &self.job))?).into())
+    }
+}
+
 /// What people have set up.
 #[derive(Serialize, Deserialize)]
 struct CataloguedResources {
@@ -77,8 +84,8 @@ pub(crate) struct Catalogue {
 
 #[derive(Default)]
 struct Known {
-    /// By item, the version that was last looked at and what is in the store.
-    items: HashMap<ItemId, (i64, Sum)>,
+    /// By item, the version that was last looked at (`None` = not by this process) and what is in the store.
+    items: HashMap<ItemId, (Option<i64>, Sum)>,
     resources: Option<(i64, Sum)>,
     checked_ms: Option<i64>,
 }
@@ -165,7 +172,12 @@ impl Control {
         let mut found = Vec::new();
         for name in self.store.documents(ITEMS).await? {
             match self.document::<CataloguedItem>(&name).await? {
-                Ok(Some(item)) => found.push(item),
+                Ok(Some(item)) => {
+                    // What is there need not be written again.
+                    let known = (None, item.sum()?);
+                    self.catalogue.known.lock().await.items.insert(item.item.id, known);
+                    found.push(item);
+                }
                 Ok(None) => {}
                 Err(what) => adoption.damaged.push(what),
             }
@@ -370,9 +382,8 @@ impl Control {
             return Ok(());
         }
         let mut known = self.catalogue.known.lock().await;
-        if self.is_superseded(&mut known).await? {
-            tracing::error!("another server has taken over the replica store: this one stops");
-            self.catalogue.superseded.cancel();
+        let is_due = |checked_ms| self.clock.now_ms() - checked_ms >= SERVER_CHECK_MS;
+        if known.checked_ms.is_none_or(is_due) && self.is_superseded(&mut known).await? {
             return Ok(());
         }
         self.catalogue_resources(&mut known).await?;
@@ -380,7 +391,8 @@ impl Control {
         let mut written = 0;
         for item in items.iter() {
             let seen = known.items.get(&item.id).copied();
-            if item.state.running.is_none() && seen.is_some_and(|(version, _)| version == item.version) {
+            if item.state.running.is_none() && seen.is_some_and(|(version, _)| version == Some(item.version))
+            {
                 continue;
             }
             // Thousands of items must not hold up whoever waits for this thread.
@@ -398,15 +410,18 @@ impl Control {
         Ok(())
     }
 
+    /// Whether another server has taken this one's place. Looked at before each write, too: what a server writes that has lost
+    /// the store would be taken for news.
     async fn is_superseded(&self, known: &mut Known) -> Result<bool, ControlError> {
-        let now_ms = self.clock.now_ms();
-        if known.checked_ms.is_some_and(|checked_ms| now_ms - checked_ms < SERVER_CHECK_MS) {
-            return Ok(false);
-        }
         let server = self.document::<CataloguedServer>(SERVER).await?;
-        known.checked_ms = Some(now_ms);
+        known.checked_ms = Some(self.clock.now_ms());
         match server {
-            Ok(Some(server)) => Ok(server.id != self.catalogue.server),
+            Ok(Some(server)) if server.id != self.catalogue.server => {
+                tracing::error!("another server has taken over the replica store: this one stops");
+                self.catalogue.superseded.cancel();
+                Ok(true)
+            }
+            Ok(Some(_)) => Ok(false),
             // Removed or damaged: nobody claims the store.
             Ok(None) | Err(_) => {
                 let server = CataloguedServer { id: self.catalogue.server };
@@ -420,7 +435,7 @@ impl Control {
     async fn catalogue_item(
         &self,
         item: &ItemRecord,
-        seen: Option<(i64, Sum)>,
+        seen: Option<(Option<i64>, Sum)>,
         known: &mut Known,
     ) -> Result<bool, ControlError> {
         let mut job = match item.state.running {
@@ -431,15 +446,18 @@ impl Control {
             step.progress = mainstay_provider::Progress::default();
         }
         let mut found = CataloguedItem { writes: 0, version: 0, item: lasting(item), job };
-        let sum: Sum = Sha256::digest(write(&found)?).into();
+        let sum = found.sum()?;
         let is_new = seen.is_none_or(|(_, before)| before != sum);
         if is_new {
+            if self.is_superseded(known).await? {
+                return Ok(false);
+            }
             // After reading the item: at least as many as made it what it is.
             found.writes = self.db.item_writes().await?;
             found.version = item.version;
             self.store.put_document(&name_of(item.id), &write(&found)?).await?;
         }
-        known.items.insert(item.id, (item.version, sum));
+        known.items.insert(item.id, (Some(item.version), sum));
         Ok(is_new)
     }
 
@@ -461,6 +479,9 @@ impl Control {
         let mut found = CataloguedResources { writes: 0, resources, plan_jobs };
         let sum: Sum = Sha256::digest(write(&found)?).into();
         if known.resources.is_none_or(|(_, known)| known != sum) {
+            if self.is_superseded(known).await? {
+                return Ok(());
+            }
             found.writes = self.db.resource_writes().await?;
             self.store.put_document(RESOURCES, &write(&found)?).await?;
         }
