@@ -57,6 +57,21 @@ proptest! {
     }
 
     #[test]
+    fn frames_of_version_1_are_read_and_verified(spec in runs(), effort in efforts(), at in any::<usize>()) {
+        let (runs, data, bytes) = build(&spec, effort);
+        let mut bytes = bytes.to_vec();
+        bytes[4] = 1;
+        prop_assert_eq!(Frame::decode(&bytes.clone().into()).unwrap_err(), FrameError::Checksum);
+        let sum = blake3::hash(&[&bytes[..CHECKSUM_AT], &bytes[FRAME_HEADER_BYTES..]].concat());
+        bytes[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum.as_bytes()[..16]);
+        let frame = Frame::decode(&bytes.clone().into()).unwrap();
+        prop_assert_eq!((&frame.runs, frame.payload.as_ref()), (&runs, data.as_slice()));
+        let at = at % bytes.len();
+        bytes[at] ^= 1;
+        prop_assert!(Frame::decode(&bytes.into()).is_err());
+    }
+
+    #[test]
     fn hostile_bytes_with_a_valid_checksum_never_panic(
         spec in runs(),
         effort in efforts(),

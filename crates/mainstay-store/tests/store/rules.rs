@@ -283,3 +283,36 @@ async fn a_local_directory_survives_reopening_and_loses_its_staging_files() {
     assert!(read(&store, second).await.unwrap() == disks);
     assert!(store.definition(REPLICA, second).await.unwrap().is_empty());
 }
+
+#[tokio::test]
+async fn a_document_is_whole_its_own_and_where_it_belongs_or_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(local_storage(dir.path()).unwrap(), StoreOptions::default());
+    assert_eq!(store.document("items/a").await.unwrap(), None);
+    for (name, text) in [("items/a", "first"), ("items/a", "second"), ("items/b", "other"), ("top", "else")] {
+        store.put_document(name, text.as_bytes()).await.unwrap();
+    }
+    assert_eq!(store.document("items/a").await.unwrap().unwrap(), "second");
+    let mut names = store.documents("items").await.unwrap();
+    names.sort();
+    assert_eq!(names, ["items/a", "items/b"]);
+    // No replica is made of them.
+    assert!(store.replicas().await.unwrap().is_empty());
+
+    let path = |name: &str| dir.path().join("v1/catalogue").join(name);
+    let sound = std::fs::read(path("items/a")).unwrap();
+    for at in 0..sound.len() {
+        let mut flipped = sound.clone();
+        flipped[at] ^= 4;
+        std::fs::write(path("items/a"), flipped).unwrap();
+        assert!(matches!(store.document("items/a").await, Err(StoreError::Damaged { .. })), "{at}");
+    }
+    std::fs::copy(path("items/b"), path("items/a")).unwrap();
+    assert!(matches!(store.document("items/a").await, Err(StoreError::Damaged { .. })));
+    for name in ["", "/", "items/", "../a", "items/..", "a.b", "a b"] {
+        assert!(matches!(store.put_document(name, b"x").await, Err(StoreError::Invalid(_))), "{name}");
+    }
+    store.remove_document("items/b").await.unwrap();
+    store.remove_document("items/b").await.unwrap();
+    assert_eq!(store.document("items/b").await.unwrap(), None);
+}
