@@ -110,6 +110,57 @@ pub struct ItemStatus {
     pub mac_policies: BTreeMap<String, String>,
 }
 
+/// Answer of `GET` and `POST /api/v1/items/{item}/scrub`: what is known of the item's replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ItemScrub {
+    /// The item's name.
+    pub item: String,
+    /// The VM's name.
+    pub vm: String,
+    /// What goes on.
+    pub state: ScrubState,
+    /// Bytes that the scrub under way has read.
+    pub bytes_read: Option<u64>,
+    /// When the last complete scrub ended.
+    pub finished: Option<String>,
+    /// Objects that it read.
+    pub objects: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Damaged objects that were put right from the store alone, ever.
+    pub mended: u64,
+    /// What is damaged still; the first hundred.
+    pub damage: Vec<DamagedObject>,
+    /// Recovery points that cannot be read whole.
+    pub damaged_points: Vec<String>,
+    /// The next replication cycle sends again what cannot be read.
+    pub is_repair_pending: bool,
+}
+
+/// What goes on with scrubs of an item's replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ScrubState {
+    /// Nothing until the next one is due.
+    Idle,
+    /// Somebody asked for one, or something was sent again that is to be looked at.
+    Requested,
+    /// It is read through now.
+    Running,
+}
+
+/// A damaged object of the store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DamagedObject {
+    /// Its key in the store.
+    pub key: String,
+    /// What is wrong with it.
+    pub what: String,
+    /// Recovery points that need it.
+    pub points: u64,
+}
+
 /// Answer of `GET /api/v1/jobs/{id}`: what ARM has no field for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

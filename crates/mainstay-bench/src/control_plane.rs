@@ -19,7 +19,10 @@ use mainstay_api::{
 };
 use mainstay_control::{
     app::ProviderRecord,
-    db::{Db, DiskRecord, ItemRecord, JobRecord, JobState, ReplicationRecord, StepRecord, TargetRecord},
+    db::{
+        Db, DiskRecord, ItemRecord, JobRecord, JobState, ReplicationRecord, ScrubRecord, StepRecord,
+        TargetRecord,
+    },
     jobs::tasks,
 };
 use mainstay_lab::{HOME, Lab, LabAction, RECOVERY};
@@ -215,6 +218,7 @@ fn item(number: usize, primary_provider: ProviderId, recovery_provider: Provider
         test_vm: None,
         failover: None,
         stand_downs: Vec::new(),
+        scrub: ScrubRecord::default(),
         replication: ReplicationRecord {
             last_point: Some(PointId(Uuid::new_v4())),
             last_point_ms: Some(now_ms()),

@@ -9,7 +9,7 @@ use mainstay_block::{
     frame::{Effort, FrameBuilder},
 };
 use mainstay_lab::{HOME, Item, Lab, LabAction, LedgerCopy, LedgerVm, RECOVERY};
-use mainstay_store::{Consistency, PointMeta, SessionSpec, Store, StoreOptions, local_storage};
+use mainstay_store::{Consistency, FrameUse, PointMeta, SessionSpec, Store, StoreOptions, local_storage};
 use uuid::Uuid;
 
 use crate::{
@@ -152,7 +152,7 @@ async fn add_points(lab: &Lab, replica: Uuid, count: u64) -> Result<()> {
             random.noise(&mut block);
             frame.push_data(0, place, &block)?;
         }
-        session.append(1, frame.finish(Effort::Small)?).await?;
+        session.append(1, frame.finish(Effort::Small)?, FrameUse::Changed).await?;
         let meta = PointMeta {
             time_ms: head.time_ms + number,
             consistency: Consistency::Crash,

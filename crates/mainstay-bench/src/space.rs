@@ -129,6 +129,7 @@ impl Replica {
                 key: "vda".to_owned(),
                 device: self.device.clone(),
                 ranges,
+                resend: Vec::new(),
                 table: self.table.clone(),
             }],
             meta: PointMeta {

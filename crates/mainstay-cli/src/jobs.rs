@@ -4,7 +4,6 @@ use std::{io::Write as _, path::PathBuf, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mainstay_api::{
     arm::{CommentsInput, ExportJobDetails, JobProperties, JobQueryParameter, JobTask, Request, Resource},
     v1::{JobStatus, TaskStatus},
@@ -310,8 +309,7 @@ const POLL: Duration = Duration::from_millis(200);
 
 /// Shows a job's progress on standard error until it ends or waits for a person.
 async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    bar.set_style(ProgressStyle::with_template("{spinner} {msg}")?);
+    let bar = output::spinner()?;
     let mut told: Vec<String> = Vec::new();
     loop {
         let job = read(session, name).await?;

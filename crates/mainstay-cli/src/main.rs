@@ -11,6 +11,7 @@ mod output;
 mod plans;
 mod principals;
 mod resources;
+mod scrubs;
 mod server;
 mod session;
 mod settings;
@@ -98,6 +99,9 @@ enum Command {
     /// Recovery plans: groups of machines, failed over in order by one command.
     #[command(subcommand)]
     Plan(plans::PlanCommand),
+    /// Whether the store still has what was written to it: reads replicas through, and puts right what is damaged.
+    #[command(subcommand)]
+    Scrub(scrubs::ScrubCommand),
     /// Says how to reach a VM's console.
     Console(items::ItemArguments),
     /// Jobs.
@@ -166,6 +170,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Token(command) => resources::token(&connect.open().await?, command).await,
         Command::Principal(command) => principals::principal(&connect.open().await?, command).await,
         Command::Event(command) => resources::event(&connect.open().await?, command).await,
+        Command::Scrub(command) => scrubs::run(&connect.open().await?, command).await,
         Command::Item(command) => items::item(&connect.open().await?, command).await,
         Command::Protect(arguments) => items::protect(&connect.open().await?, arguments).await,
         Command::RecoveryPoints(arguments) => items::recovery_points(&connect.open().await?, arguments).await,

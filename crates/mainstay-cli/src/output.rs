@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the module that prints")]
 
 use comfy_table::{ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 /// Prints data.
@@ -47,6 +48,13 @@ pub(crate) fn error(text: &str) {
 /// Tells what to do next.
 pub(crate) fn hint(text: &str) {
     eprintln!("  → {text}");
+}
+
+/// Progress of something long, on standard error.
+pub(crate) fn spinner() -> anyhow::Result<ProgressBar> {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    bar.set_style(ProgressStyle::with_template("{spinner} {msg}")?);
+    Ok(bar)
 }
 
 /// Bytes for people.

@@ -57,6 +57,8 @@ pub struct Control {
     pub vault_name: std::sync::OnceLock<String>,
     /// Replication cycles under way.
     pub cycles: reconcilers::Cycles,
+    /// Scrubs under way.
+    pub scrubs: reconcilers::Scrubs,
     catalogue: catalogue::Catalogue,
 }
 
@@ -74,6 +76,7 @@ impl Control {
             scripts: std::sync::OnceLock::new(),
             vault_name: std::sync::OnceLock::new(),
             cycles: reconcilers::Cycles::default(),
+            scrubs: reconcilers::Scrubs::default(),
             catalogue: catalogue::Catalogue::default(),
         })
     }

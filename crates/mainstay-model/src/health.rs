@@ -26,6 +26,10 @@ pub struct Evidence {
     pub last_error: Option<CycleError>,
     /// Whether the source's agent is connected.
     pub is_agent_connected: bool,
+    /// Recovery points that a scrub found damaged and nothing has healed since.
+    pub damaged_points: usize,
+    /// Whether the newest recovery point is one of them.
+    pub is_newest_damaged: bool,
 }
 
 /// Why a replication cycle failed.
@@ -98,6 +102,23 @@ pub fn replication_health(
             } else {
                 error.remedy.clone()
             },
+        });
+    }
+    if evidence.damaged_points > 0 {
+        let message = match evidence.damaged_points {
+            1 => "1 recovery point has blocks that the store cannot read any more.".to_owned(),
+            count => format!("{count} recovery points have blocks that the store cannot read any more."),
+        };
+        errors.push(HealthError {
+            code: "ReplicaDamaged".to_owned(),
+            level: if evidence.is_newest_damaged { Health::Critical } else { Health::Warning },
+            message,
+            possible_causes:
+                "The medium of the store returns other bytes than were written, or loses objects.".to_owned(),
+            recommended_action:
+                "Check the store's medium. The next cycle sends again what the source still has; \
+                                 older points that stay damaged are passed over until they expire."
+                    .to_owned(),
         });
     }
     let reference_ms = evidence.last_point_ms.or(evidence.replicating_since_ms);
@@ -173,6 +194,19 @@ mod tests {
         assert_eq!(health_at(120), Health::Normal);
         assert_eq!(health_at(121), Health::Warning);
         assert_eq!(health_at(1201), Health::Critical);
+    }
+
+    #[test]
+    fn damage_is_critical_while_the_newest_point_has_it() {
+        let state = ItemState { phase: Phase::Protected, ..ItemState::new() };
+        let sound = Evidence { last_point_ms: Some(0), is_agent_connected: true, ..Evidence::default() };
+        let old = Evidence { damaged_points: 2, ..sound.clone() };
+        let newest = Evidence { is_newest_damaged: true, ..old.clone() };
+        for (evidence, expected) in
+            [(sound, Health::Normal), (old, Health::Warning), (newest, Health::Critical)]
+        {
+            assert_eq!(replication_health(&state, &POLICY, &evidence, 0).0, expected);
+        }
     }
 
     #[test]

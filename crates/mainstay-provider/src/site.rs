@@ -147,8 +147,11 @@ operations! {
         generation: Generation,
         /// Names the transfer: the same session never makes two recovery points.
         session: SessionId,
-        /// The point that the changes build on; `None` = the replica is empty.
+        /// The point that the changes build on; `None` = nothing: the replica is empty, or what it has is beyond use.
         parent: Option<PointId>,
+        /// Blocks (first, end) per disk that the store cannot read any more, sorted: they are sent whether they changed or not.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        resend: Vec<Vec<(u64, u64)>>,
         /// Ask the guest to take part.
         application_consistent: bool,
         /// Compare every block by hash instead of trusting trackers.

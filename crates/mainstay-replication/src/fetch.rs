@@ -11,9 +11,10 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::connect::{Backoff, unless_cancelled};
-use crate::message::{BlockRange, FetchRequest, Hello, Purpose, Welcome};
+use crate::message::{FetchRequest, Hello, Purpose, Welcome};
 use crate::wire::{Kind, Message, Traffic, VERSION, split};
 use crate::{Connect, ReplicationError};
+use mainstay_store::BlockRange;
 
 /// Writes to the targets at the same time.
 const WRITES_IN_FLIGHT: usize = 8;

@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use crate::connect::Backoff;
 use crate::message::{CommitRequest, Hello, Welcome};
-use crate::scan::Output;
-use crate::wire::{Kind, Message, Receiver, Traffic, Transmitter, split};
+use crate::scan::{Output, Sent};
+use crate::wire::{FLAG_RESENT, Kind, Message, Receiver, Traffic, Transmitter, split};
 use crate::{Connect, RefusalKind, ReplicationError, SendJob};
 
 pub(crate) struct Link<'a> {
@@ -25,7 +25,7 @@ pub(crate) struct Link<'a> {
     window_bytes: usize,
     traffic: Arc<Traffic>,
     /// Frames that are not known to be durable, with their numbers.
-    buffer: VecDeque<(u64, Bytes)>,
+    buffer: VecDeque<(u64, Sent)>,
     buffer_bytes: usize,
     /// Number of the last frame taken from the scan.
     last: u64,
@@ -121,7 +121,7 @@ impl<'a> Link<'a> {
         });
         let mut incoming = Box::pin(incoming);
         let mut ping = Box::pin(transmitter.ping_forever());
-        let mut backlog: VecDeque<(u64, Bytes)> =
+        let mut backlog: VecDeque<(u64, Sent)> =
             self.buffer.iter().filter(|(number, _)| *number > received).cloned().collect();
         // Whether the server was asked to make durable what it has, since it last did.
         let mut flushed = false;
@@ -132,7 +132,9 @@ impl<'a> Link<'a> {
                     self.resent += 1;
                 }
                 self.written = self.written.max(number);
-                transmitter.send(&Message::new(Kind::Frame, number, frame)).await?;
+                let flags = if frame.is_resent { FLAG_RESENT } else { 0 };
+                let message = Message { flags, ..Message::new(Kind::Frame, number, frame.bytes) };
+                transmitter.send(&message).await?;
                 continue;
             }
             if self.ended && !committing {
@@ -171,7 +173,7 @@ impl<'a> Link<'a> {
                 output = frames.recv(), if room && !self.ended => match output {
                     Some(Output::Frame(frame)) => {
                         self.last += 1;
-                        self.buffer_bytes += frame.len();
+                        self.buffer_bytes += frame.bytes.len();
                         self.buffer.push_back((self.last, frame.clone()));
                         backlog.push_back((self.last, frame));
                     }
@@ -188,7 +190,7 @@ impl<'a> Link<'a> {
     fn acknowledge(&mut self, durable: u64) {
         self.durable = self.durable.max(durable);
         while let Some((_, frame)) = self.buffer.pop_front_if(|(number, _)| *number <= self.durable) {
-            self.buffer_bytes -= frame.len();
+            self.buffer_bytes -= frame.bytes.len();
         }
     }
 

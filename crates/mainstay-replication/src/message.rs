@@ -1,6 +1,6 @@
 //! Control messages, encoded in postcard. A change here is a new protocol version.
 
-use mainstay_store::{Consistency, DiskSpec};
+use mainstay_store::{BlockRange, Consistency, DiskSpec};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -32,13 +32,6 @@ pub(crate) struct FetchRequest {
     pub(crate) extra: Vec<BlockRange>,
     /// Go on at this disk and block.
     pub(crate) resume: (u16, u64),
-}
-
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct BlockRange {
-    pub(crate) disk: u16,
-    pub(crate) first: u64,
-    pub(crate) end: u64,
 }
 
 /// The server's answer.

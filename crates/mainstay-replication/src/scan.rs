@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use mainstay_block::frame::{Effort, FRAME_BLOCKS_MAX, FrameBuilder};
 use mainstay_block::hash_table::Verdict;
-use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of};
+use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of, is_zero};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Duration, Instant};
 
@@ -30,9 +30,17 @@ const FRAMES_BATCHED: usize = 4;
 /// waited for in order, few enough that what was just read is still in the processors' caches.
 const BATCHES_COMPRESSING: usize = 2;
 
+/// A frame on its way.
+#[derive(Clone)]
+pub(crate) struct Sent {
+    pub(crate) bytes: Bytes,
+    /// The replica is known to hold what is in it, and asked for it again.
+    pub(crate) is_resent: bool,
+}
+
 /// What is handed to the link.
 pub(crate) enum Output {
-    Frame(Bytes),
+    Frame(Sent),
     /// All of it was handed over. A channel that closes without this means failure.
     End {
         /// Byte ranges per disk that were not looked at because the time was up.
@@ -70,11 +78,19 @@ enum Change {
         first: u64,
         count: u64,
     },
+    /// Blocks that did not change and were asked for all the same; without content: zeros.
+    Resent {
+        disk: usize,
+        first: u64,
+        count: u64,
+        content: Option<Bytes>,
+    },
 }
 
 /// What goes on to be compressed.
 enum Built {
     Frame(FrameBuilder),
+    Resent(FrameBuilder),
     /// Nothing more is to be done.
     Made(Vec<(Bytes, Made)>),
 }
@@ -250,7 +266,7 @@ async fn build(
         async move { Ok::<_, ReplicationError>((piece, examine(job, piece, compression).await?)) }.boxed()
     });
     let mut examined = Box::pin(examined.buffered(options.reads_in_flight.max(1)));
-    let mut frame = FrameBuilder::new();
+    let (mut frame, mut again) = (FrameBuilder::new(), FrameBuilder::new());
     while let Some((piece, changes)) = examined.try_next().await? {
         let (mut changed, mut zeroed) = (0, 0);
         for change in changes {
@@ -287,6 +303,25 @@ async fn build(
                     target.table.stage_zeros(job.session, first, count)?;
                     zeroed += count * BLOCK_BYTES;
                 }
+                // The tables say so already.
+                Change::Resent { disk, first, count, content } => {
+                    let index = job.disks[disk].index;
+                    let (mut left, mut at) = (content.unwrap_or_default(), first);
+                    if left.is_empty() {
+                        if again.room() == 0 && !resend(&mut again, &frames).await {
+                            return Ok(());
+                        }
+                        again.push_zero(index, first, count as u32)?;
+                    }
+                    while !left.is_empty() {
+                        if again.room() == 0 && !resend(&mut again, &frames).await {
+                            return Ok(());
+                        }
+                        let length = left.len().min(again.room() * BLOCK_BYTES as usize);
+                        again.push_bytes(index, at, left.split_to(length))?;
+                        at += (length as u64).div_ceil(BLOCK_BYTES);
+                    }
+                }
             }
         }
         progress.send_modify(|progress| {
@@ -300,6 +335,9 @@ async fn build(
         // The receiving side closes only when it failed, and tells why itself.
         let _closed = frames.send(Built::Frame(frame)).await;
     }
+    if !again.is_empty() {
+        let _closed = resend(&mut again, &frames).await;
+    }
     Ok(())
 }
 
@@ -310,6 +348,10 @@ async fn room(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
 
 async fn hand_over(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
     frames.send(Built::Frame(std::mem::take(frame))).await.is_ok()
+}
+
+async fn resend(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
+    frames.send(Built::Resent(std::mem::take(frame))).await.is_ok()
 }
 
 /// Encodes a piece of which every block is sent, in whole frames.
@@ -335,11 +377,24 @@ async fn examine(
     let disk = &job.disks[piece.disk];
     let table = Arc::clone(&disk.table);
     let index = piece.disk;
+    let again = clipped(&disk.resend, piece.first..piece.end);
     let task = if piece.zero {
         tokio::task::spawn_blocking(move || {
             let runs = table.not_zero(piece.first, piece.end - piece.first)?;
-            let change = |(first, count)| Change::Zeros { disk: index, first, count };
-            Ok::<_, ReplicationError>(runs.into_iter().map(change).collect())
+            let same = |range: Range<u64>| without(range, &runs);
+            let resent = again.into_iter().flat_map(same).map(|range| Change::Resent {
+                disk: index,
+                first: range.start,
+                count: range.end - range.start,
+                content: None,
+            });
+            let mut changes: Vec<Change> = resent.collect();
+            changes.extend(runs.iter().map(|(first, count)| Change::Zeros {
+                disk: index,
+                first: *first,
+                count: *count,
+            }));
+            Ok::<_, ReplicationError>(changes)
         })
     } else {
         let from = piece.first * BLOCK_BYTES;
@@ -359,40 +414,80 @@ async fn examine(
                 let frames = whole(target, piece.first, &data, effort)?;
                 return Ok(vec![Change::Frames { first: piece.first, hashes, frames }]);
             }
-            let mut changes: Vec<Change> = Vec::new();
-            for ((block, verdict), at) in
-                (piece.first..).zip(verdicts).zip((0..).step_by(BLOCK_BYTES as usize))
-            {
-                match verdict {
-                    Verdict::Same => {}
-                    Verdict::Data(hash) => {
-                        let end = data.len().min(at + BLOCK_BYTES as usize);
-                        match changes.last_mut() {
-                            Some(Change::Data { first, hashes, content, .. })
-                                if *first + hashes.len() as u64 == block =>
-                            {
-                                hashes.push(hash);
-                                let start = (*first - piece.first) as usize * BLOCK_BYTES as usize;
-                                *content = data.slice(start..end);
-                            }
-                            _ => changes.push(Change::Data {
-                                disk: index,
-                                first: block,
-                                hashes: vec![hash],
-                                content: data.slice(at..end),
-                            }),
-                        }
-                    }
-                    Verdict::Zero => match changes.last_mut() {
-                        Some(Change::Zeros { first, count, .. }) if *first + *count == block => *count += 1,
-                        _ => changes.push(Change::Zeros { disk: index, first: block, count: 1 }),
-                    },
-                }
-            }
-            Ok(changes)
+            Ok(changes(piece, &data, verdicts, &again))
         })
     };
     task.await.map_err(|error| ReplicationError::internal(&error))?
+}
+
+/// Runs of what is to be sent of a piece that was read.
+fn changes(piece: Piece, data: &Bytes, verdicts: Vec<Verdict>, again: &[Range<u64>]) -> Vec<Change> {
+    let disk = piece.disk;
+    let mut changes: Vec<Change> = Vec::new();
+    let offset = |block: u64| (block - piece.first) as usize * BLOCK_BYTES as usize;
+    for (block, verdict) in (piece.first..).zip(verdicts) {
+        let (at, end) = (offset(block), data.len().min(offset(block + 1)));
+        match (verdict, changes.last_mut()) {
+            (Verdict::Same, last) if again.iter().any(|range| range.contains(&block)) => {
+                let is_zero = is_zero(&data[at..end]);
+                match last {
+                    Some(Change::Resent { first, count, content, .. })
+                        if *first + *count == block && content.is_none() == is_zero =>
+                    {
+                        *count += 1;
+                        if let Some(content) = content {
+                            *content = data.slice(offset(*first)..end);
+                        }
+                    }
+                    _ => {
+                        let content = (!is_zero).then(|| data.slice(at..end));
+                        changes.push(Change::Resent { disk, first: block, count: 1, content });
+                    }
+                }
+            }
+            (Verdict::Same, _) => {}
+            (Verdict::Data(hash), Some(Change::Data { first, hashes, content, .. }))
+                if *first + hashes.len() as u64 == block =>
+            {
+                hashes.push(hash);
+                *content = data.slice(offset(*first)..end);
+            }
+            (Verdict::Data(hash), _) => {
+                let content = data.slice(at..end);
+                changes.push(Change::Data { disk, first: block, hashes: vec![hash], content });
+            }
+            (Verdict::Zero, Some(Change::Zeros { first, count, .. })) if *first + *count == block => {
+                *count += 1;
+            }
+            (Verdict::Zero, _) => changes.push(Change::Zeros { disk, first: block, count: 1 }),
+        }
+    }
+    changes
+}
+
+/// The parts of sorted, disjoint ranges within another.
+fn clipped(ranges: &[Range<u64>], within: Range<u64>) -> Vec<Range<u64>> {
+    let first = ranges.partition_point(|range| range.end <= within.start);
+    let touching = ranges[first..].iter().take_while(|range| range.start < within.end);
+    touching.map(|range| range.start.max(within.start)..range.end.min(within.end)).collect()
+}
+
+/// What sorted runs `(first, count)` leave of a range.
+fn without(range: Range<u64>, runs: &[(u64, u64)]) -> Vec<Range<u64>> {
+    let (mut left, mut at) = (Vec::new(), range.start);
+    for (first, count) in runs {
+        let (start, end) = ((*first).max(at), (first + count).min(range.end));
+        if start < end {
+            if at < start {
+                left.push(at..start);
+            }
+            at = end;
+        }
+    }
+    if at < range.end {
+        left.push(at..range.end);
+    }
+    left
 }
 
 /// Compresses frames on blocking threads and hands them over in order, at the allowed rate.
@@ -414,8 +509,9 @@ async fn compress(
             let mut all = Vec::new();
             for built in batch {
                 match built {
-                    Built::Frame(frame) => all.push(finish(frame, effort)?),
-                    Built::Made(made) => all.extend(made),
+                    Built::Frame(frame) => all.push((finish(frame, effort)?, false)),
+                    Built::Resent(frame) => all.push((finish(frame, effort)?, true)),
+                    Built::Made(made) => all.extend(made.into_iter().map(|made| (made, false))),
                 }
             }
             Ok::<_, ReplicationError>(all)
@@ -431,11 +527,11 @@ async fn compress(
     });
     let mut encoded = Box::pin(encoded.buffered(BATCHES_COMPRESSING));
     while let Some(batch) = encoded.try_next().await? {
-        for (frame, made) in batch {
+        for ((frame, made), is_resent) in batch {
             let bytes = made.frame_bytes;
             throttle.spend(bytes).await;
             compression.lock().record(made);
-            if compression.output.send(Output::Frame(frame)).await.is_err() {
+            if compression.output.send(Output::Frame(Sent { bytes: frame, is_resent })).await.is_err() {
                 return Ok(());
             }
             progress.send_modify(|progress| {
@@ -445,4 +541,40 @@ async fn compress(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn runs() -> impl Strategy<Value = Vec<(u64, u64)>> {
+        proptest::collection::vec((1u64..6, 1u64..6), 0..6).prop_map(|steps| {
+            let mut at = 0;
+            let place = |(gap, count)| {
+                let first = at + gap;
+                at = first + count;
+                (first, count)
+            };
+            steps.into_iter().map(place).collect()
+        })
+    }
+
+    fn blocks(ranges: &[Range<u64>]) -> Vec<u64> {
+        ranges.iter().cloned().flatten().collect()
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_are_cut_as_sets_are(runs in runs(), from in 0u64..40, length in 0u64..40) {
+            let range = from..from + length;
+            let inside = |block: &u64| runs.iter().any(|(first, count)| (*first..first + count).contains(block));
+            let expected: Vec<u64> = range.clone().filter(|block| !inside(block)).collect();
+            prop_assert_eq!(blocks(&without(range.clone(), &runs)), expected);
+            let ranges: Vec<_> = runs.iter().map(|(first, count)| *first..first + count).collect();
+            let expected: Vec<u64> = range.clone().filter(inside).collect();
+            prop_assert_eq!(blocks(&clipped(&ranges, range)), expected);
+        }
+    }
 }

@@ -34,6 +34,9 @@ pub struct SendDisk {
     pub device: Arc<dyn BlockDevice>,
     /// Byte ranges to look at; all others are known to be unchanged.
     pub ranges: Vec<Range<u64>>,
+    /// Block ranges, sorted and disjoint, to send whatever the table says, because the store cannot read them any more.
+    /// Looked at only where they are in `ranges` too.
+    pub resend: Vec<Range<u64>>,
     /// What the replica holds; must describe the session's parent and have nothing pending.
     pub table: Arc<HashTable>,
 }

@@ -8,13 +8,13 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use mainstay_block::{BlockDevice as _, ExtentKind, HashKey, is_zero};
-use mainstay_store::{PointMeta, PointReader, Session, SessionSpec, Store, StoreError};
+use mainstay_store::{FrameUse, PointMeta, PointReader, Session, SessionSpec, Store, StoreError};
 use uuid::Uuid;
 
 use crate::connect::BoxStream;
 use crate::message::{CommitRequest, ExtentList, Hello, Purpose, Query, Refusal, Welcome};
 use crate::wire::{
-    ANSWER_BYTES_MAX, FLAG_ZERO, Kind, Message, Receiver, Traffic, Transmitter, VERSION, split,
+    ANSWER_BYTES_MAX, FLAG_RESENT, FLAG_ZERO, Kind, Message, Receiver, Traffic, Transmitter, VERSION, split,
 };
 use crate::{RefusalKind, ReplicationError, serve_fetch};
 
@@ -181,7 +181,11 @@ async fn take_frames(
     loop {
         let message = receiver.receive().await?;
         match message.kind {
-            Kind::Frame => session.append(message.tag, message.payload).await?,
+            Kind::Frame => {
+                let is_resent = message.flags & FLAG_RESENT != 0;
+                let used = if is_resent { FrameUse::Resent } else { FrameUse::Changed };
+                session.append(message.tag, message.payload, used).await?;
+            }
             Kind::Flush => session.flush().await?,
             Kind::Commit => {
                 let request: CommitRequest = message.body()?;

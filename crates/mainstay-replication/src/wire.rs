@@ -84,6 +84,8 @@ impl Kind {
 
 /// The answer is all zeros and carries no payload.
 pub(crate) const FLAG_ZERO: u8 = 1;
+/// A frame's blocks are the parent's, sent again because the store lost them.
+pub(crate) const FLAG_RESENT: u8 = 4;
 
 /// One message.
 #[derive(Clone, Debug)]

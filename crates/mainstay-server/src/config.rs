@@ -1,8 +1,8 @@
 //! The server's configuration: a TOML file, unknown keys refused.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use mainstay_control::workflows::SHUTDOWN_TIMEOUT;
+use mainstay_control::{reconcilers::ScrubPace, workflows::SHUTDOWN_TIMEOUT};
 use serde::{Deserialize, Serialize};
 
 use crate::smtp::SmtpConfig;
@@ -26,6 +26,11 @@ pub struct ServerConfig {
     /// Space in MiB that recovery points leave free on their file system: for the database, whose jobs and events must be
     /// written also when the site is full, and for what makes space again.
     pub store_reserve_mib: u64,
+    /// Hours between two complete readings of each replica, in which every stored byte is verified and what is damaged is put
+    /// right; 0 = only when somebody asks (`mainstay scrub start`).
+    pub scrub_interval_hours: u32,
+    /// Bytes per second that such a reading takes at most, in MiB; 0 = as fast as it goes.
+    pub scrub_mib_per_second: u32,
     /// Directory of the programs that recovery plans may run; empty = they run none.
     pub script_dir: Option<PathBuf>,
     /// How long a guest may take to shut down in a failover or failback, in seconds.
@@ -49,6 +54,8 @@ impl Default for ServerConfig {
             agent_endpoint: String::new(),
             store_dir: None,
             store_reserve_mib: 1024,
+            scrub_interval_hours: 7 * 24,
+            scrub_mib_per_second: 64,
             script_dir: None,
             smtp: None,
             request_timeout_seconds: 60,
@@ -62,6 +69,16 @@ impl ServerConfig {
     /// Reads a configuration text.
     pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
         toml::from_str(text)
+    }
+
+    /// How replicas are read through.
+    pub fn scrub_pace(&self) -> ScrubPace {
+        let hours = u64::from(self.scrub_interval_hours);
+        let bytes = u64::from(self.scrub_mib_per_second) << 20;
+        ScrubPace {
+            interval: (hours > 0).then(|| Duration::from_secs(hours * 3600)),
+            bytes_per_second: (bytes > 0).then_some(bytes),
+        }
     }
 
     /// Where recovery points are kept.

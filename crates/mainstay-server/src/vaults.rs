@@ -386,10 +386,11 @@ pub(crate) async fn open_control(
     };
     let options = StoreOptions { has_room: Arc::new(has_room), ..StoreOptions::default() };
     let control = Control::new(db, Arc::new(Store::open(storage, options)), clock);
+    // New just now: both are empty.
+    let _ = control.scrubs.pace.set(config.scrub_pace());
     if let Some(scripts) = &config.script_dir {
         let scripts =
             scripts.canonicalize().with_context(|| format!("script directory {}", scripts.display()))?;
-        // New just now: it is empty.
         let _ = control.scripts.set(scripts);
     }
     Ok(control)

@@ -13,4 +13,4 @@ mod world;
 
 pub use hypervisor::{HostFault, SimHypervisor, VmView};
 pub use oracle::Oracle;
-pub use world::{Host, JobEnd, Snapshot, World, WorldOptions};
+pub use world::{Host, JobEnd, Legible, Snapshot, World, WorldOptions};

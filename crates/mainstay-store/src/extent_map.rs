@@ -104,7 +104,7 @@ pub(crate) fn gaps(entries: &[Entry], from: u64, to: u64) -> Vec<(u64, u64)> {
 }
 
 /// The map of a session while it grows; later insertions win.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct ExtentMap {
     entries: BTreeMap<(u16, u64), Entry>,
 }
@@ -136,6 +136,14 @@ impl ExtentMap {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
+    }
+
+    /// The entries of a disk within `from..to`, clipped to it.
+    pub(crate) fn range(&self, disk: u16, from: u64, to: u64) -> Vec<Entry> {
+        let before = self.entries.range(..(disk, from)).next_back();
+        let before = before.filter(|((of, _), entry)| *of == disk && entry.end() > from);
+        let inside = self.entries.range((disk, from)..(disk, to));
+        before.into_iter().chain(inside).map(|(_, entry)| entry.clip(from, to)).collect()
     }
 
     /// All entries by disk and block.
@@ -179,6 +187,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_range_is_what_is_painted_there(a in inserts(), from in 0u64..60, length in 1u64..20) {
+            let mut whole = ExtentMap::default();
+            a.iter().for_each(|(start, count, frame)| whole.insert(0, entry(*start, *count, *frame)));
+            let (_, disk) = map(&a);
+            let to = from + length;
+            let mut painted = vec![None; 80];
+            whole.range(0, from, to).iter().for_each(|entry| paint(&mut painted, entry));
+            prop_assert_eq!(&painted[from as usize..to as usize], &disk[from as usize..to as usize]);
+            prop_assert!(painted[..from as usize].iter().chain(&painted[to as usize..]).all(Option::is_none));
+            prop_assert!(whole.range(1, from, to).is_empty());
+        }
+
         #[test]
         fn maps_and_overlays_equal_painting(a in inserts(), b in inserts()) {
             let (older, mut disk) = map(&a);

@@ -5,7 +5,7 @@
 //! Order within a pass: merge, compact, flatten, collect.
 
 mod collect;
-mod compact;
+pub(crate) mod compact;
 mod flatten;
 mod merge;
 

@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use object_store::PutPayload;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -15,7 +16,7 @@ use crate::envelope::Envelope;
 use crate::map_file::MapRef;
 
 /// A manifest of 100,000 recovery points is below 64 MiB.
-const ENVELOPE: Envelope = Envelope { magic: b"MSMANIF1", version: 1, bytes_max: 64 << 20 };
+const ENVELOPE: Envelope = Envelope { magic: b"MSMANIF1", bytes_max: 64 << 20 };
 /// Sessions whose outcome is remembered after their recovery point is gone.
 const RECENT_SESSIONS: usize = 64;
 
@@ -61,6 +62,12 @@ pub(crate) struct DefinitionRef {
     pub(crate) id: Uuid,
     pub(crate) bytes: u32,
     pub(crate) sum: [u8; 32],
+}
+
+impl DefinitionRef {
+    pub(crate) fn verify(&self, bytes: &[u8]) -> Result<(), &'static str> {
+        if *blake3::hash(bytes).as_bytes() == self.sum { Ok(()) } else { Err("checksum") }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,19 +144,24 @@ impl Manifest {
         }
     }
 
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, &'static str> {
+    pub(crate) fn encode(&self) -> Result<PutPayload, &'static str> {
         let plain = postcard::to_stdvec(self).map_err(|_| "manifest does not encode")?;
         ENVELOPE.seal(&[], &plain)
     }
 
     pub(crate) fn decode(bytes: &[u8], replica: Uuid, version: u64) -> Result<Self, &'static str> {
-        let plain = ENVELOPE.open(&[], bytes)?;
-        let manifest: Self = postcard::from_bytes(&plain).map_err(|_| "encoding")?;
+        Ok(Self::read(bytes, replica, version)?.0)
+    }
+
+    /// As [`Self::decode`]; answers also whether one of its copies is damaged.
+    pub(crate) fn read(bytes: &[u8], replica: Uuid, version: u64) -> Result<(Self, bool), &'static str> {
+        let opened = ENVELOPE.read(&[], bytes)?;
+        let manifest: Self = postcard::from_bytes(&opened.document).map_err(|_| "encoding")?;
         if manifest.replica != replica || manifest.version != version {
             return Err("another manifest's bytes");
         }
         manifest.check()?;
-        Ok(manifest)
+        Ok((manifest, opened.is_damaged))
     }
 
     /// What must hold of every manifest, before it is written and after it is read.

@@ -281,6 +281,37 @@ pub(crate) fn decode_chunk(
     if input.is_empty() { Ok(entries) } else { Err("chunk entries") }
 }
 
+/// A map object whose copies are both sound, made from what is sound in either; `None` when they are already.
+pub(crate) fn mend(object: &[u8], reference: &MapRef, replica: Uuid) -> Result<Option<Bytes>, &'static str> {
+    let copy_bytes = usize::try_from(reference.bytes).map_err(|_| "length")?;
+    let footer_at = copy_bytes.checked_sub(reference.footer_bytes as usize).ok_or("footer length")?;
+    let copies = [object.get(..copy_bytes).ok_or("too short")?, object.get(copy_bytes..).unwrap_or_default()];
+    let footers = copies.map(|copy| {
+        let bytes = copy.get(footer_at..copy_bytes)?;
+        Some((decode_footer(bytes, reference, replica).ok()?, bytes))
+    });
+    let Some((footer, footer_bytes)) = footers.iter().flatten().next() else {
+        return Err("both copies of the footer");
+    };
+    let mut is_sound = footers.iter().all(Option::is_some) && object.len() == 2 * copy_bytes;
+    let mut mended = Vec::with_capacity(copy_bytes);
+    for chunk in &footer.chunks {
+        let part = usize::try_from(chunk.offset).map_err(|_| "chunk offset")?;
+        let part = part..part.checked_add(chunk.bytes as usize).ok_or("chunk offset")?;
+        let sound = copies.map(|copy| {
+            let bytes = copy.get(part.clone())?;
+            decode_chunk(chunk, &footer.segments, bytes).ok().map(|_| bytes)
+        });
+        is_sound &= sound.iter().all(Option::is_some);
+        mended.extend_from_slice(sound.iter().flatten().next().ok_or("both copies of a chunk")?);
+    }
+    mended.extend_from_slice(footer_bytes);
+    if mended.len() != copy_bytes {
+        return Err("chunks that do not follow one another");
+    }
+    Ok((!is_sound).then(|| Bytes::from(mended)))
+}
+
 /// Verifies and decodes a footer with its trailer.
 pub(crate) fn decode_footer(bytes: &[u8], reference: &MapRef, replica: Uuid) -> Result<Footer, &'static str> {
     let body = bytes.len().checked_sub(TRAILER_BYTES).ok_or("footer length")?;

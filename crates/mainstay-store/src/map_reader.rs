@@ -20,6 +20,8 @@ pub(crate) type ChunkCache = ByteCache<(Uuid, usize), Vec<Entry>>;
 #[derive(Debug)]
 pub(crate) struct MapReader {
     pub(crate) footer: Footer,
+    /// Length of one of the object's two copies.
+    copy_bytes: u64,
 }
 
 impl MapReader {
@@ -32,10 +34,9 @@ impl MapReader {
         let length = u64::from(reference.footer_bytes);
         let at = reference.bytes.checked_sub(length).filter(|_| length <= FOOTER_BYTES_MAX as u64);
         let at = at.ok_or_else(|| StoreError::damaged(&key, "footer length"))?;
-        let bytes = storage.get_range(&key, at, length).await?;
-        let footer = decode_footer(&bytes, reference, replica);
-        let footer = footer.map_err(|what| StoreError::damaged(&key, what))?;
-        Ok(Self { footer })
+        let decode = |bytes: &[u8]| decode_footer(bytes, reference, replica);
+        let footer = storage.get_part(&key, at..reference.bytes, reference.bytes, decode).await?;
+        Ok(Self { footer, copy_bytes: reference.bytes })
     }
 
     /// The chunks of a disk that touch `from..to`.
@@ -75,9 +76,9 @@ impl MapReader {
         let load = || async {
             let chunk = &self.footer.chunks[index];
             let key = keys::map(self.footer.replica, self.footer.map);
-            let bytes = storage.get_range(&key, chunk.offset, u64::from(chunk.bytes)).await?;
-            let entries = decode_chunk(chunk, &self.footer.segments, &bytes);
-            entries.map_err(|what| StoreError::damaged(&key, what))
+            let part = chunk.offset..chunk.offset + u64::from(chunk.bytes);
+            let decode = |bytes: &[u8]| decode_chunk(chunk, &self.footer.segments, bytes);
+            storage.get_part(&key, part, self.copy_bytes, decode).await
         };
         let weight = |entries: &Vec<Entry>| entries.len() * size_of::<Entry>() + 64;
         cache.get(&(self.footer.map, index), weight, load).await

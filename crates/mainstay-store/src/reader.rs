@@ -257,10 +257,11 @@ impl PointDisk {
         Ok(out.freeze().slice(at..at + length as usize))
     }
 
-    /// Keyed hashes of `count` blocks from `first` on.
+    /// Keyed hashes of `count` blocks from `first` on; [`BlockHash::UNKNOWN`], which equals no content's, for those whose
+    /// stored data is damaged.
     ///
     /// # Errors
-    /// As [`Self::read_range`].
+    /// As [`Self::read_range`], except for damage.
     pub async fn block_hashes(
         &self,
         key: HashKey,
@@ -274,18 +275,37 @@ impl PointDisk {
         let mut at = first;
         while at < end {
             let to = (at + HASH_BLOCKS).min(end);
-            let entries = self.reader.snapshot.resolve(&self.reader.shared, self.index, at, to).await?;
-            if entries.iter().all(|entry| entry.place.is_none()) {
-                hashes.resize(hashes.len() + (to - at) as usize, BlockHash::ZERO);
-            } else {
-                let from = at * BLOCK_BYTES;
-                let data = self.read_range(from, (to * BLOCK_BYTES).min(self.bytes) - from).await?;
-                let part = tokio::task::spawn_blocking(move || hasher.hash_all(&data)).await;
-                hashes.extend(part.map_err(StoreError::internal)?);
+            match self.some_hashes(&hasher, at, to).await {
+                Err(StoreError::Damaged { .. }) => {
+                    for block in at..to {
+                        match self.some_hashes(&hasher, block, block + 1).await {
+                            Err(StoreError::Damaged { .. }) => hashes.push(BlockHash::UNKNOWN),
+                            one => hashes.extend(one?),
+                        }
+                    }
+                }
+                all => hashes.extend(all?),
             }
             at = to;
         }
         Ok(hashes)
+    }
+
+    async fn some_hashes(
+        &self,
+        hasher: &BlockHasher,
+        from: u64,
+        to: u64,
+    ) -> Result<Vec<BlockHash>, StoreError> {
+        let entries = self.reader.snapshot.resolve(&self.reader.shared, self.index, from, to).await?;
+        if entries.iter().all(|entry| entry.place.is_none()) {
+            return Ok(vec![BlockHash::ZERO; (to - from) as usize]);
+        }
+        let start = from * BLOCK_BYTES;
+        let data = self.read_range(start, (to * BLOCK_BYTES).min(self.bytes) - start).await?;
+        let hasher = *hasher;
+        let hashes = tokio::task::spawn_blocking(move || hasher.hash_all(&data)).await;
+        hashes.map_err(StoreError::internal)
     }
 }
 

@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::manifest::Manifest;
@@ -118,7 +117,7 @@ impl Replica {
             // what may have been written is not yet known to be durable.
             self.forget();
             self.unconfirmed.store(true, Ordering::SeqCst);
-            let written = storage.create(&key, Bytes::from(bytes)).await;
+            let written = storage.create(&key, bytes).await;
             if matches!(written, Ok(Created::Ours)) {
                 self.unconfirmed.store(false, Ordering::SeqCst);
                 self.remember(Some(Arc::new(next)));

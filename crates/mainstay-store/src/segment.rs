@@ -102,13 +102,19 @@ pub(crate) fn verify(bytes: &Bytes, replica: Uuid, id: Uuid) -> Result<Vec<(u32,
     }
     let mut damaged = Vec::new();
     for place in bytes[index_at..trailer].chunks_exact(8) {
-        let (offset, length) = (word(place, 0), word(place, 4));
-        let frame = offset.checked_add(length).filter(|end| *end <= index_at).map(|end| &bytes[offset..end]);
-        if frame.is_none_or(|frame| frame::inspect(frame).is_err()) {
-            damaged.push((offset as u32, length as u32));
+        let place = (word(place, 0) as u32, word(place, 4) as u32);
+        if !is_sound(&bytes[..index_at], place) {
+            damaged.push(place);
         }
     }
     Ok(damaged)
+}
+
+/// Whether the frame at `(offset, length)` is whole.
+pub(crate) fn is_sound(bytes: &[u8], (offset, length): (u32, u32)) -> bool {
+    let (from, length) = (offset as usize, length as usize);
+    let frame = from.checked_add(length).and_then(|end| bytes.get(from..end));
+    frame.is_some_and(|frame| frame::inspect(frame).is_ok())
 }
 
 #[cfg(test)]

@@ -15,13 +15,14 @@ use tokio::sync::{Semaphore, watch};
 use uuid::Uuid;
 
 use crate::extent_map::{Entry, ExtentMap, Location};
+use crate::maintain::compact::replace_delta;
 use crate::manifest::{DefinitionRef, Jump, Layer, Manifest, Path, Point};
 use crate::map_file::{MapRef, MapWriter, SegmentInfo};
 use crate::map_reader::{MapReader, flatten, segment_infos};
 use crate::segment::{HEADER_BYTES, SEGMENT_BYTES_MAX, SegmentBuilder};
-use crate::storage::Hold;
+use crate::storage::{Hold, twice};
 use crate::store::{Shared, lock};
-use crate::{Consistency, DiskSpec, PointCounters, StoreError, keys};
+use crate::{Consistency, DiskSpec, PointCounters, Store, StoreError, keys};
 
 /// Largest definition of a VM: libvirt XML, UEFI variables and vTPM state together are a few hundred KiB.
 const DEFINITION_BYTES_MAX: usize = 16 << 20;
@@ -90,6 +91,15 @@ impl SessionSpec {
     }
 }
 
+/// What a frame is sent for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameUse {
+    /// Its blocks differ from the parent's, as far as the sender knows.
+    Changed,
+    /// Its blocks are the parent's, sent again because the store asked for them.
+    Resent,
+}
+
 /// A handle to a session; clones and re-attached handles are the same session.
 #[derive(Clone)]
 pub struct Session {
@@ -112,6 +122,8 @@ pub(crate) struct SessionInner {
 #[derive(Default)]
 struct State {
     map: ExtentMap,
+    /// Of the map, the data that came again.
+    resent: ExtentMap,
     builder: Option<SegmentBuilder>,
     received: u64,
     segments: HashMap<Uuid, SegmentInfo>,
@@ -167,7 +179,7 @@ impl Session {
     /// # Errors
     /// [`StoreError::Frame`], [`StoreError::OutOfOrder`], [`StoreError::Invalid`] for blocks outside the disks, or
     /// why an earlier segment could not be written; the session is then lost.
-    pub async fn append(&self, sequence: u64, bytes: Bytes) -> Result<(), StoreError> {
+    pub async fn append(&self, sequence: u64, bytes: Bytes, used: FrameUse) -> Result<(), StoreError> {
         let inner = &self.inner;
         let _guard = inner.appending.lock().await;
         self.check_alive()?;
@@ -208,6 +220,11 @@ impl Session {
                 }
                 let entry = Entry { start: run.block, count: u64::from(run.count), place };
                 state.map.insert(run.disk, entry);
+                match used {
+                    FrameUse::Resent => state.resent.insert(run.disk, entry),
+                    FrameUse::Changed if state.resent.is_empty() => {}
+                    FrameUse::Changed => state.resent.insert(run.disk, Entry { place: None, ..entry }),
+                }
             }
             state.received = sequence;
             if state.map.len() > inner.shared.options.session_entries_max {
@@ -405,6 +422,14 @@ impl SessionInner {
         let (definition, _definition_hold) = self.write_definition(&manifest, meta).await?;
         let parent_layer =
             self.spec.parent.and_then(|parent| manifest.point(parent)).map(|parent| parent.layer);
+        let resent = lock(&self.state).resent.clone();
+        let repairs = match parent_layer.filter(|_| !resent.is_empty()) {
+            Some(parent) => {
+                let store = Store { shared: Arc::clone(shared) };
+                store.write_repairs(&manifest, parent, &resent).await?
+            }
+            None => Vec::new(),
+        };
         let layer = shared.new_id();
         let (jump, _jump_hold) = match (&delta, parent_layer) {
             (Some(delta), Some(parent)) => self.write_jump(&manifest, delta, parent).await?,
@@ -419,6 +444,10 @@ impl SessionInner {
             }
             self.spec.check_fence(manifest)?;
             self.spec.check_parent(manifest)?;
+            for repair in &repairs {
+                // Not if maintenance rewrote the layer meanwhile: then its damage is found again.
+                replace_delta(manifest, repair.layer, &repair.from, &repair.to);
+            }
             let parent_layer =
                 self.spec.parent.and_then(|parent| manifest.point(parent)).map(|parent| parent.layer);
             let layer = match (&delta, parent_layer) {
@@ -505,7 +534,7 @@ impl SessionInner {
         let id = self.shared.new_id();
         let key = keys::definition(self.spec.replica, id);
         let hold = self.shared.storage.hold(&key);
-        self.shared.storage.put(&key, definition.clone()).await?;
+        self.shared.storage.put(&key, twice(definition.clone())).await?;
         Ok((Some(DefinitionRef { id, bytes: definition.len() as u32, sum }), Some(hold)))
     }
 
@@ -542,7 +571,7 @@ impl Shared {
         let (bytes, reference, _) = writer.finish().map_err(StoreError::internal)?;
         let key = keys::map(replica, id);
         let hold = self.storage.hold(&key);
-        self.storage.put(&key, bytes).await?;
+        self.storage.put(&key, twice(bytes)).await?;
         Ok((reference, hold))
     }
 

@@ -1,6 +1,7 @@
 //! The few operations of object storage that are used, and which objects must not be collected meanwhile.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -43,6 +44,17 @@ impl Drop for Hold {
     }
 }
 
+/// What describes data is written twice, one copy after the other: it is small, and without it far more than itself is lost.
+pub(crate) fn twice(copy: Bytes) -> PutPayload {
+    [copy.clone(), copy].into_iter().collect()
+}
+
+/// A part of the second copy, where there is one.
+pub(crate) fn second_copy(object: &[u8], part: Range<u64>, copy_bytes: u64) -> Option<&[u8]> {
+    let at = |offset: u64| usize::try_from(offset.checked_add(copy_bytes)?).ok();
+    object.get(at(part.start)?..at(part.end)?)
+}
+
 impl Storage {
     pub(crate) fn new(inner: Arc<dyn ObjectStore>) -> Self {
         Self { inner, held: Arc::default() }
@@ -73,7 +85,15 @@ impl Storage {
             Err(object_store::Error::NotFound { .. }) => {
                 return Err(StoreError::damaged(key, "the object is missing"));
             }
-            Err(error) => return Err(StoreError::storage(key, error)),
+            Err(error) => {
+                // Some storages answer a range beyond the end with an error of their own.
+                let is_short =
+                    self.inner.head(key).await.is_ok_and(|object| object.size < from.saturating_add(length));
+                return Err(match is_short {
+                    true => StoreError::damaged(key, "the object is too short"),
+                    false => StoreError::storage(key, error),
+                });
+            }
         };
         if bytes.len() as u64 != length {
             return Err(StoreError::damaged(key, "the object is too short"));
@@ -81,14 +101,39 @@ impl Storage {
         Ok(bytes)
     }
 
+    /// Reads a part of an object that was written twice ([`twice`]), from the copy in which `decode` finds it sound.
+    /// `copy_bytes` is the length of one copy. An object that has only one is read as well.
+    pub(crate) async fn get_part<T>(
+        &self,
+        key: &Path,
+        part: Range<u64>,
+        copy_bytes: u64,
+        decode: impl Fn(&[u8]) -> Result<T, &'static str>,
+    ) -> Result<T, StoreError> {
+        let first = match self.get_range(key, part.start, part.end - part.start).await {
+            Ok(bytes) => match decode(&bytes) {
+                Ok(found) => return Ok(found),
+                Err(what) => StoreError::damaged(key, what),
+            },
+            // Too short: the second copy cannot be there either.
+            Err(error) => return Err(error),
+        };
+        let Some(object) = self.get(key).await? else { return Err(first) };
+        let found = second_copy(&object, part, copy_bytes).and_then(|bytes| decode(bytes).ok());
+        if found.is_some() {
+            tracing::warn!(%key, "one of an object's two copies is damaged; the next scrub mends it");
+        }
+        found.ok_or(first)
+    }
+
     pub(crate) async fn put(&self, key: &Path, bytes: impl Into<PutPayload>) -> Result<(), StoreError> {
         let put = self.inner.put(key, bytes.into()).await;
         put.map(|_| ()).map_err(|error| StoreError::storage(key, error))
     }
 
-    pub(crate) async fn create(&self, key: &Path, bytes: Bytes) -> Result<Created, StoreError> {
+    pub(crate) async fn create(&self, key: &Path, bytes: PutPayload) -> Result<Created, StoreError> {
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        match self.inner.put_opts(key, PutPayload::from(bytes), options).await {
+        match self.inner.put_opts(key, bytes, options).await {
             Ok(_) => Ok(Created::Ours),
             Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Taken),
             Err(error) => Err(StoreError::storage(key, error)),

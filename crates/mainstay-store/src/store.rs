@@ -1,6 +1,6 @@
 //! The store itself: catalogue operations of a replica.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use bytes::Bytes;
@@ -82,6 +82,8 @@ pub(crate) struct Shared {
     sessions: Mutex<HashMap<Uuid, Arc<SessionInner>>>,
     snapshots: Mutex<Vec<Weak<Snapshot>>>,
     pub(crate) candidates: Mutex<HashMap<Uuid, Candidates>>,
+    /// Segments that a rewriting met damaged frames in.
+    pub(crate) damaged: Mutex<HashSet<Uuid>>,
 }
 
 impl Shared {
@@ -153,6 +155,7 @@ impl Store {
             sessions: Mutex::default(),
             snapshots: Mutex::default(),
             candidates: Mutex::default(),
+            damaged: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -249,6 +252,14 @@ impl Store {
             points: manifest.points.iter().filter(|point| point.listed).count(),
             layers: manifest.layers.len(),
         })
+    }
+
+    /// The point that the next capture is relative to.
+    ///
+    /// # Errors
+    /// [`StoreError::NoReplica`], [`StoreError::Deleted`].
+    pub async fn head(&self, replica: Uuid) -> Result<Option<Uuid>, StoreError> {
+        Ok(self.shared.manifest(replica).await?.head)
     }
 
     /// The catalogue, oldest first.
@@ -412,11 +423,9 @@ impl Shared {
         definition: &DefinitionRef,
     ) -> Result<Bytes, StoreError> {
         let key = keys::definition(replica, definition.id);
-        let bytes = self.storage.get_range(&key, 0, u64::from(definition.bytes)).await?;
-        if *blake3::hash(&bytes).as_bytes() != definition.sum {
-            return Err(StoreError::damaged(&key, "checksum"));
-        }
-        Ok(bytes)
+        let length = u64::from(definition.bytes);
+        let decode = |bytes: &[u8]| definition.verify(bytes).map(|()| Bytes::copy_from_slice(bytes));
+        self.storage.get_part(&key, 0..length, length, decode).await
     }
 }
 

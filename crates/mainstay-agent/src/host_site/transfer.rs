@@ -7,7 +7,7 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use mainstay_block::hash_table::HashTable;
+use mainstay_block::{BLOCK_BYTES, hash_table::HashTable};
 use mainstay_model::{CaptureId, PointId, SessionId};
 use mainstay_provider::{
     Capture, CaptureLimits, CaptureRequest, Changed, Consistency, ErrorKind, Replicate, Replicated, SiteError,
@@ -74,6 +74,8 @@ struct Slice {
     parent: Option<PointId>,
     /// Compare every block whatever the tracker says.
     compare_all: bool,
+    /// Blocks per disk to send whatever the tables say.
+    resend: Vec<Vec<Range<u64>>>,
     is_first: bool,
     pace: Pace,
 }
@@ -81,7 +83,8 @@ struct Slice {
 /// What a slice did.
 struct Sliced {
     point: PointId,
-    is_whole: bool,
+    /// Byte ranges per disk that were not looked at.
+    left: Vec<Vec<(u64, u64)>>,
     taken_at_ms: i64,
     consistency: Consistency,
     note: String,
@@ -105,12 +108,17 @@ impl Inner {
             session: order.session,
             parent: order.parent,
             compare_all: order.compare_all,
+            resend: order
+                .resend
+                .iter()
+                .map(|disk| disk.iter().map(|(first, end)| *first..*end).collect())
+                .collect(),
             is_first: true,
             pace: Pace::new(self.options.capture_time_max),
         };
         loop {
             let sliced = self.replicate_slice(order, &mut record, &slice, &mut sum, work).await?;
-            if sliced.is_whole {
+            if sliced.left.iter().all(Vec::is_empty) {
                 return Ok(Replicated {
                     point: sliced.point,
                     taken_at_ms: sliced.taken_at_ms,
@@ -127,6 +135,7 @@ impl Inner {
                 session: SessionId(Uuid::now_v7()),
                 parent: Some(sliced.point),
                 compare_all: false,
+                resend: still_to_send(&slice.resend, &sliced.left),
                 is_first: false,
                 pace: slice.pace.next(sliced.bytes_examined, sliced.bytes_dirtied),
             };
@@ -177,7 +186,8 @@ impl Inner {
             .enumerate()
             .map(|(index, disk)| {
                 let left = left.get(index).map(Vec::as_slice).unwrap_or_default();
-                ranges(&disk.changed, left, disk.device.size())
+                let resend = slice.resend.get(index).map(Vec::as_slice).unwrap_or_default();
+                ranges(&disk.changed, left, resend, disk.device.size())
             })
             .collect();
         let total: u64 = ranges.iter().flatten().map(|range| range.end - range.start).sum();
@@ -190,9 +200,8 @@ impl Inner {
         let (point, left) = result?;
         closed?;
 
-        let is_whole = left.iter().all(Vec::is_empty);
         let left_now: u64 = left.iter().flatten().map(|(start, end)| end - start).sum();
-        record.base = Some(Base { point, tracker: Some(tracker.clone()), left });
+        record.base = Some(Base { point, tracker: Some(tracker.clone()), left: left.clone() });
         record.pending = None;
         self.records.put_settled_item(record)?;
         // Old trackers cost memory, not correctness; the next cycle tries again.
@@ -207,7 +216,7 @@ impl Inner {
         sum.resynchronized = sum.resynchronized.take().or(reason);
         Ok(Sliced {
             point,
-            is_whole,
+            left,
             taken_at_ms,
             consistency,
             note,
@@ -268,6 +277,7 @@ impl Inner {
                 key: disk.key.clone(),
                 device: disk.device.clone(),
                 ranges,
+                resend: slice.resend.get(index).cloned().unwrap_or_default(),
                 table,
             })
             .collect();
@@ -276,7 +286,8 @@ impl Inner {
             session: slice.session.0,
             generation: order.generation.0,
             parent: slice.parent.map(|point| point.0),
-            fork: false,
+            // The server knows what it has when it says that nothing of it can be built on.
+            fork: slice.parent.is_none(),
             disks,
             meta: PointMeta {
                 time_ms: capture.taken_at_ms().unsigned_abs(),
@@ -339,15 +350,36 @@ impl Inner {
     }
 }
 
-/// The ranges to look at: what the tracker says and what was left, or everything. They may overlap.
-fn ranges(changed: &Changed, left: &[(u64, u64)], size: u64) -> Vec<Range<u64>> {
+/// The byte ranges to look at: what the tracker says, what was left and what is sent again, or everything. They may overlap.
+fn ranges(changed: &Changed, left: &[(u64, u64)], resend: &[Range<u64>], size: u64) -> Vec<Range<u64>> {
     let everything = || std::iter::once(0..size).filter(|range| !range.is_empty()).collect();
+    let resend = resend.iter().map(|blocks| blocks.start * BLOCK_BYTES..(blocks.end * BLOCK_BYTES).min(size));
     match changed {
         Changed::Since(ranges) => {
-            ranges.iter().cloned().chain(left.iter().map(|(start, end)| *start..*end)).collect()
+            let left = left.iter().map(|(start, end)| *start..*end);
+            ranges.iter().cloned().chain(left).chain(resend.filter(|range| !range.is_empty())).collect()
         }
         Changed::Unknown { .. } => everything(),
     }
+}
+
+/// Of the blocks to send again, those in the byte ranges that were left.
+fn still_to_send(resend: &[Vec<Range<u64>>], left: &[Vec<(u64, u64)>]) -> Vec<Vec<Range<u64>>> {
+    let disk = |(resend, left): (&Vec<Range<u64>>, &Vec<(u64, u64)>)| {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for blocks in resend {
+            for (start, end) in left {
+                let (first, end) = (start / BLOCK_BYTES, end.div_ceil(BLOCK_BYTES));
+                let both = blocks.start.max(first)..blocks.end.min(end);
+                if !both.is_empty() {
+                    ranges.push(both);
+                }
+            }
+        }
+        ranges.sort_unstable_by_key(|range| range.start);
+        ranges
+    };
+    resend.iter().zip(left).map(disk).collect()
 }
 
 #[cfg(test)]
@@ -370,9 +402,21 @@ mod tests {
     #[test]
     fn what_was_left_is_looked_at_together_with_what_changed() {
         let since = Changed::Since(std::iter::once(0..10).collect());
-        assert_eq!(ranges(&since, &[(20, 30)], 100), [0..10, 20..30]);
+        assert_eq!(ranges(&since, &[(20, 30)], &[], 100), [0..10, 20..30]);
         let unknown = Changed::Unknown { reason: String::new() };
-        assert_eq!(ranges(&unknown, &[(20, 30)], 100), std::iter::once(0..100).collect::<Vec<_>>());
-        assert!(ranges(&unknown, &[], 0).is_empty());
+        assert_eq!(ranges(&unknown, &[(20, 30)], &[], 100), std::iter::once(0..100).collect::<Vec<_>>());
+        assert!(ranges(&unknown, &[], &[], 0).is_empty());
+    }
+
+    #[test]
+    fn what_is_sent_again_is_looked_at_until_it_was() {
+        let since = Changed::Since(std::iter::once(0..10).collect());
+        // The last block is a piece, and the disk has become smaller than what was asked for.
+        let resend = [2..3, 4..9];
+        assert_eq!(ranges(&since, &[], &resend, 20_000), [0..10, 8192..12288, 16384..20_000]);
+        let all = vec![vec![2..3, 4..9], vec![0..4]];
+        assert_eq!(still_to_send(&all, &[vec![], vec![]]), [vec![], vec![]]);
+        let left = [vec![(20_480, 32_768)], vec![(0, 4096), (8192, 12_288)]];
+        assert_eq!(still_to_send(&all, &left), [std::iter::once(5..8).collect(), vec![0..1, 2..3]]);
     }
 }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::ProtectableItem;
 use crate::{
     Control, ControlError,
-    db::{ConfigurationJob, DiskRecord, ItemRecord, JobRecord, ReplicationRecord, TargetRecord},
+    db::{ConfigurationJob, DiskRecord, ItemRecord, JobRecord, ReplicationRecord, ScrubRecord, TargetRecord},
     jobs::JobRequest,
     workflows::{
         DisableParams, FailbackParams, FailoverParams, PointChoice, TestFailoverParams, UpdateParams,
@@ -112,6 +112,7 @@ impl Control {
             test_vm: None,
             failover: None,
             stand_downs: Vec::new(),
+            scrub: ScrubRecord::default(),
             replication: ReplicationRecord::default(),
             created_ms: self.clock.now_ms(),
             last_failover_ms: None,
@@ -391,6 +392,11 @@ impl Control {
             replicating_since_ms: Some(item.created_ms),
             last_error: item.replication.last_error.clone(),
             is_agent_connected: self.sites.is_connected(item.primary_provider),
+            damaged_points: item.scrub.damaged_points.len(),
+            is_newest_damaged: item
+                .replication
+                .last_point
+                .is_some_and(|newest| item.scrub.damaged_points.contains(&newest)),
         };
         let (health, errors) = replication_health(&item.state, policy, &evidence, now_ms);
         let rpo = if item.state.phase.is_replicating() {

@@ -111,7 +111,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::db::{ReplicationRecord, TargetRecord};
+    use crate::db::{ReplicationRecord, ScrubRecord, TargetRecord};
 
     fn item(number: u128) -> ItemRecord {
         ItemRecord {
@@ -139,6 +139,7 @@ mod tests {
             test_vm: None,
             failover: None,
             stand_downs: Vec::new(),
+            scrub: ScrubRecord::default(),
             replication: ReplicationRecord::default(),
             created_ms: 0,
             last_failover_ms: None,

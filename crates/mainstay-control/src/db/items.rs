@@ -4,6 +4,7 @@ use mainstay_model::{CycleError, Generation, ItemId, ItemState, Location, PointI
 use mainstay_provider::NicPlan;
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
+use uuid::Uuid;
 
 use super::{Db, DbError, Transaction, decode, encode};
 
@@ -52,6 +53,9 @@ pub struct ItemRecord {
     pub stand_downs: Vec<StandDownRecord>,
     /// How replication goes.
     pub replication: ReplicationRecord,
+    /// What was found when its replica was read through.
+    #[serde(default)]
+    pub scrub: ScrubRecord,
     /// When it was created, milliseconds since the Unix epoch; so all times here.
     pub created_ms: i64,
     /// When a failover last succeeded.
@@ -169,6 +173,51 @@ pub struct ReplicationRecord {
     pub bytes_per_second: u64,
     /// Percent of the initial replication that is done.
     pub initial_percent: u32,
+}
+
+/// What scrubs of the replica found, and what became of it: evidence.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubRecord {
+    /// When somebody asked for one that has not begun.
+    pub requested_ms: Option<i64>,
+    /// When the last complete one ended.
+    pub finished_ms: Option<i64>,
+    /// Objects it read.
+    pub objects: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Damaged objects that were put right from the store alone, in all scrubs so far.
+    pub mended: u64,
+    /// What is damaged still, the first of it.
+    pub damage: Vec<DamageRecord>,
+    /// Recovery points that cannot be read whole.
+    pub damaged_points: Vec<PointId>,
+    /// Blocks (first, end) per disk that the next cycle is to send again.
+    pub resend: Vec<Vec<(u64, u64)>>,
+    /// Nothing can be built on what the replica has: the next cycle begins anew.
+    pub is_head_lost: bool,
+    /// A cycle has sent them: what is damaged is to be looked at again.
+    pub is_recheck_due: bool,
+}
+
+impl ScrubRecord {
+    /// Whether the next cycle has something to put right.
+    pub fn wants_repair(&self) -> bool {
+        self.is_head_lost || self.resend.iter().any(|disk| !disk.is_empty())
+    }
+}
+
+/// A damaged object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamageRecord {
+    /// Its key in the store.
+    pub key: String,
+    /// What is wrong with it.
+    pub what: String,
+    /// The segment, if it is one.
+    pub segment: Option<Uuid>,
+    /// Recovery points that need it.
+    pub points: usize,
 }
 
 impl ItemRecord {

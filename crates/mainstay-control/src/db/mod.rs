@@ -28,7 +28,8 @@ use resources::ResourceCache;
 
 pub use events::{ALERTS_FAILED, AuditRecord, EventPlace, EventRecord, OwedAlerts};
 pub use items::{
-    DiskRecord, FailoverRecord, ItemRecord, ReplicationRecord, StandDownRecord, TargetRecord, VmCopy,
+    DamageRecord, DiskRecord, FailoverRecord, ItemRecord, ReplicationRecord, ScrubRecord, StandDownRecord,
+    TargetRecord, VmCopy,
 };
 pub use jobs::{
     ConfigurationJob, JobColumn, JobCondition, JobEntry, JobError, JobPlace, JobRecord, JobState, StepRecord,

@@ -6,6 +6,7 @@ mod hydration;
 mod inventory;
 mod replication;
 mod retention;
+mod scrub;
 mod stand_down;
 
 use std::{sync::Arc, time::Duration};
@@ -16,6 +17,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{Control, ControlError};
 
 pub use replication::Cycles;
+pub(crate) use scrub::note_replicated;
+pub use scrub::{ScrubPace, Scrubs};
 
 /// How often the reconcilers look when nothing wakes them. Short against the shortest copy frequency (5 s), long against
 /// the cost of reading a few thousand items.
@@ -30,13 +33,15 @@ type Pass = BoxFuture<'static, Result<(), ControlError>>;
 impl Control {
     /// Runs all reconcilers until `stop`.
     pub async fn run_reconcilers(self: Arc<Self>, stop: CancellationToken) {
-        let reconcilers: [(&'static str, Duration, Reconcile); 7] = [
+        let reconcilers: [(&'static str, Duration, Reconcile); 9] = [
             ("replication", TICK, |control| Box::pin(control.reconcile_replication())),
             ("hydration", TICK, |control| Box::pin(control.reconcile_hydration())),
             ("catalogue", TICK, |control| Box::pin(async move { control.reconcile_catalogue().await })),
             ("stand-down", TICK, |control| Box::pin(control.reconcile_stand_down())),
             ("inventory", TICK, |control| Box::pin(control.reconcile_inventory())),
             ("health", TICK, |control| Box::pin(control.reconcile_health())),
+            ("scrub", TICK, |control| Box::pin(control.reconcile_scrub())),
+            ("scrub recheck", TICK, |control| Box::pin(control.reconcile_scrub_recheck())),
             ("retention", MAINTENANCE_TICK, |control| Box::pin(control.reconcile_retention())),
         ];
         let tasks = TaskTracker::new();

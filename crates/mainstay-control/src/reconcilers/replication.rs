@@ -15,7 +15,12 @@ use mainstay_provider::{
 use tokio::{sync::watch, task::AbortHandle};
 use uuid::Uuid;
 
-use crate::{Control, ControlError, db::ItemRecord, jobs::JobRequest};
+use super::note_replicated;
+use crate::{
+    Control, ControlError,
+    db::{ItemRecord, ScrubRecord},
+    jobs::JobRequest,
+};
 
 /// The reconcilers' tick, in milliseconds.
 const TICK_MS: i64 = super::TICK.as_millis() as i64;
@@ -200,7 +205,8 @@ impl Control {
             item: id,
             generation: item.state.generation,
             session: SessionId(Uuid::now_v7()),
-            parent: self.head(id).await?,
+            parent: self.parent_of_next(&item).await?,
+            resend: item.scrub.resend.clone(),
             application_consistent: policy
                 .wants_app_consistent(item.replication.last_app_point_ms, started_ms),
             compare_all: false,
@@ -208,7 +214,7 @@ impl Control {
         };
         let sink = CycleProgress { control: self, item: id };
         match call(&*site, operation, &sink).await {
-            Ok(replicated) => self.cycle_succeeded(id, started_ms, &replicated).await,
+            Ok(replicated) => self.cycle_succeeded(id, started_ms, &item.scrub, &replicated).await,
             Err(error) => self.cycle_failed(id, started_ms, error).await,
         }
     }
@@ -217,6 +223,7 @@ impl Control {
         &self,
         id: ItemId,
         started_ms: i64,
+        asked: &ScrubRecord,
         replicated: &Replicated,
     ) -> Result<(), ControlError> {
         metrics::counter!("mainstay_replication_bytes_changed").increment(replicated.bytes_changed);
@@ -245,6 +252,7 @@ impl Control {
                 record.bytes_changed += replicated.bytes_changed;
                 record.bytes_moved += replicated.bytes_moved;
                 record.initial_percent = 100;
+                note_replicated(item, asked, replicated);
                 if let Outcome::State(state) = item.state.apply(Event::PointReached)? {
                     item.state = state;
                 }

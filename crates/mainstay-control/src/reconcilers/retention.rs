@@ -18,6 +18,7 @@ impl Control {
             if item.state.is_replicating() {
                 self.expire_points(item, now_ms).await?;
             }
+            self.forget_gone_points(item).await?;
         }
         self.maintain_store(now_ms).await?;
         let mut transaction = self.db.begin().await?;

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::{
     db::ItemRecord,
     jobs::{Patience, Retry, Step, StepContext},
+    reconcilers::note_replicated,
 };
 
 pub(crate) use disable::DisableParams;
@@ -83,19 +84,30 @@ async fn replicate(
     loop {
         // A transfer whose answer was lost may have become a point: each try is a session of its own, on top of the
         // head of its moment.
-        let parent = step.control.head(item.id).await.map_err(|error| store_unavailable(&error))?;
+        // Read anew: a scrub may have found something since the job began.
+        let scrub = step.control.item(item.id).await.map_err(|error| store_unavailable(&error))?.scrub;
+        let parent = step.control.parent_of_next(item).await.map_err(|error| store_unavailable(&error))?;
         let operation = Replicate {
             item: item.id,
             generation: item.state.generation,
             session: SessionId(Uuid::now_v7()),
             parent,
+            resend: scrub.resend.clone(),
             application_consistent: false,
             compare_all,
             bytes_per_second_max: None,
         };
         match step.call(provider, operation, Patience::NONE).await {
             Err(error) if retry.pause(&error).await => {}
-            result => return result,
+            Err(error) => return Err(error),
+            Ok(replicated) => {
+                let noted = step.control.change_item(item.id, |item| {
+                    note_replicated(item, &scrub, &replicated);
+                    Ok(())
+                });
+                noted.await.map_err(|error| store_unavailable(&error))?;
+                return Ok(replicated);
+            }
         }
     }
 }

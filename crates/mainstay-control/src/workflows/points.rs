@@ -1,6 +1,6 @@
 //! Choosing a recovery point, and what the store says about an item's points.
 
-use mainstay_model::{ItemId, PointId, VmId};
+use mainstay_model::{Health, ItemId, PointId, VmId};
 use mainstay_provider::VmDefinition;
 use mainstay_store::{Consistency, PointInfo, StoreError};
 use serde::{Deserialize, Serialize};
@@ -57,10 +57,15 @@ impl Control {
 
     /// The point that the next delta builds on.
     pub async fn head(&self, item: ItemId) -> Result<Option<PointId>, ControlError> {
-        match self.store.replica(item.0).await {
+        match self.store.head(item.0).await {
             Err(StoreError::NoReplica(_)) => Ok(None),
-            replica => Ok(replica?.head.map(PointId)),
+            head => Ok(head?.map(PointId)),
         }
+    }
+
+    /// What the next capture is relative to: the head, or nothing if that is beyond use.
+    pub(crate) async fn parent_of_next(&self, item: &ItemRecord) -> Result<Option<PointId>, ControlError> {
+        if item.scrub.is_head_lost { Ok(None) } else { self.head(item.id).await }
     }
 
     /// Keeps a point's data for as long as `holder` (a VM that reads it, or builds on it) needs it. What the holder
@@ -104,8 +109,47 @@ impl Control {
         item: &ItemRecord,
         choice: PointChoice,
     ) -> Result<PointInfo, JobError> {
-        let points = self.recovery_points(item).await?;
-        pick_point(&points, choice).cloned().ok_or_else(|| match choice {
+        let all = self.recovery_points(item).await?;
+        let is_damaged = |point: &PointInfo| item.scrub.damaged_points.contains(&PointId(point.id));
+        // Who names a damaged point knows what it is; nobody gets one by accident.
+        let is_named = matches!(choice, PointChoice::Point(_));
+        let points: Vec<_> = all.iter().filter(|point| is_named || !is_damaged(point)).cloned().collect();
+        let (chosen, otherwise) = (pick_point(&points, choice), pick_point(&all, choice));
+        if let (None, Some(damaged)) = (chosen, otherwise) {
+            return Err(JobError::new(
+                "RecoveryPointsDamaged",
+                format!("all recovery points of '{}' have blocks that the store cannot read", item.vm_name),
+                format!(
+                    "If the source runs, wait for the next cycle, which sends them again. Else choose a damaged point by \
+                     its name, for instance {}: the VM gets read errors at these blocks, and nothing wrong.",
+                    damaged.id
+                ),
+            ));
+        }
+        if let Some(chosen) = chosen {
+            let text = if is_damaged(chosen) {
+                Some(format!(
+                    "the recovery point {} of '{}' was chosen although it has blocks that cannot be read",
+                    chosen.id, item.vm_name
+                ))
+            } else {
+                otherwise.filter(|newer| newer.id != chosen.id).map(|newer| {
+                    format!(
+                        "the recovery point {} of '{}' was passed over because it has blocks that cannot be read; {}, \
+                         {} s older, was taken",
+                        newer.id,
+                        item.vm_name,
+                        chosen.id,
+                        (point_time_ms(newer) - point_time_ms(chosen)) / 1000
+                    )
+                })
+            };
+            if let Some(text) = text {
+                let event = self.item_event(item, "RecoveryPointDamaged", Health::Warning, text);
+                self.record_event(event).await.map_err(ControlError::from)?;
+            }
+        }
+        chosen.cloned().ok_or_else(|| match choice {
             PointChoice::Point(id) => JobError::new(
                 "RecoveryPointNotFound",
                 format!("recovery point {id} of '{}' does not exist (any more)", item.vm_name),

@@ -180,6 +180,7 @@ impl Source {
             key: format!("vd{index}"),
             device: device.clone(),
             ranges: vec![0..100, 0..device.size() + 5],
+            resend: Vec::new(),
             table: table.clone(),
         };
         SendJob {

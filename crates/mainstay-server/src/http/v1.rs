@@ -2,6 +2,7 @@
 
 mod openapi;
 mod routes;
+mod scrubs;
 
 use std::sync::{Arc, LazyLock};
 
@@ -95,6 +96,15 @@ pub(super) async fn dispatch(call: &Call) -> Result<Response, ApiError> {
             let command =
                 call_site(&*site, ReadConsole { vm }, &NoProgress).await.map_err(ControlError::from)?;
             json(&Console { command })
+        }
+        SignedRoute::ItemScrub => json(&scrubs::shown(control, &find_item(call, name).await?)),
+        SignedRoute::RequestScrub => {
+            let item = find_item(call, name).await?;
+            json(&scrubs::shown(control, &control.request_scrub(item.id).await?))
+        }
+        SignedRoute::Scrubs => {
+            let items = control.db.items().await.map_err(ControlError::from)?;
+            list(items.iter().map(|item| scrubs::shown(control, item)).collect())
         }
         SignedRoute::Job => json(&convert::job_status(&jobs::find(call, name).await?)),
         SignedRoute::Tokens => {

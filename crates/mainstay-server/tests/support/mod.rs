@@ -187,6 +187,7 @@ pub(crate) async fn seed(control: &Arc<Control>) -> Seed {
         test_vm: None,
         failover: None,
         stand_downs: Vec::new(),
+        scrub: mainstay_control::db::ScrubRecord::default(),
         replication: mainstay_control::db::ReplicationRecord::default(),
         created_ms: 0,
         last_failover_ms: None,

@@ -3,6 +3,7 @@
 mod check;
 mod network;
 mod process;
+mod rot;
 mod snapshot;
 mod verbs;
 
@@ -23,6 +24,7 @@ use crate::{Oracle, SimHypervisor};
 use network::Network;
 use process::{Process, Server, start_agent, start_server};
 
+pub use rot::Legible;
 pub use snapshot::Snapshot;
 pub use verbs::JobEnd;
 use verbs::by;

@@ -6,6 +6,7 @@ mod journeys;
 mod operations;
 mod plans;
 mod random;
+mod rot;
 mod steps;
 mod support;
 mod workflows;

@@ -12,10 +12,11 @@ use uuid::Uuid;
 
 use crate::extent_map::{Entry, Location, overlay};
 use crate::manifest::{Layer, Manifest};
-use crate::map_file::{MapWriter, SegmentInfo, SegmentUse};
+use crate::map_file::{MapRef, MapWriter, SegmentInfo, SegmentUse};
 use crate::map_reader::{MapReader, segment_infos};
 use crate::segment::SegmentBuilder;
 use crate::storage::Hold;
+use crate::store::lock;
 use crate::{MaintainReport, Store, StoreError, keys};
 
 /// Segments smaller than `segment_bytes` over this are small.
@@ -46,7 +47,9 @@ impl Store {
         let smalls = map.footer.segments.iter().filter(|segment| small(segment)).count();
         let many_small = smalls >= options.compact_small_segments.max(2);
         let mut victims = HashSet::new();
-        for segment in &map.footer.segments {
+        // What is left of a damaged one cannot be moved, however often it is tried.
+        let damaged = lock(&self.shared.damaged).clone();
+        for segment in map.footer.segments.iter().filter(|segment| !damaged.contains(&segment.id)) {
             let share = f64::from(segment.live) / f64::from(segment.blocks.max(1));
             if share >= options.compact_live_share && !(many_small && small(segment)) {
                 continue;
@@ -62,8 +65,9 @@ impl Store {
         victims
     }
 
-    /// Returns the bytes moved, or nothing when the layer changed meanwhile.
-    async fn compact_layer(
+    /// Returns the bytes moved, or nothing when the layer changed meanwhile. What is damaged stays where it is, so that
+    /// nothing loses sight of it.
+    pub(crate) async fn compact_layer(
         &self,
         replica: Uuid,
         layer: &Layer,
@@ -72,28 +76,42 @@ impl Store {
     ) -> Result<Option<u64>, StoreError> {
         let shared = &self.shared;
         let mut rewrite = Rewrite::new(self, replica);
-        let mut moved: HashMap<u16, Vec<Entry>> = HashMap::new();
         for (index, chunk) in map.footer.chunks.iter().enumerate() {
             for entry in map.chunk(&shared.storage, &shared.chunks, index).await?.iter() {
                 let Some(place) = entry.place.filter(|place| victims.contains(&place.segment)) else {
                     continue;
                 };
-                let data = shared.entry_data(replica, chunk.disk, entry, &place).await?;
-                for (disk, entry) in rewrite.push(chunk.disk, entry.start, &data).await? {
-                    moved.entry(disk).or_default().push(entry);
+                match shared.entry_data(replica, chunk.disk, entry, &place).await {
+                    Ok(data) => rewrite.push(chunk.disk, entry.start, &data).await?,
+                    Err(error @ StoreError::Damaged { .. }) => {
+                        tracing::warn!(%replica, segment = %place.segment, %error, "left out of a rewriting");
+                        lock(&shared.damaged).insert(place.segment);
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         }
-        for (disk, entry) in rewrite.finish().await? {
-            moved.entry(disk).or_default().push(entry);
-        }
+        let moved = rewrite.finish().await?;
+        let (delta, _hold) = self.write_moved(replica, map, &moved).await?;
+        let apply = |manifest: &mut Manifest| Ok(replace_delta(manifest, layer.id, &layer.delta, &delta));
+        Ok(self.shared.edit(replica, apply).await?.then_some(moved.bytes))
+    }
+
+    /// Writes a layer's map with some of its blocks at new places.
+    pub(crate) async fn write_moved(
+        &self,
+        replica: Uuid,
+        map: &MapReader,
+        moved: &Moved,
+    ) -> Result<(MapRef, Hold), StoreError> {
+        let shared = &self.shared;
         let mut known = segment_infos(std::slice::from_ref(map));
-        known.extend(rewrite.segments.iter().map(|(id, info)| (*id, *info)));
+        known.extend(moved.segments.iter().map(|(id, info)| (*id, *info)));
         let id = shared.new_id();
         let mut writer = MapWriter::new(replica, id, known);
         for (index, chunk) in map.footer.chunks.iter().enumerate() {
             let entries = map.chunk(&shared.storage, &shared.chunks, index).await?;
-            let moved = moved.get(&chunk.disk).map_or(&[][..], Vec::as_slice);
+            let moved = moved.entries.get(&chunk.disk).map_or(&[][..], Vec::as_slice);
             let first = moved.partition_point(|entry| entry.end() <= chunk.first);
             let last = moved.partition_point(|entry| entry.start < chunk.end);
             let inside: Vec<Entry> =
@@ -102,17 +120,18 @@ impl Store {
                 writer.push(chunk.disk, entry).map_err(StoreError::internal)?;
             }
         }
-        let (delta, _hold) = shared.write_map(replica, id, writer).await?;
-        let apply = |manifest: &mut Manifest| {
-            match manifest.layer_mut(layer.id) {
-                Some(now) if now.delta == layer.delta => now.delta = delta.clone(),
-                _ => return Ok(false),
-            }
-            drop_jumps_over(manifest, layer.id);
-            Ok(true)
-        };
-        Ok(shared.edit(replica, apply).await?.then_some(rewrite.bytes))
+        shared.write_map(replica, id, writer).await
     }
+}
+
+/// Puts a layer's rewritten map in place of the one that it was made from, if that is still the layer's.
+pub(crate) fn replace_delta(manifest: &mut Manifest, layer: Uuid, from: &MapRef, to: &MapRef) -> bool {
+    match manifest.layer_mut(layer) {
+        Some(now) if now.delta == *from => now.delta = to.clone(),
+        _ => return false,
+    }
+    drop_jumps_over(manifest, layer);
+    true
 }
 
 /// Jumps that span a layer name the segments it had; flattening makes new ones.
@@ -133,37 +152,35 @@ fn drop_jumps_over(manifest: &mut Manifest, compacted: Uuid) {
 }
 
 /// Packs blocks into new frames and segments.
-struct Rewrite<'a> {
+pub(crate) struct Rewrite<'a> {
     store: &'a Store,
     replica: Uuid,
     frame: FrameBuilder,
     segment: Option<SegmentBuilder>,
-    holds: Vec<Hold>,
+    moved: Moved,
+}
+
+/// Blocks at new places, by disk and in order, in segments that are kept from being collected while this lives.
+#[derive(Default)]
+pub(crate) struct Moved {
+    entries: HashMap<u16, Vec<Entry>>,
     segments: HashMap<Uuid, SegmentInfo>,
+    holds: Vec<Hold>,
     bytes: u64,
 }
 
 impl<'a> Rewrite<'a> {
-    fn new(store: &'a Store, replica: Uuid) -> Self {
-        Self {
-            store,
-            replica,
-            frame: FrameBuilder::new(),
-            segment: None,
-            holds: Vec::new(),
-            segments: HashMap::new(),
-            bytes: 0,
-        }
+    pub(crate) fn new(store: &'a Store, replica: Uuid) -> Self {
+        Self { store, replica, frame: FrameBuilder::new(), segment: None, moved: Moved::default() }
     }
 
-    /// Adds blocks in order of disk and block; returns the places of frames that became full.
-    async fn push(&mut self, disk: u16, first: u64, data: &Bytes) -> Result<Vec<(u16, Entry)>, StoreError> {
-        let mut placed = Vec::new();
+    /// Adds blocks, in order of disk and block.
+    pub(crate) async fn push(&mut self, disk: u16, first: u64, data: &Bytes) -> Result<(), StoreError> {
         let mut at = 0;
         while at < data.len() {
             let room = self.frame.room();
             if room == 0 {
-                placed.extend(self.close_frame().await?);
+                self.close_frame().await?;
                 continue;
             }
             let end = data.len().min(at + room.min(FRAME_BLOCKS_MAX) * BLOCK_BYTES as usize);
@@ -171,13 +188,13 @@ impl<'a> Rewrite<'a> {
             self.frame.push_bytes(disk, block, data.slice(at..end))?;
             at = end;
         }
-        Ok(placed)
+        Ok(())
     }
 
-    async fn close_frame(&mut self) -> Result<Vec<(u16, Entry)>, StoreError> {
+    async fn close_frame(&mut self) -> Result<(), StoreError> {
         let frame = std::mem::take(&mut self.frame);
         if frame.is_empty() {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let bytes = tokio::task::spawn_blocking(move || frame.finish(Effort::Small)).await;
         let bytes = bytes.map_err(StoreError::internal)??;
@@ -185,35 +202,35 @@ impl<'a> Rewrite<'a> {
         let shared = &self.store.shared;
         let segment = self.segment.get_or_insert_with(|| {
             let id = shared.new_id();
-            self.holds.push(shared.storage.hold(&keys::segment(self.replica, id)));
+            self.moved.holds.push(shared.storage.hold(&keys::segment(self.replica, id)));
             SegmentBuilder::new(self.replica, id, Uuid::nil())
         });
         let (offset, length) = segment.push(bytes, runs.iter().map(|run| run.count).sum());
-        let (mut index, mut placed) = (0, Vec::with_capacity(runs.len()));
+        let mut index = 0;
         for run in runs {
             let place = Location { segment: segment.id, offset, length, index };
             index += run.count as u16;
             let entry = Entry { start: run.block, count: u64::from(run.count), place: Some(place) };
-            placed.push((run.disk, entry));
+            self.moved.entries.entry(run.disk).or_default().push(entry);
         }
         if segment.len() >= shared.options.segment_bytes {
             self.close_segment().await?;
         }
-        Ok(placed)
+        Ok(())
     }
 
     async fn close_segment(&mut self) -> Result<(), StoreError> {
         let Some(segment) = self.segment.take() else { return Ok(()) };
         let (id, blocks) = (segment.id, segment.blocks);
         let bytes = segment.finish();
-        self.bytes += bytes.content_length() as u64;
-        self.segments.insert(id, SegmentInfo { blocks, bytes: bytes.content_length() as u32 });
+        self.moved.bytes += bytes.content_length() as u64;
+        self.moved.segments.insert(id, SegmentInfo { blocks, bytes: bytes.content_length() as u32 });
         self.store.shared.storage.put(&keys::segment(self.replica, id), bytes).await
     }
 
-    async fn finish(&mut self) -> Result<Vec<(u16, Entry)>, StoreError> {
-        let placed = self.close_frame().await?;
+    pub(crate) async fn finish(mut self) -> Result<Moved, StoreError> {
+        self.close_frame().await?;
         self.close_segment().await?;
-        Ok(placed)
+        Ok(self.moved)
     }
 }

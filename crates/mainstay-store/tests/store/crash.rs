@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::support::{Disks, Dying, REPLICA, Write, apply, capture, options, read, spec};
-use mainstay_store::{Store, StoreError};
+use mainstay_store::{FrameUse, ScrubOptions, Store, StoreError};
 use object_store::memory::InMemory;
 use uuid::Uuid;
 
@@ -91,7 +91,7 @@ async fn check(storage: &Arc<InMemory>, told: &Told, label: &str) {
     if listed.is_empty() {
         return;
     }
-    assert_eq!(store.scrub(REPLICA).await.unwrap().damage, vec![], "{label}");
+    assert_eq!(store.scrub(REPLICA, ScrubOptions::default()).await.unwrap().damage, vec![], "{label}");
     // Life goes on, and the garbage of the crash is collected without touching what is needed.
     for clock in 1000..1004 {
         store.maintain(REPLICA, clock).await.unwrap();
@@ -141,7 +141,7 @@ async fn lost_answers_are_found_again() {
             Err(StoreError::Committed(point)) => point,
             Ok(session) => {
                 assert!(told.is_err(), "acknowledged and lost");
-                session.append(1, frames[0].clone()).await.unwrap();
+                session.append(1, frames[0].clone(), FrameUse::Changed).await.unwrap();
                 session.commit(crate::support::meta(2)).await.unwrap()
             }
             Err(error) => panic!("{error}"),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::support::{Disks, REPLICA, Write, apply, capture, options, read, spec};
 use mainstay_block::{BLOCK_BYTES, BlockDevice as _, BlockHasher, ExtentKind, HashKey, is_zero};
-use mainstay_store::{Store, StoreError};
+use mainstay_store::{FrameUse, ScrubOptions, Store, StoreError};
 use object_store::memory::InMemory;
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -161,7 +161,7 @@ impl World {
                 let parent = self.head.as_ref().map(|(head, _)| *head);
                 let session = self.store.begin(spec(self.sessions, parent, &disks, false)).await.unwrap();
                 for (sequence, frame) in (1..).zip(frames) {
-                    session.append(sequence, frame).await.unwrap();
+                    session.append(sequence, frame, FrameUse::Changed).await.unwrap();
                 }
                 session.flush().await.unwrap();
             }
@@ -191,7 +191,7 @@ impl World {
         }
         assert!(self.lengths().await.iter().all(|length| *length <= 9));
         self.verify_metadata().await;
-        let scrub = self.store.scrub(REPLICA).await.unwrap();
+        let scrub = self.store.scrub(REPLICA, ScrubOptions::default()).await.unwrap();
         assert_eq!(scrub.damage, vec![]);
     }
 

@@ -10,7 +10,9 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use mainstay_block::BLOCK_BYTES;
 use mainstay_block::frame::{Effort, FrameBuilder};
-use mainstay_store::{Consistency, DiskSpec, PointMeta, SessionSpec, Store, StoreError, StoreOptions};
+use mainstay_store::{
+    Consistency, DiskSpec, FrameUse, PointMeta, SessionSpec, Store, StoreError, StoreOptions,
+};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
@@ -216,7 +218,7 @@ pub(crate) async fn capture(store: &Store, spec: SessionSpec, frames: &[Bytes]) 
     let time = spec.session.as_u128() as u64;
     let session = store.begin(spec).await?;
     for (sequence, frame) in (1..).zip(frames) {
-        session.append(sequence, frame.clone()).await?;
+        session.append(sequence, frame.clone(), FrameUse::Changed).await?;
     }
     session.commit(meta(time)).await
 }
@@ -230,4 +232,12 @@ pub(crate) async fn read(store: &Store, point: Uuid) -> Result<Disks, StoreError
         disks.push((disk.index, data.to_vec()));
     }
     Ok(disks)
+}
+
+pub(crate) fn one_disk() -> Disks {
+    vec![(0, vec![0; 400_000])]
+}
+
+pub(crate) fn write(block: u64, seed: u8) -> [Write; 1] {
+    [Write { disk: 0, block, count: 2, seed: Some(seed) }]
 }

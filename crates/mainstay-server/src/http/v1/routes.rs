@@ -5,8 +5,8 @@ use hyper::{Method, StatusCode};
 use mainstay_api::{
     arm::List,
     v1::{
-        AuditEntry, Console, ItemStatus, JobStatus, RegisterAnswer, RegisterRequest, RegistrationKey,
-        ServicePrincipal, ServicePrincipalRequest, Token, TokenRequest, Vault,
+        AuditEntry, Console, ItemScrub, ItemStatus, JobStatus, RegisterAnswer, RegisterRequest,
+        RegistrationKey, ServicePrincipal, ServicePrincipalRequest, Token, TokenRequest, Vault,
     },
 };
 use mainstay_control::app::Role;
@@ -27,6 +27,9 @@ pub(super) enum SignedRoute {
     CreateRegistrationKey,
     Item,
     ItemConsole,
+    ItemScrub,
+    RequestScrub,
+    Scrubs,
     Job,
     Tokens,
     CreateToken,
@@ -74,8 +77,16 @@ pub(super) struct Operation {
 impl Operation {
     /// Whether it is about a vault, which a parameter of the query names.
     pub(super) fn is_in_vault(&self) -> bool {
-        use SignedRoute::{CreateRegistrationKey, Item, ItemConsole, Job, Vault};
-        matches!(self.route, Route::Signed(_, CreateRegistrationKey | Item | ItemConsole | Job | Vault))
+        use SignedRoute::{
+            CreateRegistrationKey, Item, ItemConsole, ItemScrub, Job, RequestScrub, Scrubs, Vault,
+        };
+        matches!(
+            self.route,
+            Route::Signed(
+                _,
+                CreateRegistrationKey | Item | ItemConsole | ItemScrub | RequestScrub | Scrubs | Job | Vault
+            )
+        )
     }
 
     /// Names of the parameters in the path.
@@ -173,6 +184,36 @@ pub(super) const OPERATIONS: &[Operation] = &[
         request: None,
         answer: Some(shape::<Console>),
         errors: &[StatusCode::NOT_FOUND, StatusCode::CONFLICT, StatusCode::SERVICE_UNAVAILABLE],
+    },
+    Operation {
+        method: Method::GET,
+        path: "/items/{item}/scrub",
+        route: signed(Role::Reader, SignedRoute::ItemScrub),
+        name: "getItemScrub",
+        summary: "What was found when the item's replica was last read through.",
+        request: None,
+        answer: Some(shape::<ItemScrub>),
+        errors: UNKNOWN,
+    },
+    Operation {
+        method: Method::POST,
+        path: "/items/{item}/scrub",
+        route: signed(Role::Operator, SignedRoute::RequestScrub),
+        name: "scrubItem",
+        summary: "Has the item's replica read through and verified before its turn.",
+        request: None,
+        answer: Some(shape::<ItemScrub>),
+        errors: &[StatusCode::NOT_FOUND, StatusCode::CONFLICT],
+    },
+    Operation {
+        method: Method::GET,
+        path: "/scrubs",
+        route: signed(Role::Reader, SignedRoute::Scrubs),
+        name: "listScrubs",
+        summary: "What was found when the replicas of all items were last read through.",
+        request: None,
+        answer: Some(shape::<List<ItemScrub>>),
+        errors: UNKNOWN,
     },
     Operation {
         method: Method::GET,

@@ -1,0 +1,86 @@
+//! A store's medium that does not keep what was written to it.
+
+use futures::TryStreamExt as _;
+use mainstay_model::PointId;
+use mainstay_store::StoreError;
+use object_store::{ObjectStore as _, ObjectStoreExt as _, PutPayload, path::Path};
+
+use super::World;
+
+/// What the recovery points of an item are found to be.
+#[derive(Debug, Default)]
+pub struct Legible {
+    /// Those that read back as the oracle remembers them, oldest first.
+    pub whole: Vec<PointId>,
+    /// Those with blocks that the store refuses to return, by identifier.
+    pub damaged: Vec<PointId>,
+}
+
+impl World {
+    /// Keys of the stored objects in a folder, in order.
+    pub async fn objects(&self, folder: &str) -> Vec<Path> {
+        let listed: Vec<_> = self.storage.list(None).try_collect().await.expect("objects are listed");
+        let inside = listed.into_iter().map(|object| object.location);
+        let mut keys: Vec<_> = inside.filter(|key| key.parts().any(|part| part.as_ref() == folder)).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    /// Flips a bit of a stored object, at this share of its length.
+    pub async fn flip(&self, key: &Path, share: f64) {
+        let object = self.storage.get(key).await.expect("the object is there");
+        let mut bytes = object.bytes().await.expect("the object is read").to_vec();
+        let at = ((bytes.len() as f64 * share) as usize).min(bytes.len() - 1);
+        bytes[at] ^= 0x40;
+        self.storage.put(key, PutPayload::from(bytes)).await.expect("the object is written");
+    }
+
+    /// Reads all recovery points of a VM; none may be wrong.
+    pub async fn legible(&self, name: &str) -> Legible {
+        let item = self.item(name).await.expect("the VM is protected");
+        let read = move |control: std::sync::Arc<mainstay_control::Control>| async move {
+            let mut found = Vec::new();
+            for point in control.store.points(item.id.0).await.expect("the catalogue is read") {
+                let reader = control.store.open_point(item.id.0, point.id).await;
+                let disks = async {
+                    let reader = reader?;
+                    let mut disks = Vec::new();
+                    for disk in &point.disks {
+                        disks.push(reader.disk(disk.index)?.read_range(0, disk.bytes).await?.to_vec());
+                    }
+                    Ok::<_, StoreError>(disks)
+                };
+                found.push((point.clone(), disks.await));
+            }
+            found
+        };
+        let mut legible = Legible::default();
+        for (point, disks) in self.ask(read).await {
+            match disks {
+                Ok(disks) => {
+                    let expected = self.oracle.disks_at(point.time_ms.cast_signed());
+                    assert!(*expected.expect("every point comes from a capture") == disks, "wrong bytes");
+                    legible.whole.push(PointId(point.id));
+                }
+                Err(StoreError::Damaged { .. }) => legible.damaged.push(PointId(point.id)),
+                Err(error) => panic!("a point cannot be read: {error}"),
+            }
+        }
+        legible.damaged.sort_unstable();
+        legible
+    }
+
+    /// Has the replica of a VM read through, and waits until that is over and a cycle has put right what it could.
+    pub async fn scrub(&self, name: &str) {
+        let item = self.item(name).await.expect("the VM is protected");
+        let id = item.id;
+        let before_ms = item.scrub.finished_ms;
+        self.clock.advance_ms(1);
+        self.ask(move |control| async move { control.request_scrub(id).await }).await.expect("a scrub");
+        self.until("the replica is read through", async |world| {
+            let scrub = world.item(name).await.expect("the VM is protected").scrub;
+            scrub.requested_ms.is_none() && scrub.finished_ms != before_ms
+        })
+        .await;
+    }
+}

@@ -1,0 +1,145 @@
+//! The store's medium returns other bytes than were written: what a scrub finds, what heals it, and what a failover makes of it.
+
+use mainstay_control::workflows::{FailoverParams, PointChoice};
+use mainstay_model::{Ending, Health, Operation, Phase, PointId};
+use mainstay_sim::{JobEnd, World, WorldOptions};
+
+use crate::{support::log, workflows::VM};
+
+/// A protected VM with some points, the first of which everything else is built on.
+async fn world() -> World {
+    log();
+    let world = World::new(WorldOptions::default()).await;
+    let all: Vec<_> = (3..60).map(|block| ("vda", block, block as u8)).collect();
+    assert!(world.write(VM, &all).await);
+    world.protect(VM).await;
+    for fill in 100..103 {
+        assert!(world.write(VM, &[("vda", 40, fill), ("vdb", 16, fill)]).await);
+        world.cycle(VM).await;
+    }
+    world
+}
+
+async fn flip_all(world: &World, folder: &str, share: f64) {
+    let keys = world.objects(folder).await;
+    assert!(!keys.is_empty());
+    for key in keys {
+        world.flip(&key, share).await;
+    }
+}
+
+async fn damaged(world: &World) -> Vec<PointId> {
+    world.item(VM).await.unwrap().scrub.damaged_points
+}
+
+async fn codes(world: &World) -> Vec<String> {
+    let events = world.ask(|control| async move { control.db.events_after(None, 1000).await.unwrap() }).await;
+    events.iter().map(|event| event.code.clone()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_cycle_heals_what_the_source_still_has_and_the_points_before_it() {
+    for share in [0.2, 0.5, 0.9] {
+        let mut world = world().await;
+        flip_all(&world, "segment", share).await;
+        // What was read before is still in its memory.
+        world.restart_server().await;
+        let before = world.legible(VM).await;
+        assert!(!before.damaged.is_empty(), "{share}");
+        let moved = world.item(VM).await.unwrap().replication.bytes_moved;
+        world.scrub(VM).await;
+        world.cycle(VM).await;
+        world
+            .until("what was sent again has been looked at", async |world| {
+                let scrub = world.item(VM).await.unwrap().scrub;
+                !scrub.wants_repair() && !scrub.is_recheck_due
+            })
+            .await;
+        let after = world.legible(VM).await;
+        let newest = world.item(VM).await.unwrap().replication.last_point.unwrap();
+        assert!(after.whole.contains(&newest), "{share}: {after:?}");
+        assert!(after.damaged.len() < before.damaged.len(), "{share}: nothing was healed");
+        assert_eq!(damaged(&world).await, after.damaged, "{share}: marks are not what is so");
+        let moved = world.item(VM).await.unwrap().replication.bytes_moved - moved;
+        assert!(moved < 80 * 4096, "{share}: {moved} bytes moved");
+        let codes = codes(&world).await;
+        assert!(codes.iter().any(|code| code == "ReplicaDamaged"), "{codes:?}");
+        world.run(VM, Operation::UnplannedFailover).await;
+        let copy = world.item(VM).await.unwrap().recovery_vm.unwrap();
+        let expected = world.oracle.disks_at(copy.taken_at_ms).unwrap();
+        assert!(world.recovery.hypervisor.view(copy.vm).unwrap().started_from == Some((*expected).clone()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_describes_data_bears_a_flip() {
+    for folder in ["map", "definition", "manifest", "catalogue"] {
+        let mut world = world().await;
+        flip_all(&world, folder, 0.3).await;
+        world.restart_server().await;
+        let legible = world.legible(VM).await;
+        assert!(legible.damaged.is_empty(), "{folder}: {legible:?}");
+        world.scrub(VM).await;
+        let item = world.item(VM).await.unwrap();
+        assert!(item.scrub.damage.is_empty(), "{folder}: {:?}", item.scrub);
+        if folder == "definition" {
+            assert!(item.scrub.mended > 0);
+        }
+        world.lose_database().await;
+        world.settle().await;
+        assert_eq!(world.phase(VM).await, Some(Phase::Protected), "{folder}");
+        world.check().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_failover_passes_damaged_points_over_and_takes_none_by_accident() {
+    let mut world = world().await;
+    // Of what the newest point alone has.
+    let newest = world.objects("segment").await;
+    let before = world.legible(VM).await.whole;
+    for key in newest {
+        world.flip(&key, 0.5).await;
+        world.restart_server().await;
+        if world.legible(VM).await.damaged == [*before.last().unwrap()] {
+            break;
+        }
+        world.flip(&key, 0.5).await;
+    }
+    world.cut(true);
+    world.scrub(VM).await;
+    assert_eq!(damaged(&world).await, [*before.last().unwrap()]);
+    let health = world
+        .ask(|control| async move {
+            let item = control.db.items().await.unwrap()[0].clone();
+            control.item_health(&item).await.unwrap().0
+        })
+        .await;
+    assert_eq!(health, Health::Critical);
+    let params = |point| FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
+    let job = world.fail_over(VM, params(PointChoice::Latest)).await.unwrap();
+    assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+    let copy = world.item(VM).await.unwrap().recovery_vm.unwrap();
+    assert_eq!(Some(&copy.point), before.iter().rev().nth(1));
+    assert!(codes(&world).await.iter().any(|code| code == "RecoveryPointDamaged"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn when_every_point_is_damaged_one_must_be_named() {
+    let mut world = world().await;
+    flip_all(&world, "segment", 0.5).await;
+    world.restart_server().await;
+    world.cut(true);
+    world.scrub(VM).await;
+    let all = damaged(&world).await;
+    assert_eq!(all, world.legible(VM).await.damaged);
+    let params = |point| FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
+    if world.legible(VM).await.whole.is_empty() {
+        let job = world.fail_over(VM, params(PointChoice::LatestProcessed)).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Failed));
+        assert!(world.tell(job.id).await.contains("RecoveryPointsDamaged"));
+        assert_eq!(world.phase(VM).await, Some(Phase::Protected));
+    } else {
+        panic!("the first segment is in every point");
+    }
+}
