@@ -186,7 +186,7 @@ fn a_payload_that_expands_to_more_than_it_says_is_refused() {
             let frame = lying(codec, &packed);
             match Frame::decode(&frame) {
                 Ok(decoded) => {
-                    assert!(is_good && decoded.payload.len() == plain, "codec {codec}, {bytes} bytes")
+                    assert!(is_good && decoded.payload.len() == plain, "codec {codec}, {bytes} bytes");
                 }
                 // What is longer than a frame's blocks is refused by its header alone.
                 Err(error) => assert!(
