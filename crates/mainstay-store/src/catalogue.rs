@@ -7,7 +7,7 @@ use crate::envelope::Envelope;
 use crate::{Store, StoreError, keys};
 
 /// A document of a vault with thousands of items is a few MiB.
-const ENVELOPE: Envelope = Envelope { magic: b"MSCATLG1", version: 1, bytes_max: 64 << 20 };
+pub(crate) const ENVELOPE: Envelope = Envelope { magic: b"MSCATLG1", version: 1, bytes_max: 64 << 20 };
 
 impl Store {
     /// Writes a document, in place of one of the same name; it is durable when this returns. Names are like

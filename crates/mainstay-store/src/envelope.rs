@@ -10,7 +10,7 @@
 //!
 //! The context is what the reader knows beforehand, so that one object's bytes are not taken for another's.
 
-const HEADER_BYTES: usize = 32;
+pub(crate) const HEADER_BYTES: usize = 32;
 const ZSTD_LEVEL: i32 = 3;
 
 /// A kind of object.
@@ -55,7 +55,7 @@ impl Envelope {
     }
 }
 
-fn checksum(header: &[u8], context: &[u8], packed: &[u8]) -> [u8; 16] {
+pub(crate) fn checksum(header: &[u8], context: &[u8], packed: &[u8]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(header).update(context).update(packed);
     let mut sum = [0; 16];

@@ -27,6 +27,8 @@ mod diff;
 mod envelope;
 mod error;
 mod extent_map;
+#[doc(hidden)]
+pub mod fuzzing;
 mod keys;
 mod local;
 mod maintain;

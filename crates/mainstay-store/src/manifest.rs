@@ -15,7 +15,7 @@ use crate::envelope::Envelope;
 use crate::map_file::MapRef;
 
 /// A manifest of 100,000 recovery points is below 64 MiB.
-const ENVELOPE: Envelope = Envelope { magic: b"MSMANIF1", version: 1, bytes_max: 64 << 20 };
+pub(crate) const ENVELOPE: Envelope = Envelope { magic: b"MSMANIF1", version: 1, bytes_max: 64 << 20 };
 /// Sessions whose outcome is remembered after their recovery point is gone.
 const RECENT_SESSIONS: usize = 64;
 

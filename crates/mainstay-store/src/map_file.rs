@@ -13,14 +13,14 @@ use uuid::Uuid;
 
 use crate::extent_map::{Entry, Location};
 
-const MAGIC: &[u8; 8] = b"MSLAYER1";
+pub(crate) const MAGIC: &[u8; 8] = b"MSLAYER1";
 /// Entries per chunk: about 20 KiB for random single blocks, one object-storage request's worth.
 const CHUNK_ENTRIES: usize = 4096;
 /// A chunk expands to at most this; 4096 entries of six varints are far below.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Footer of the largest map we allow: 64 Mi entries and as many segments as that can name.
 pub(crate) const FOOTER_BYTES_MAX: usize = 64 << 20;
-const TRAILER_BYTES: usize = 28;
+pub(crate) const TRAILER_BYTES: usize = 28;
 /// Level 3: maps are small and kept long.
 const ZSTD_LEVEL: i32 = 3;
 
@@ -178,13 +178,13 @@ impl MapWriter {
     }
 }
 
-fn short_sum(bytes: &[u8]) -> [u8; 8] {
+pub(crate) fn short_sum(bytes: &[u8]) -> [u8; 8] {
     let mut sum = [0; 8];
     sum.copy_from_slice(&blake3::hash(bytes).as_bytes()[..8]);
     sum
 }
 
-fn long_sum(bytes: &[u8]) -> [u8; 16] {
+pub(crate) fn long_sum(bytes: &[u8]) -> [u8; 16] {
     let mut sum = [0; 16];
     sum.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
     sum

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 const MAGIC: &[u8; 8] = b"MSSEGMT1";
 pub(crate) const HEADER_BYTES: usize = 64;
-const TRAILER_BYTES: usize = 32;
+pub(crate) const TRAILER_BYTES: usize = 32;
 /// No segment is longer: offsets are u32, and one segment is held in memory while it is written.
 pub(crate) const SEGMENT_BYTES_MAX: usize = 128 << 20;
 
@@ -68,7 +68,7 @@ impl SegmentBuilder {
     }
 }
 
-fn checksum(header: &[u8], index: &[u8]) -> [u8; 16] {
+pub(crate) fn checksum(header: &[u8], index: &[u8]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(header);
     hasher.update(index);
@@ -77,7 +77,7 @@ fn checksum(header: &[u8], index: &[u8]) -> [u8; 16] {
     sum
 }
 
-fn word(bytes: &[u8], at: usize) -> usize {
+pub(crate) fn word(bytes: &[u8], at: usize) -> usize {
     bytes[at..at + 4].iter().rev().fold(0, |sum, byte| (sum << 8) | usize::from(*byte))
 }
 
