@@ -6,7 +6,7 @@
 help:
 	@echo "make demo    the tutorial's whole journey on real VMs, proved"
 	@echo "make test    all tests (30 minutes at most on 2 cores)"
-	@echo "make soak    the long tests"
+	@echo "make soak    the long tests, and an hour of fuzzing for each target"
 	@echo "make bench   measures speed against the aims and other tools (20 minutes on 2 cores)"
 	@echo "make check   what this machine lacks for the above; installs nothing"
 	@echo
@@ -29,7 +29,9 @@ demo: guest
 test: setup guest
 	@cargo xtask ci
 
+# MAINSTAY_FUZZ_SECONDS: how long each fuzz target runs (an hour)
 soak: setup guest
+	@scripts/setup.sh soak
 	@cargo xtask soak
 
 # BENCH_ARGS: --json FILE, --only NAME, --quick

@@ -2,21 +2,24 @@
 # Installs what Mainstay needs to build, test and run its lab on Debian 12 or 13.
 # Idempotent: does nothing when everything is there. Works as root or with sudo.
 #
-# usage: scripts/setup.sh [--check] [test] [bench]
+# usage: scripts/setup.sh [--check] [test] [bench] [soak]
 #   --check  only say what is missing (exit 1 if anything is)
 #   test     also the clients and tools that `make test` uses, under .cache (1 GB)
 #   bench    also the peers that `make bench` measures against
+#   soak     also cargo-fuzz, under .cache (a nightly Rust must be there)
 set -euo pipefail
 
 check_only=false
 want_test=false
 want_bench=false
+want_soak=false
 for argument in "$@"; do
   case "$argument" in
     --check) check_only=true ;;
     test) want_test=true ;;
     bench) want_bench=true ;;
-    *) echo "setup: unknown argument '$argument' (known: --check, test, bench)" >&2; exit 2 ;;
+    soak) want_soak=true ;;
+    *) echo "setup: unknown argument '$argument' (known: --check, test, bench, soak)" >&2; exit 2 ;;
   esac
 done
 
@@ -33,6 +36,8 @@ packages=(
   python3 python3-venv
 )
 if $want_bench; then packages+=(libnbd-bin nbdkit virtnbdbackup); fi
+# libFuzzer is C++.
+if $want_soak; then packages+=(g++); fi
 
 version_at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 
@@ -43,6 +48,11 @@ fi
 rust_found=$(rustc --version | awk '{print $2}')
 if ! version_at_least "$rust_found" "$rust_wanted"; then
   echo "setup: rustc $rust_found is too old: $rust_wanted or newer is needed" >&2
+  exit 1
+fi
+
+if $want_soak && ! { command -v rustup && rustup run nightly rustc --version; } >/dev/null 2>&1; then
+  echo "setup: fuzzing needs a nightly Rust beside the stable one: rustup toolchain install nightly" >&2
   exit 1
 fi
 
@@ -67,6 +77,7 @@ done
 requirements="$(dirname "$0")/requirements.txt"
 tools=.cache/tools
 install_tools() {
+  if $want_soak; then install_cargo_fuzz; fi
   if ! $want_test; then return; fi
   install_node_packages
   install_environment "$azure_cli" "$azure_cli_requirements"
@@ -82,6 +93,14 @@ install_environment() {
   "$1/bin/pip" install --quiet --disable-pip-version-check --requirement "$2"
   # Last, so that an interrupted installation is done again.
   cp "$2" "$1/requirements.txt"
+}
+
+# Drives libFuzzer; see fuzz/.
+cargo_fuzz_version=0.13.1
+install_cargo_fuzz() {
+  if [ "$(.cache/cargo/bin/cargo-fuzz --version 2>/dev/null)" = "cargo-fuzz $cargo_fuzz_version" ]; then return; fi
+  echo "setup: installing cargo-fuzz" >&2
+  cargo install --quiet --locked --root .cache/cargo --version "$cargo_fuzz_version" cargo-fuzz
 }
 
 # Clients and tools that come as npm packages, at the versions of the lock file.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use crate::tidy;
+use crate::{fuzz, tidy};
 
 /// A suite and how long it took.
 struct Timed {
@@ -34,7 +34,8 @@ pub(crate) fn run(repository: &Path) -> Result<()> {
 /// Runs the tests that take too long for every change.
 pub(crate) fn soak(repository: &Path) -> Result<()> {
     let words = ["test", "--workspace", "--test", "kills", "--", "--ignored", "--nocapture"];
-    cargo(repository, &words)
+    cargo(repository, &words)?;
+    fuzz::run(repository, &[])
 }
 
 fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {

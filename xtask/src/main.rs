@@ -3,6 +3,7 @@
 mod bench;
 mod ci;
 mod cpio;
+mod fuzz;
 mod guest;
 mod openapi;
 mod tidy;
@@ -19,6 +20,7 @@ fn main() -> anyhow::Result<()> {
         Xtask::Audit => ci::audit(repository),
         Xtask::Bench { arguments } => bench::run(repository, &arguments),
         Xtask::Ci => ci::run(repository),
+        Xtask::Fuzz { targets } => fuzz::run(repository, &targets),
         Xtask::Guest { refresh } => guest::run(refresh),
         Xtask::Openapi => openapi::run(repository),
         Xtask::Soak => ci::soak(repository),
@@ -39,9 +41,14 @@ enum Xtask {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Fuzzes what reads bytes from outside: each target for an hour, or `MAINSTAY_FUZZ_SECONDS` (nightly compiler needed).
+    Fuzz {
+        /// Names of targets; all without any.
+        targets: Vec<String>,
+    },
     /// Writes `docs/api/openapi-v1.json` anew, from the server's code.
     Openapi,
-    /// The long tests: random kills on real VMs, many seeds of the simulation.
+    /// The long tests: random kills on real VMs, an hour of fuzzing for each target.
     Soak,
     /// Dependency direction, file sizes, format documents.
     Tidy,

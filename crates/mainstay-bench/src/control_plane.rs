@@ -128,6 +128,8 @@ fn host(fabric: &str, number: usize) -> ProviderRecord {
         version: "1".to_owned(),
         discovery: None,
         discovered_ms: None,
+        public_key: None,
+        has_connected: true,
     }
 }
 

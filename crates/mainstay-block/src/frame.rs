@@ -55,7 +55,7 @@ const CHECKSUM_KEY: highway::Key = highway::Key([
 const CODEC_RAW: u8 = 0;
 const CODEC_ZSTD: u8 = 1;
 const CODEC_LZ4: u8 = 2;
-const CHECKSUM_AT: usize = 20;
+pub(crate) const CHECKSUM_AT: usize = 20;
 /// The first block number that would not be addressable in bytes.
 const BLOCK_LIMIT: u64 = u64::MAX / BLOCK_BYTES;
 /// Level 1: 230 to 500 MB/s per core, by content and processor; levels above cost more CPU than the link they save.
@@ -343,7 +343,7 @@ impl Packer {
 }
 
 /// The checksum of a frame of the version that it says it has.
-fn checksum(frame: &[u8]) -> [u8; 16] {
+pub(crate) fn checksum(frame: &[u8]) -> [u8; 16] {
     let (head, body) = (&frame[..CHECKSUM_AT], &frame[FRAME_HEADER_BYTES..]);
     let mut sum = [0; 16];
     if frame[4] == VERSION_BLAKE3 {

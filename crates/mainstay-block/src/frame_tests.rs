@@ -157,3 +157,44 @@ fn order_is_enforced() {
     builder.push_data(1, 16, b"tail").unwrap();
     assert_eq!(builder.runs.len(), 2);
 }
+
+/// A frame that says it has one block, with this payload and a good checksum.
+fn lying(codec: u8, packed: &[u8]) -> Bytes {
+    let mut honest = FrameBuilder::new();
+    // Noise, so that the frame has room for what is put in its place.
+    let noise: Vec<u8> = (0..FRAME_BLOCKS_MAX * BLOCK_LENGTH).map(|at| (at * at / 7 % 251) as u8).collect();
+    honest.push_data(0, 0, &noise).unwrap();
+    let mut bytes = honest.finish(Effort::None).unwrap().to_vec();
+    bytes.truncate(bytes.len() - noise.len());
+    bytes[5] = codec;
+    bytes[12..16].copy_from_slice(&(packed.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(packed);
+    let sum = checksum(&bytes);
+    bytes[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum);
+    bytes.into()
+}
+
+#[test]
+fn a_payload_that_expands_to_more_than_it_says_is_refused() {
+    let plain = FRAME_BLOCKS_MAX * BLOCK_LENGTH;
+    for (bytes, is_good) in [(plain, true), (plain + 1, false), (plain - 1, false), (256 << 20, false)] {
+        let zeros = vec![0; bytes];
+        for (codec, packed) in [
+            (CODEC_ZSTD, zstd::bulk::compress(&zeros, 1).unwrap()),
+            (CODEC_LZ4, lz4_flex::block::compress(&zeros)),
+        ] {
+            let frame = lying(codec, &packed);
+            match Frame::decode(&frame) {
+                Ok(decoded) => {
+                    assert!(is_good && decoded.payload.len() == plain, "codec {codec}, {bytes} bytes");
+                }
+                // What is longer than a frame's blocks is refused by its header alone.
+                Err(error) => assert!(
+                    !is_good
+                        && matches!(error, FrameError::Payload | FrameError::Malformed("payload length")),
+                    "codec {codec}, {bytes} bytes: {error}"
+                ),
+            }
+        }
+    }
+}

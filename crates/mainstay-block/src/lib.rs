@@ -11,6 +11,8 @@ pub mod durable;
 mod faulty;
 mod file;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hash;
 mod hash_log;
 pub mod hash_table;

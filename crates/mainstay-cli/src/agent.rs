@@ -88,7 +88,7 @@ enum AgentCommand {
     Register {
         #[command(flatten)]
         agent: AgentArguments,
-        /// The key, as `mainstay host key` printed it.
+        /// The key, as `mainstay host key` printed it; `-` reads it from standard input, so that it is in no list of processes.
         #[arg(long, env = "MAINSTAY_REGISTRATION_KEY", hide_env_values = true)]
         key: String,
         /// The name under which the host is shown; the host's own name by default.
@@ -117,6 +117,12 @@ pub(crate) async fn run(invocation: AgentInvocation) -> anyhow::Result<Exit> {
     match command.unwrap_or(AgentCommand::Run { agent, logging }) {
         AgentCommand::Register { agent, key, name } => {
             let config = agent.config()?;
+            let key = match key.as_str() {
+                "-" => {
+                    std::io::read_to_string(std::io::stdin()).context("read the key from standard input")?
+                }
+                _ => key,
+            };
             let key = RegistrationKey::parse(&key).map_err(|error| UsageError(format!("{error:#}")))?;
             let name = match name {
                 Some(name) => name,

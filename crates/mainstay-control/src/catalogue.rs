@@ -120,6 +120,16 @@ fn read<T: DeserializeOwned>(document: &[u8]) -> Result<T, String> {
     serde_json::from_slice(document).map_err(|error| error.to_string())
 }
 
+/// Reads a document as each kind of the catalogue: for fuzzing.
+pub(crate) fn read_any(document: &[u8]) {
+    let kinds = [
+        read::<CataloguedItem>(document).map(|known| write(&known).is_ok()),
+        read::<CataloguedResources>(document).map(|known| write(&known).is_ok()),
+        read::<CataloguedServer>(document).map(|known| write(&known).is_ok()),
+    ];
+    assert!(!kinds.contains(&Ok(false)), "what was read can be written");
+}
+
 fn write(document: &impl Serialize) -> Result<Vec<u8>, ControlError> {
     serde_json::to_vec(document)
         .map_err(|error| ControlError::Conflict(format!("the catalogue cannot be written: {error}")))

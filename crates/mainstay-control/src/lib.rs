@@ -16,6 +16,8 @@ mod catalogue;
 mod clock;
 pub mod db;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod jobs;
 pub mod reconcilers;
 mod sites;

@@ -7,6 +7,7 @@ use std::{
 
 use mainstay_model::ProviderId;
 use mainstay_provider::{ErrorKind, Site, SiteError};
+use tokio::sync::watch;
 
 /// Connected agents by identifier. The newest connection of an agent wins.
 #[derive(Default)]
@@ -14,9 +15,20 @@ pub struct SiteDirectory {
     connected: RwLock<HashMap<ProviderId, Arc<dyn Site>>>,
     /// Agents whose connection nobody has looked at yet.
     arrived: Mutex<HashSet<ProviderId>>,
+    registrations: watch::Sender<()>,
 }
 
 impl SiteDirectory {
+    /// A host was registered, registered again, or removed.
+    pub(crate) fn registrations_changed(&self) {
+        self.registrations.send_replace(());
+    }
+
+    /// Changes whenever connections must be looked at again, whether their hosts may still have them.
+    pub fn watch_registrations(&self) -> watch::Receiver<()> {
+        self.registrations.subscribe()
+    }
+
     /// An agent has connected.
     pub fn insert(&self, provider: ProviderId, site: Arc<dyn Site>) {
         self.connected.write().unwrap_or_else(PoisonError::into_inner).insert(provider, site);

@@ -96,6 +96,13 @@ impl Definition {
         if !child.wait().await.doing("unpacking the TPM's state")?.success() {
             return Err(failed("the TPM's state cannot be unpacked"));
         }
+        if !holds_only_files(&new_path).doing("looking at the TPM's state")? {
+            remove_directory(&new_path)?;
+            return Err(failed(
+                "the TPM's state in the recovery point holds links or devices, which no TPM makes",
+            )
+            .with_remedy("Choose another recovery point, and see who has written on the VM's host."));
+        }
         for entry in std::fs::read_dir(&new_path)? {
             give(&entry?.path(), owner)?;
         }
@@ -103,6 +110,20 @@ impl Definition {
         std::fs::rename(&new_path, &path).doing("unpacking the TPM's state")?;
         Ok(Some(path))
     }
+}
+
+/// Whether there is nothing but files and directories in a directory. What another host has packed is then handled as if it
+/// were ours: a link would lead elsewhere.
+fn holds_only_files(directory: &Path) -> std::io::Result<bool> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        let is_good = kind.is_file() || kind.is_dir() && holds_only_files(&entry.path())?;
+        if !is_good {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Reads a VM's definition, with what belongs to it outside of libvirt's description.
@@ -239,6 +260,40 @@ fn tpm_directory(host: &Host, vm: VmId, domain: &Domain, xml: &str) -> Option<Pa
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A definition whose TPM state is what `tar` packs with these words, in a directory with a link and a file.
+    fn with_tpm(words: &[&str]) -> Definition {
+        let directory = tempfile::tempdir().unwrap();
+        let inside = directory.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", inside.join("link")).unwrap();
+        std::fs::write(inside.join("tpm2-00.permall"), "state").unwrap();
+        std::fs::write(directory.path().join("outside"), "planted").unwrap();
+        let mut tar = std::process::Command::new("tar");
+        tar.args(["--create", "--absolute-names", "--directory"]).arg(&inside).args(words);
+        let output = tar.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        Definition {
+            format: FORMAT,
+            xml: String::new(),
+            nvram: None,
+            tpm: Some(STANDARD.encode(output.stdout)),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_tpms_state_leads_nowhere_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("a/b");
+        std::fs::create_dir_all(&target).unwrap();
+        let refused = with_tpm(&["."]).write_tpm(&target, None).await.unwrap_err();
+        assert!(refused.message.contains("links"), "{refused}");
+        // Nothing is left of it, and nothing lies beside it. tar itself refuses to go up.
+        assert!(with_tpm(&["../outside"]).write_tpm(&target, None).await.is_err());
+        assert!(!target.join("tpm").exists() && !directory.path().join("a/outside").exists());
+        let good = with_tpm(&["tpm2-00.permall"]).write_tpm(&target, None).await.unwrap().unwrap();
+        assert_eq!(std::fs::read(good.join("tpm2-00.permall")).unwrap(), b"state");
+    }
 
     #[test]
     fn a_file_is_replaced_with_its_rights() {

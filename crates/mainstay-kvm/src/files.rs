@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, lchown};
 use std::path::{Path, PathBuf};
 
 use mainstay_block::durable::{sync_parent, write_aside};
@@ -18,10 +18,12 @@ use mainstay_provider::SiteError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::error::{While as _, failed};
+use crate::error::{While as _, failed, refused};
 
 /// Sockets are named `run/` and a name of at most 42 bytes, and Linux allows 107 in all.
 const DIRECTORY_BYTES_MAX: usize = 60;
+/// libvirt's names of disks are two or three letters, a few more for the number.
+const DISK_KEY_BYTES_MAX: usize = 32;
 
 /// The account under which QEMU runs, if it is not ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,10 +95,25 @@ impl Files {
 pub(crate) fn give(path: &Path, owner: Option<Owner>) -> Result<(), SiteError> {
     match owner {
         Some(owner) => {
-            chown(path, Some(owner.uid), Some(owner.gid)).doing(&format!("giving {} to QEMU", path.display()))
+            // Never through a symbolic link, to something of somebody else.
+            lchown(path, Some(owner.uid), Some(owner.gid))
+                .doing(&format!("giving {} to QEMU", path.display()))
         }
         None => Ok(()),
     }
+}
+
+/// Refuses names of disks that could lead out of a directory, or that libvirt would not give. They come from another host.
+pub(crate) fn check_disk_key(key: &str) -> Result<(), SiteError> {
+    let is_good =
+        (1..=DISK_KEY_BYTES_MAX).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    if is_good {
+        return Ok(());
+    }
+    Err(refused(
+        format!("{key:?} cannot be the name of a disk on this host"),
+        "Disks are named like vda or sdb1: see what the other host says of the VM.",
+    ))
 }
 
 /// Writes a record so that after a crash there is the old one or the new one.
@@ -162,5 +179,23 @@ impl Identity {
             modified_s: metadata.mtime(),
             modified_ns: metadata.mtime_nsec(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_of_other_hosts_have_harmless_names() {
+        for good in ["vda", "sdaa", "xvdb1"] {
+            check_disk_key(good).unwrap();
+        }
+        let long = "a".repeat(DISK_KEY_BYTES_MAX + 1);
+        for bad in
+            ["", ".", "..", "../vda", "/etc/x", "a/b", "vda\0", "vda\n", "vd a", "v'da", "vdä", "-vda", &long]
+        {
+            assert!(check_disk_key(bad).is_err(), "{bad:?}");
+        }
     }
 }

@@ -12,6 +12,8 @@
 mod client;
 mod endpoint;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod server;
 mod wire;
 

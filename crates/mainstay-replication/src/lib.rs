@@ -17,6 +17,8 @@ mod connect;
 mod effort;
 mod error;
 mod fetch;
+#[doc(hidden)]
+pub mod fuzzing;
 mod link;
 mod message;
 mod mount;

@@ -14,7 +14,8 @@ use uuid::Uuid;
 use crate::connect::BoxStream;
 use crate::message::{CommitRequest, ExtentList, Hello, Purpose, Query, Refusal, Welcome};
 use crate::wire::{
-    ANSWER_BYTES_MAX, FLAG_RESENT, FLAG_ZERO, Kind, Message, Receiver, Traffic, Transmitter, VERSION, split,
+    ANSWER_BYTES_MAX, FLAG_RESENT, FLAG_ZERO, Kind, Message, Receiver, SILENCE_MAX, Traffic, Transmitter,
+    VERSION, split,
 };
 use crate::{RefusalKind, ReplicationError, serve_fetch};
 
@@ -95,7 +96,9 @@ async fn serve(
     store: &Store,
     authorize: &Authorize<'_>,
 ) -> Result<(Access, Option<Uuid>), ReplicationError> {
-    let hello: Hello = receiver.expect(Kind::Hello).await?.body()?;
+    // In all: pings would put off the end of each message for ever.
+    let hello = tokio::time::timeout(SILENCE_MAX, receiver.expect(Kind::Hello)).await;
+    let hello: Hello = hello.map_err(|_| ReplicationError::Protocol("no hello"))??.body()?;
     let refused = |kind, message: &str| ReplicationError::Refused { kind, message: message.to_owned() };
     if hello.version_min > VERSION || hello.version_max < VERSION {
         return Err(refused(RefusalKind::Version, "this server speaks version 1"));

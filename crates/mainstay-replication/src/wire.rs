@@ -178,7 +178,7 @@ impl Receiver {
     }
 }
 
-async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> Result<Message, ReplicationError> {
+pub(crate) async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> Result<Message, ReplicationError> {
     let mut bytes = [0u8; HEADER_BYTES];
     read.read_exact(&mut bytes).await?;
     let header: Header = zerocopy::transmute!(bytes);

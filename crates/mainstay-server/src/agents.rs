@@ -1,6 +1,6 @@
 //! The agents' endpoint: one port, mutual TLS, control and data told apart by ALPN.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures::FutureExt as _;
 use mainstay_control::Control;
@@ -8,24 +8,26 @@ use mainstay_model::{Health, ItemId, ProviderId};
 use mainstay_provider::{RemoteSite, Site};
 use mainstay_replication::{Access, serve_connection};
 use rustls::ServerConfig;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    authority::{CONTROL_PROTOCOL, DATA_PROTOCOL, certificate_provider},
+    authority::{CONTROL_PROTOCOL, CertificateSubject, DATA_PROTOCOL},
     listener::{Limits, Secured, listen},
     vaults::Vaults,
 };
 
 /// Each agent has one connection for control and a few for data, over which gigabytes go in frames of 256 KiB: in smaller
 /// pieces, waking each other costs the two ends more than the bytes.
-const LIMITS: Limits = Limits { connections_max: 4096, buffer_bytes: 320 << 10 };
+const CONNECTIONS_MAX: usize = 4096;
+const BUFFER_BYTES: usize = 320 << 10;
 
 /// Serves agents until `stop`.
 pub(crate) async fn serve(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
     vaults: Arc<Vaults>,
+    request_timeout: Duration,
     stop: CancellationToken,
 ) {
     let until = stop.clone();
@@ -38,39 +40,95 @@ pub(crate) async fn serve(
             }
         }
     };
-    listen(listener, tls, LIMITS, stop, serve).await;
+    let limits = Limits::new(CONNECTIONS_MAX, BUFFER_BYTES, request_timeout);
+    listen(listener, tls, limits, stop, serve).await;
 }
 
 async fn serve_peer(stream: Secured, vaults: &Vaults) {
-    let Some(provider) = peer(&stream) else {
+    let Some(subject) = subject(&stream) else {
         return tracing::warn!("a certificate of ours does not name a host");
     };
-    // The certificate may outlive the registration.
-    let (control, name) = match vaults.hosting(provider).await {
-        Ok((vault, name)) => (vault.control.clone(), name),
-        Err(error) => {
-            return tracing::warn!(%provider, %error, "a host that is not registered was turned away");
+    let provider = subject.provider;
+    let (control, name, mut registrations) = match admit(&subject, vaults).await {
+        Ok(admitted) => admitted,
+        Err(why) => return tracing::warn!(%provider, why, "a host was turned away"),
+    };
+    let removed = async {
+        while registrations.changed().await.is_ok() {
+            if let Err(why) = admit(&subject, vaults).await {
+                return why;
+            }
+        }
+        "the vault is closed".to_owned()
+    };
+    let serve = async {
+        match stream.get_ref().1.alpn_protocol() {
+            Some(protocol) if protocol == CONTROL_PROTOCOL => {
+                serve_control(stream, provider, name, control).await;
+            }
+            Some(protocol) if protocol == DATA_PROTOCOL => serve_data(stream, provider, control).await,
+            _ => {
+                tracing::warn!(%provider, "an agent speaks no protocol that this server knows; update the older one");
+            }
         }
     };
-    match stream.get_ref().1.alpn_protocol() {
-        Some(protocol) if protocol == CONTROL_PROTOCOL => {
-            serve_control(stream, provider, name, control).await;
-        }
-        Some(protocol) if protocol == DATA_PROTOCOL => serve_data(stream, provider, control).await,
-        _ => {
-            tracing::warn!(%provider, "an agent speaks no protocol that this server knows; update the older one");
-        }
+    tokio::select! {
+        why = removed => tracing::warn!(%provider, why, "a host's connection was ended"),
+        () = serve => {}
     }
 }
 
-fn peer(stream: &Secured) -> Option<ProviderId> {
-    certificate_provider(stream.get_ref().1.peer_certificates()?.first()?)
+/// The control plane that a host belongs to, its name there, and what says when to ask again; or why it may not connect.
+/// The certificate may outlive the registration, and another one may have taken its place.
+async fn admit(
+    subject: &CertificateSubject,
+    vaults: &Vaults,
+) -> Result<(Arc<Control>, String, watch::Receiver<()>), String> {
+    let asked = vaults.hosting(subject.provider).await;
+    let vault = asked.map_err(|error| error.to_string())?;
+    // Watched before the host is looked at, so that no removal falls between.
+    let registrations = vault.control.sites.watch_registrations();
+    let host = vault.control.provider(subject.provider).await.map_err(|error| error.to_string())?;
+    if host.public_key.as_ref().is_some_and(|known| *known != subject.public_key) {
+        return Err(format!(
+            "host '{}' has been registered again since this certificate was signed",
+            host.name
+        ));
+    }
+    Ok((vault.control.clone(), host.name, registrations))
+}
+
+fn subject(stream: &Secured) -> Option<CertificateSubject> {
+    CertificateSubject::of(stream.get_ref().1.peer_certificates()?.first()?)
+}
+
+/// A host that is connected until this is dropped.
+struct Connected {
+    control: Arc<Control>,
+    provider: ProviderId,
+    site: Arc<dyn Site>,
+}
+
+impl Connected {
+    fn new(control: Arc<Control>, provider: ProviderId, site: Arc<dyn Site>) -> Self {
+        control.sites.insert(provider, site.clone());
+        Self { control, provider, site }
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.control.sites.remove(self.provider, &self.site);
+        self.control.changed.notify_waiters();
+    }
 }
 
 async fn serve_control(stream: Secured, provider: ProviderId, name: String, control: Arc<Control>) {
+    if let Err(error) = control.note_connection(provider).await {
+        return tracing::error!(%provider, %error, "a host's connection could not be noted; it was ended");
+    }
     let (site, run) = RemoteSite::connect(stream);
-    let site: Arc<dyn Site> = site;
-    control.sites.insert(provider, site.clone());
+    let connected = Connected::new(control.clone(), provider, site);
     tell(
         &control,
         &name,
@@ -82,8 +140,7 @@ async fn serve_control(stream: Secured, provider: ProviderId, name: String, cont
     // The inventory is read at once: the reconciler sees that the agent has arrived.
     control.changed.notify_waiters();
     let ended = run.await;
-    control.sites.remove(provider, &site);
-    control.changed.notify_waiters();
+    drop(connected);
     if !control.sites.is_connected(provider) {
         let why = ended.err().map_or_else(String::new, |error| format!(": {error}"));
         let text = format!("the agent of host '{name}' is not connected any more{why}");

@@ -14,7 +14,7 @@ use std::{
 use mainstay_model::ProviderId;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData as _, SanType,
 };
 use rustls::{
     RootCertStore, ServerConfig,
@@ -120,10 +120,10 @@ impl Authority {
         &self.certificate_pem
     }
 
-    /// Whether an agent's request could be signed.
-    pub fn check_agent_request(request_pem: &str) -> Result<(), AuthorityError> {
-        CertificateSigningRequestParams::from_pem(request_pem)?;
-        Ok(())
+    /// Digest of the public key in an agent's request, if it could be signed.
+    pub(crate) fn request_key(request_pem: &str) -> Result<String, AuthorityError> {
+        let request = CertificateSigningRequestParams::from_pem(request_pem)?;
+        Ok(key_digest(request.public_key.der_bytes()))
     }
 
     /// Signs an agent's request: only its public key is taken from it.
@@ -194,11 +194,27 @@ impl Authority {
     }
 }
 
-/// The provider that a verified certificate was signed for.
-pub(crate) fn certificate_provider(certificate: &CertificateDer<'_>) -> Option<ProviderId> {
-    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
-    let name = certificate.subject().iter_common_name().next()?;
-    name.as_str().ok()?.parse().ok()
+/// Whom a verified certificate was signed for.
+pub(crate) struct CertificateSubject {
+    /// The host.
+    pub(crate) provider: ProviderId,
+    /// Digest of its public key.
+    pub(crate) public_key: String,
+}
+
+impl CertificateSubject {
+    /// Reads it; `None` if the certificate is not one of a host.
+    pub(crate) fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        let name = certificate.subject().iter_common_name().next()?;
+        let provider = name.as_str().ok()?.parse().ok()?;
+        Some(Self { provider, public_key: key_digest(&certificate.public_key().subject_public_key.data) })
+    }
+}
+
+fn key_digest(key: &[u8]) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, key);
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -217,7 +233,9 @@ mod tests {
         // A second opening finds the same authority.
         let signed = Authority::open(dir.path()).unwrap().sign_agent(&request, provider).unwrap();
         let certificate = CertificateDer::from_pem_slice(signed.as_bytes()).unwrap();
-        assert_eq!(certificate_provider(&certificate), Some(provider));
+        let subject = CertificateSubject::of(&certificate).unwrap();
+        assert_eq!(subject.provider, provider);
+        assert_eq!(subject.public_key, Authority::request_key(&request).unwrap());
     }
 
     #[test]

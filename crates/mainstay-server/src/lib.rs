@@ -6,6 +6,8 @@
 mod agents;
 mod authority;
 mod config;
+#[doc(hidden)]
+pub mod fuzzing;
 mod http;
 mod listener;
 mod rescue;

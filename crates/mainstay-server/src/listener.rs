@@ -12,7 +12,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// A handshake that takes longer is somebody holding a place.
+/// A handshake that takes longer is somebody holding a place; less where requests are given less.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// Pause after a failed accept (out of file descriptors), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -27,6 +27,15 @@ pub(crate) struct Limits {
     pub(crate) connections_max: usize,
     /// Bytes read from a connection, and encrypted for it, at once.
     pub(crate) buffer_bytes: usize,
+    /// How long a handshake may take.
+    pub(crate) handshake_max: Duration,
+}
+
+impl Limits {
+    /// The limits where a request may take so long.
+    pub(crate) fn new(connections_max: usize, buffer_bytes: usize, request_timeout: Duration) -> Self {
+        Self { connections_max, buffer_bytes, handshake_max: HANDSHAKE_MAX.min(request_timeout) }
+    }
 }
 
 /// Hands every connection to `serve` until `stop`, within the limits; returns when all have
@@ -63,7 +72,7 @@ pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
             let _place = place;
             let shaken = tokio::select! {
                 () = stop.cancelled() => return,
-                shaken = shake_hands(stream, acceptor, limits.buffer_bytes) => shaken,
+                shaken = shake_hands(stream, acceptor, limits) => shaken,
             };
             if let Some(stream) = shaken {
                 serve(stream).await;
@@ -74,14 +83,14 @@ pub(crate) async fn listen<F: Future<Output = ()> + Send + 'static>(
     tasks.wait().await;
 }
 
-async fn shake_hands(stream: TcpStream, acceptor: TlsAcceptor, buffer_bytes: usize) -> Option<Secured> {
+async fn shake_hands(stream: TcpStream, acceptor: TlsAcceptor, limits: Limits) -> Option<Secured> {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
-    let stream = BufReader::with_capacity(buffer_bytes, stream);
-    match timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
+    let stream = BufReader::with_capacity(limits.buffer_bytes, stream);
+    match timeout(limits.handshake_max, acceptor.accept(stream)).await {
         Ok(Ok(mut stream)) => {
-            stream.get_mut().1.set_buffer_limit(Some(buffer_bytes));
+            stream.get_mut().1.set_buffer_limit(Some(limits.buffer_bytes));
             Some(stream)
         }
         Ok(Err(error)) => {

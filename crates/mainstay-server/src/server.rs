@@ -71,7 +71,8 @@ pub struct Running {
 }
 
 /// Connections of API clients, whose requests are small.
-const LIMITS: Limits = Limits { connections_max: 1024, buffer_bytes: 32 << 10 };
+const CONNECTIONS_MAX: usize = 1024;
+const BUFFER_BYTES: usize = 32 << 10;
 
 /// Starts the server; it is ready when this returns.
 pub async fn run(config: &ServerConfig) -> anyhow::Result<Running> {
@@ -123,7 +124,7 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     });
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
-    tasks.spawn(agents::serve(agent_listener, agent_tls, vaults.clone(), stop.clone()));
+    tasks.spawn(agents::serve(agent_listener, agent_tls, vaults.clone(), request_timeout, stop.clone()));
     tasks.spawn(serve_api(api_listener, api_tls, router(api), request_timeout, stop.clone()));
     let resumed = vaults.start().await?;
     tracing::info!(%api_address, %agent_address, resumed, "the server is ready");
@@ -204,5 +205,6 @@ async fn serve_api(
             }
         }
     };
-    listen(listener, tls, LIMITS, stop, serve).await;
+    let limits = Limits::new(CONNECTIONS_MAX, BUFFER_BYTES, request_timeout);
+    listen(listener, tls, limits, stop, serve).await;
 }

@@ -234,14 +234,11 @@ impl Vaults {
         }
     }
 
-    /// The vault in which a host is registered, and the host's name there.
-    pub(crate) async fn hosting(
-        &self,
-        provider: ProviderId,
-    ) -> Result<(Arc<HostedVault>, String), ControlError> {
+    /// The vault in which a host is registered.
+    pub(crate) async fn hosting(&self, provider: ProviderId) -> Result<Arc<HostedVault>, ControlError> {
         for vault in self.all() {
             match vault.control.provider(provider).await {
-                Ok(record) => return Ok((vault, record.name)),
+                Ok(_) => return Ok(vault),
                 Err(ControlError::NotFound { .. }) => {}
                 Err(error) => return Err(error),
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mainstay_control::{
     Control, ControlError, ManualClock,
-    app::{REGISTRATION_KEY_HOURS, Requester, Role},
+    app::{HostRegistration, REGISTRATION_KEY_HOURS, Requester, Role},
     db::Db,
 };
 use mainstay_store::{Store, StoreOptions, local_storage};
@@ -17,6 +17,10 @@ async fn control(dir: &std::path::Path, clock: &Arc<ManualClock>) -> anyhow::Res
     Ok(Control::new(db, Arc::new(store), clock.clone()))
 }
 
+fn host(name: &str) -> HostRegistration<'_> {
+    HostRegistration { name, version: "1", public_key: None }
+}
+
 #[tokio::test]
 async fn a_registration_key_works_for_five_days_and_not_longer() {
     let (dir, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::default()));
@@ -24,13 +28,13 @@ async fn a_registration_key_works_for_five_days_and_not_longer() {
     control.create_fabric("home", Requester("test".to_owned())).await.unwrap();
     let (_, secret) = control.create_registration_key("home").await.unwrap();
     clock.advance_ms(REGISTRATION_KEY_HOURS * HOUR_MS - 1);
-    let first = control.register_host(&secret.0, "kvm1", "1").await.unwrap();
+    let first = control.register_host(&secret.0, host("kvm1")).await.unwrap();
     clock.advance_ms(1);
-    let refused = control.register_host(&secret.0, "kvm2", "1").await.unwrap_err();
+    let refused = control.register_host(&secret.0, host("kvm2")).await.unwrap_err();
     let ControlError::Invalid { code, message, remedy } = refused else { panic!("{refused}") };
     assert_eq!(code, "RegistrationKeyExpired");
     assert!(message.contains("'home'") && remedy.contains("mainstay host key"), "{message} {remedy}");
-    let refused = control.register_host("something else", "kvm2", "1").await.unwrap_err();
+    let refused = control.register_host("something else", host("kvm2")).await.unwrap_err();
     assert!(matches!(refused, ControlError::Invalid { code: "RegistrationKeyInvalid", .. }), "{refused}");
     // What was registered in time stays.
     assert_eq!(*control.providers().await.unwrap(), [Arc::new(first)]);

@@ -7,7 +7,7 @@ use crate::envelope::Envelope;
 use crate::{Store, StoreError, keys};
 
 /// A document of a vault with thousands of items is a few MiB.
-const ENVELOPE: Envelope = Envelope { magic: b"MSCATLG1", bytes_max: 64 << 20 };
+pub(crate) const ENVELOPE: Envelope = Envelope { magic: b"MSCATLG1", bytes_max: 64 << 20 };
 
 impl Store {
     /// Writes a document, in place of one of the same name; it is durable when this returns. Names are like
@@ -18,7 +18,7 @@ impl Store {
     pub async fn put_document(&self, name: &str, document: &[u8]) -> Result<(), StoreError> {
         let key = key(name)?;
         let bytes = ENVELOPE.seal(name.as_bytes(), document).map_err(StoreError::Invalid)?;
-        self.shared.storage.put(&key, bytes).await
+        self.shared.storage.put_twice(&key, bytes.into()).await
     }
 
     /// Reads a document; `None` if there is none.
@@ -27,9 +27,36 @@ impl Store {
     /// [`StoreError::Damaged`].
     pub async fn document(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
         let key = key(name)?;
-        let Some(bytes) = self.shared.storage.get(&key).await? else { return Ok(None) };
-        let document = ENVELOPE.open(name.as_bytes(), &bytes);
-        document.map(|document| Some(document.into())).map_err(|what| StoreError::damaged(&key, what))
+        let Some(object) = self.shared.storage.get_copies(&key).await? else { return Ok(None) };
+        let opened = ENVELOPE.read(name.as_bytes(), &object);
+        opened.map(|opened| Some(opened.document.into())).map_err(|what| StoreError::damaged(&key, what))
+    }
+
+    /// Verifies all documents, and mends those of which one copy is damaged; answers how many those were. What is beyond
+    /// mending is for their writer to find.
+    ///
+    /// # Errors
+    /// [`StoreError::Storage`].
+    pub async fn scrub_documents(&self) -> Result<usize, StoreError> {
+        let storage = &self.shared.storage;
+        let root = keys::catalogue();
+        let mut mended = 0;
+        for listed in storage.list(&root).await? {
+            let key = listed.location;
+            let Some(name) = key
+                .prefix_match(&root)
+                .map(|parts| parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"))
+            else {
+                continue;
+            };
+            let Some(object) = storage.get_copies(&key).await? else { continue };
+            let Ok(opened) = ENVELOPE.read(name.as_bytes(), &object) else { continue };
+            if opened.is_damaged || !object.is_current {
+                self.put_document(&name, &opened.document).await?;
+                mended += usize::from(opened.is_damaged);
+            }
+        }
+        Ok(mended)
     }
 
     /// The names of all documents in a folder, with the folder's.

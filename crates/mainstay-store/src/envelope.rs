@@ -1,4 +1,4 @@
-//! The form of small objects: a header, then a compressed document; all of it twice, one copy after the other.
+//! The form of small objects: a header, then a compressed document; the object has it twice, one copy after the other.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
@@ -11,12 +11,10 @@
 //! The context is what the reader knows beforehand, so that one object's bytes are not taken for another's. Objects of
 //! version 1 have one copy.
 
-use object_store::PutPayload;
+use crate::storage::Copies;
 
-use crate::storage::twice;
-
-const VERSION: u32 = 2;
-const HEADER_BYTES: usize = 32;
+pub(crate) const VERSION: u32 = 2;
+pub(crate) const HEADER_BYTES: usize = 32;
 const ZSTD_LEVEL: i32 = 3;
 
 /// A kind of object.
@@ -27,7 +25,7 @@ pub(crate) struct Envelope {
 }
 
 impl Envelope {
-    pub(crate) fn seal(&self, context: &[u8], document: &[u8]) -> Result<PutPayload, &'static str> {
+    pub(crate) fn seal(&self, context: &[u8], document: &[u8]) -> Result<Vec<u8>, &'static str> {
         if document.len() > self.bytes_max {
             return Err("the document is too large");
         }
@@ -38,21 +36,16 @@ impl Envelope {
         out.extend_from_slice(&(document.len() as u32).to_le_bytes());
         out.extend_from_slice(&checksum(&out, context, &packed));
         out.extend_from_slice(&packed);
-        Ok(twice(out.into()))
+        Ok(out)
     }
 
     /// The document, from a copy that is sound.
-    pub(crate) fn open(&self, context: &[u8], bytes: &[u8]) -> Result<Vec<u8>, &'static str> {
-        Ok(self.read(context, bytes)?.document)
-    }
-
-    /// As [`Self::open`]; answers also whether a copy is damaged.
-    pub(crate) fn read(&self, context: &[u8], bytes: &[u8]) -> Result<Opened, &'static str> {
-        let (first, second) = bytes.split_at(bytes.len() / 2);
+    pub(crate) fn read(&self, context: &[u8], object: &Copies) -> Result<Opened, &'static str> {
+        let [first, second] = &object.copies;
         match (self.open_copy(VERSION, context, first), self.open_copy(VERSION, context, second)) {
             (Ok(document), Ok(_)) => Ok(Opened { document, is_damaged: false }),
             (Ok(document), Err(_)) | (Err(_), Ok(document)) => Ok(Opened { document, is_damaged: true }),
-            (Err(what), Err(_)) => match self.open_copy(1, context, bytes) {
+            (Err(what), Err(_)) => match self.open_copy(1, context, &object.raw) {
                 Ok(document) => Ok(Opened { document, is_damaged: false }),
                 Err(_) => Err(what),
             },
@@ -82,7 +75,7 @@ pub(crate) struct Opened {
     pub(crate) is_damaged: bool,
 }
 
-fn checksum(header: &[u8], context: &[u8], packed: &[u8]) -> [u8; 16] {
+pub(crate) fn checksum(header: &[u8], context: &[u8], packed: &[u8]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(header).update(context).update(packed);
     let mut sum = [0; 16];
@@ -92,38 +85,43 @@ fn checksum(header: &[u8], context: &[u8], packed: &[u8]) -> [u8; 16] {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     const ENVELOPE: Envelope = Envelope { magic: b"MSTEST01", bytes_max: 1 << 20 };
 
     fn sealed() -> Vec<u8> {
-        let sealed = ENVELOPE.seal(b"name", b"what it says").unwrap();
-        sealed.iter().flat_map(|part| part.to_vec()).collect()
+        ENVELOPE.seal(b"name", b"what it says").unwrap()
+    }
+
+    fn object(raw: Vec<u8>) -> Copies {
+        let raw = Bytes::from(raw);
+        Copies::new([raw.slice(..raw.len() / 2), raw.slice(raw.len() / 2..)])
     }
 
     #[test]
     fn one_flipped_byte_anywhere_costs_nothing_and_is_seen() {
-        let bytes = sealed();
-        assert!(!ENVELOPE.read(b"name", &bytes).unwrap().is_damaged);
-        assert!(ENVELOPE.open(b"another", &bytes).is_err());
+        let bytes = [sealed(), sealed()].concat();
+        assert!(!ENVELOPE.read(b"name", &object(bytes.clone())).unwrap().is_damaged);
+        assert!(ENVELOPE.read(b"another", &object(bytes.clone())).is_err());
         for at in 0..bytes.len() {
             let mut bad = bytes.clone();
             bad[at] ^= 0x10;
-            let opened = ENVELOPE.read(b"name", &bad).unwrap();
+            let opened = ENVELOPE.read(b"name", &object(bad.clone())).unwrap();
             assert_eq!((opened.document.as_slice(), opened.is_damaged), (&b"what it says"[..], true), "{at}");
             // The same place in both copies is more than two copies can bear.
             bad[(at + bytes.len() / 2) % bytes.len()] ^= 0x10;
-            assert!(ENVELOPE.read(b"name", &bad).is_err(), "{at}");
+            assert!(ENVELOPE.read(b"name", &object(bad)).is_err(), "{at}");
         }
     }
 
     #[test]
     fn objects_of_version_1_are_read() {
-        let copy = &sealed()[..sealed().len() / 2];
-        let mut old = copy.to_vec();
+        let mut old = sealed();
         old[8] = 1;
         let sum = checksum(&old[..16], b"name", &old[HEADER_BYTES..]);
         old[16..HEADER_BYTES].copy_from_slice(&sum);
-        assert_eq!(ENVELOPE.open(b"name", &old).unwrap(), b"what it says");
+        assert_eq!(ENVELOPE.read(b"name", &object(old)).unwrap().document, b"what it says");
     }
 }

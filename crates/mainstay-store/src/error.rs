@@ -28,6 +28,12 @@ pub enum StoreError {
         /// What does not fit.
         what: String,
     },
+    /// The store is encrypted, and its vault key was not given.
+    #[error("the store is locked with the vault key {by}, which was not given")]
+    Locked {
+        /// The key's fingerprint.
+        by: String,
+    },
     /// The replica does not exist.
     #[error("no replica {0}")]
     NoReplica(Uuid),

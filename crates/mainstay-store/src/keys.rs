@@ -36,6 +36,15 @@ pub(crate) fn document(name: &str) -> Path {
     Path::from(format!("{ROOT}/catalogue/{name}"))
 }
 
+pub(crate) fn catalogue() -> Path {
+    Path::from(format!("{ROOT}/catalogue"))
+}
+
+/// The data keys of an encrypted store.
+pub(crate) fn keyring() -> Path {
+    Path::from(format!("{ROOT}/keyring"))
+}
+
 /// The version in a manifest's key.
 pub(crate) fn manifest_version(path: &Path) -> Option<u64> {
     path.filename()?.parse().ok()

@@ -23,10 +23,14 @@
 
 mod cache;
 mod catalogue;
+mod cipher;
 mod diff;
 mod envelope;
 mod error;
 mod extent_map;
+#[doc(hidden)]
+pub mod fuzzing;
+mod keyring;
 mod keys;
 mod local;
 mod maintain;
@@ -45,6 +49,7 @@ mod store;
 
 pub use diff::DiskDiff;
 pub use error::StoreError;
+pub use keyring::{Unlocked, VaultKey};
 pub use local::local_storage;
 pub use maintain::MaintainReport;
 pub use manifest::{Consistency, DiskSpec, PointCounters};

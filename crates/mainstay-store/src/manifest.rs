@@ -8,15 +8,15 @@
 
 use std::collections::{HashMap, HashSet};
 
-use object_store::PutPayload;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::envelope::Envelope;
 use crate::map_file::MapRef;
+use crate::storage::Copies;
 
 /// A manifest of 100,000 recovery points is below 64 MiB.
-const ENVELOPE: Envelope = Envelope { magic: b"MSMANIF1", bytes_max: 64 << 20 };
+pub(crate) const ENVELOPE: Envelope = Envelope { magic: b"MSMANIF1", bytes_max: 64 << 20 };
 /// Sessions whose outcome is remembered after their recovery point is gone.
 const RECENT_SESSIONS: usize = 64;
 
@@ -144,18 +144,14 @@ impl Manifest {
         }
     }
 
-    pub(crate) fn encode(&self) -> Result<PutPayload, &'static str> {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, &'static str> {
         let plain = postcard::to_stdvec(self).map_err(|_| "manifest does not encode")?;
         ENVELOPE.seal(&[], &plain)
     }
 
-    pub(crate) fn decode(bytes: &[u8], replica: Uuid, version: u64) -> Result<Self, &'static str> {
-        Ok(Self::read(bytes, replica, version)?.0)
-    }
-
-    /// As [`Self::decode`]; answers also whether one of its copies is damaged.
-    pub(crate) fn read(bytes: &[u8], replica: Uuid, version: u64) -> Result<(Self, bool), &'static str> {
-        let opened = ENVELOPE.read(&[], bytes)?;
+    /// Answers also whether one of its copies is damaged.
+    pub(crate) fn decode(object: &Copies, replica: Uuid, version: u64) -> Result<(Self, bool), &'static str> {
+        let opened = ENVELOPE.read(&[], object)?;
         let manifest: Self = postcard::from_bytes(&opened.document).map_err(|_| "encoding")?;
         if manifest.replica != replica || manifest.version != version {
             return Err("another manifest's bytes");

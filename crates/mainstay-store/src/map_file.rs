@@ -13,14 +13,14 @@ use uuid::Uuid;
 
 use crate::extent_map::{Entry, Location};
 
-const MAGIC: &[u8; 8] = b"MSLAYER1";
+pub(crate) const MAGIC: &[u8; 8] = b"MSLAYER1";
 /// Entries per chunk: about 20 KiB for random single blocks, one object-storage request's worth.
 const CHUNK_ENTRIES: usize = 4096;
 /// A chunk expands to at most this; 4096 entries of six varints are far below.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Footer of the largest map we allow: 64 Mi entries and as many segments as that can name.
 pub(crate) const FOOTER_BYTES_MAX: usize = 64 << 20;
-const TRAILER_BYTES: usize = 28;
+pub(crate) const TRAILER_BYTES: usize = 28;
 /// Level 3: maps are small and kept long.
 const ZSTD_LEVEL: i32 = 3;
 
@@ -178,13 +178,13 @@ impl MapWriter {
     }
 }
 
-fn short_sum(bytes: &[u8]) -> [u8; 8] {
+pub(crate) fn short_sum(bytes: &[u8]) -> [u8; 8] {
     let mut sum = [0; 8];
     sum.copy_from_slice(&blake3::hash(bytes).as_bytes()[..8]);
     sum
 }
 
-fn long_sum(bytes: &[u8]) -> [u8; 16] {
+pub(crate) fn long_sum(bytes: &[u8]) -> [u8; 16] {
     let mut sum = [0; 16];
     sum.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
     sum
@@ -281,11 +281,14 @@ pub(crate) fn decode_chunk(
     if input.is_empty() { Ok(entries) } else { Err("chunk entries") }
 }
 
-/// A map object whose copies are both sound, made from what is sound in either; `None` when they are already.
-pub(crate) fn mend(object: &[u8], reference: &MapRef, replica: Uuid) -> Result<Option<Bytes>, &'static str> {
+/// A sound copy of a map, made from what is sound in either copy; answers also whether both are sound already.
+pub(crate) fn mend(
+    copies: [&[u8]; 2],
+    reference: &MapRef,
+    replica: Uuid,
+) -> Result<(Bytes, bool), &'static str> {
     let copy_bytes = usize::try_from(reference.bytes).map_err(|_| "length")?;
     let footer_at = copy_bytes.checked_sub(reference.footer_bytes as usize).ok_or("footer length")?;
-    let copies = [object.get(..copy_bytes).ok_or("too short")?, object.get(copy_bytes..).unwrap_or_default()];
     let footers = copies.map(|copy| {
         let bytes = copy.get(footer_at..copy_bytes)?;
         Some((decode_footer(bytes, reference, replica).ok()?, bytes))
@@ -293,7 +296,8 @@ pub(crate) fn mend(object: &[u8], reference: &MapRef, replica: Uuid) -> Result<O
     let Some((footer, footer_bytes)) = footers.iter().flatten().next() else {
         return Err("both copies of the footer");
     };
-    let mut is_sound = footers.iter().all(Option::is_some) && object.len() == 2 * copy_bytes;
+    let mut is_sound =
+        footers.iter().all(Option::is_some) && copies.iter().all(|copy| copy.len() == copy_bytes);
     let mut mended = Vec::with_capacity(copy_bytes);
     for chunk in &footer.chunks {
         let part = usize::try_from(chunk.offset).map_err(|_| "chunk offset")?;
@@ -309,7 +313,7 @@ pub(crate) fn mend(object: &[u8], reference: &MapRef, replica: Uuid) -> Result<O
     if mended.len() != copy_bytes {
         return Err("chunks that do not follow one another");
     }
-    Ok((!is_sound).then(|| Bytes::from(mended)))
+    Ok((Bytes::from(mended), is_sound))
 }
 
 /// Verifies and decodes a footer with its trailer.

@@ -20,8 +20,6 @@ pub(crate) type ChunkCache = ByteCache<(Uuid, usize), Vec<Entry>>;
 #[derive(Debug)]
 pub(crate) struct MapReader {
     pub(crate) footer: Footer,
-    /// Length of one of the object's two copies.
-    copy_bytes: u64,
 }
 
 impl MapReader {
@@ -35,8 +33,8 @@ impl MapReader {
         let at = reference.bytes.checked_sub(length).filter(|_| length <= FOOTER_BYTES_MAX as u64);
         let at = at.ok_or_else(|| StoreError::damaged(&key, "footer length"))?;
         let decode = |bytes: &[u8]| decode_footer(bytes, reference, replica);
-        let footer = storage.get_part(&key, at..reference.bytes, reference.bytes, decode).await?;
-        Ok(Self { footer, copy_bytes: reference.bytes })
+        let footer = storage.get_part(&key, at..reference.bytes, decode).await?;
+        Ok(Self { footer })
     }
 
     /// The chunks of a disk that touch `from..to`.
@@ -78,7 +76,7 @@ impl MapReader {
             let key = keys::map(self.footer.replica, self.footer.map);
             let part = chunk.offset..chunk.offset + u64::from(chunk.bytes);
             let decode = |bytes: &[u8]| decode_chunk(chunk, &self.footer.segments, bytes);
-            storage.get_part(&key, part, self.copy_bytes, decode).await
+            storage.get_part(&key, part, decode).await
         };
         let weight = |entries: &Vec<Entry>| entries.len() * size_of::<Entry>() + 64;
         cache.get(&(self.footer.map, index), weight, load).await

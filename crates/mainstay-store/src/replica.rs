@@ -77,9 +77,9 @@ impl Replica {
 
     async fn load_version(&self, storage: &Storage, version: u64) -> Result<Option<Manifest>, StoreError> {
         let key = keys::manifest(self.id, version);
-        let Some(bytes) = storage.get(&key).await? else { return Ok(None) };
-        let manifest = Manifest::decode(&bytes, self.id, version);
-        manifest.map(Some).map_err(|what| StoreError::damaged(&key, what))
+        let Some(object) = storage.get_copies(&key).await? else { return Ok(None) };
+        let manifest = Manifest::decode(&object, self.id, version);
+        manifest.map(|(manifest, _)| Some(manifest)).map_err(|what| StoreError::damaged(&key, what))
     }
 
     /// Applies a change to the newest manifest and writes it as the next version. `change` may run several
@@ -117,7 +117,7 @@ impl Replica {
             // what may have been written is not yet known to be durable.
             self.forget();
             self.unconfirmed.store(true, Ordering::SeqCst);
-            let written = storage.create(&key, bytes).await;
+            let written = storage.create_twice(&key, bytes.into()).await;
             if matches!(written, Ok(Created::Ours)) {
                 self.unconfirmed.store(false, Ordering::SeqCst);
                 self.remember(Some(Arc::new(next)));

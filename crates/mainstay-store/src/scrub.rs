@@ -13,7 +13,6 @@ use crate::manifest::{DefinitionRef, Layer, Manifest};
 use crate::map_file::{MapRef, SegmentUse, mend};
 use crate::map_reader::{ChunkCache, MapReader};
 use crate::reader::{Snapshot, refs};
-use crate::storage::{second_copy, twice};
 use crate::{Store, StoreError, keys, segment};
 
 /// Blocks of a disk, `first` to `end` (excluded).
@@ -129,12 +128,15 @@ impl Scrub<'_> {
         let version = shared.manifest(self.replica).await?.version;
         let key = keys::manifest(self.replica, version);
         // Collected meanwhile, if it is not there: a newer one is, which the next scrub reads.
-        let Some(object) = shared.storage.get(&key).await? else { return Ok(()) };
-        self.account(object.len() as u64).await;
-        let (manifest, is_damaged) =
-            Manifest::read(&object, self.replica, version).map_err(|what| StoreError::damaged(&key, what))?;
+        let Some(object) = shared.storage.get_copies(&key).await? else { return Ok(()) };
+        self.account(object.raw.len() as u64).await;
+        let (manifest, is_damaged) = Manifest::decode(&object, self.replica, version)
+            .map_err(|what| StoreError::damaged(&key, what))?;
+        if is_damaged || !object.is_current {
+            let copy = manifest.encode().map_err(StoreError::internal)?;
+            shared.storage.put_twice(&key, copy.into()).await?;
+        }
         if is_damaged {
-            shared.storage.put(&key, manifest.encode().map_err(StoreError::internal)?).await?;
             self.note(&key, "one of two copies", true, Vec::new());
         }
         Ok(())
@@ -143,21 +145,23 @@ impl Scrub<'_> {
     async fn definition(&mut self, definition: &DefinitionRef) -> Result<(), StoreError> {
         let shared = &self.store.shared;
         let key = keys::definition(self.replica, definition.id);
-        let object = shared.storage.get(&key).await?;
-        self.account(object.as_ref().map_or(0, |object| object.len() as u64)).await;
-        let length = u64::from(definition.bytes);
-        let copies = object.as_ref().map(|object| {
-            let first = object.get(..length as usize).filter(|copy| definition.verify(copy).is_ok());
-            let second = second_copy(object, 0..length, length);
-            [first, second.filter(|copy| definition.verify(copy).is_ok())]
+        let object = shared.storage.get_copies(&key).await?;
+        self.account(object.as_ref().map_or(0, |object| object.raw.len() as u64)).await;
+        let sound = |copy: &&[u8]| definition.verify(copy).is_ok();
+        let found = object.as_ref().map(|object| {
+            let copies = object.of_length(u64::from(definition.bytes));
+            (copies.iter().copied().find(sound), copies.iter().all(sound), object.is_current)
         });
-        match copies {
-            Some([Some(_), Some(_)]) => {}
-            Some([Some(sound), None] | [None, Some(sound)]) => {
-                shared.storage.put(&key, twice(Bytes::copy_from_slice(sound))).await?;
-                self.note(&key, "one of two copies", true, Vec::new());
+        match found {
+            Some((Some(copy), is_sound, is_current)) => {
+                if !is_sound || !is_current {
+                    shared.storage.put_twice(&key, Bytes::copy_from_slice(copy)).await?;
+                }
+                if !is_sound {
+                    self.note(&key, "one of two copies", true, Vec::new());
+                }
             }
-            found => {
+            _ => {
                 let manifest = shared.manifest(self.replica).await?;
                 let users = manifest
                     .points
@@ -202,15 +206,18 @@ impl Scrub<'_> {
     async fn map(&mut self, map: &MapRef) -> Result<Result<(), &'static str>, StoreError> {
         let shared = &self.store.shared;
         let key = keys::map(self.replica, map.id);
-        let Some(object) = shared.storage.get(&key).await? else {
+        let Some(object) = shared.storage.get_copies(&key).await? else {
             return Ok(Err("the object is missing"));
         };
-        self.account(object.len() as u64).await;
-        match mend(&object, map, self.replica) {
-            Ok(None) => Ok(Ok(())),
-            Ok(Some(sound)) => {
-                shared.storage.put(&key, twice(sound)).await?;
-                self.note(&key, "one of two copies", true, Vec::new());
+        self.account(object.raw.len() as u64).await;
+        match mend(object.of_length(map.bytes), map, self.replica) {
+            Ok((copy, is_sound)) => {
+                if !is_sound || !object.is_current {
+                    shared.storage.put_twice(&key, copy).await?;
+                }
+                if !is_sound {
+                    self.note(&key, "one of two copies", true, Vec::new());
+                }
                 Ok(Ok(()))
             }
             Err(what) => Ok(Err(what)),
@@ -296,12 +303,18 @@ impl Scrub<'_> {
     ) -> Result<Option<(String, Option<HashSet<u32>>)>, StoreError> {
         let shared = &self.store.shared;
         let object = shared.storage.get(&keys::segment(self.replica, used.id)).await?;
-        self.account(object.as_ref().map_or(0, |object| object.len() as u64)).await;
+        self.account(object.as_ref().map_or(0, |object| object.stored_bytes)).await;
         let Some(object) = object else { return Ok(Some(("the object is missing".to_owned(), None))) };
+        let (object, is_current) = (object.bytes, object.is_current);
         let (replica, id, whole) = (self.replica, used.id, object.clone());
         let found = tokio::task::spawn_blocking(move || segment::verify(&whole, replica, id)).await;
         let what = match found.map_err(StoreError::internal)? {
-            Ok(frames) if frames.is_empty() => return Ok(None),
+            Ok(frames) if frames.is_empty() => {
+                if !is_current {
+                    shared.storage.put(&keys::segment(self.replica, used.id), vec![object]).await?;
+                }
+                return Ok(None);
+            }
             Ok(frames) => {
                 let what = format!("{} damaged frames", frames.len());
                 return Ok(Some((what, Some(frames.into_iter().map(|(offset, _)| offset).collect()))));

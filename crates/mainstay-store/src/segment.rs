@@ -6,12 +6,11 @@
 
 use bytes::Bytes;
 use mainstay_block::frame;
-use object_store::PutPayload;
 use uuid::Uuid;
 
 const MAGIC: &[u8; 8] = b"MSSEGMT1";
 pub(crate) const HEADER_BYTES: usize = 64;
-const TRAILER_BYTES: usize = 32;
+pub(crate) const TRAILER_BYTES: usize = 32;
 /// No segment is longer: offsets are u32, and one segment is held in memory while it is written.
 pub(crate) const SEGMENT_BYTES_MAX: usize = 128 << 20;
 
@@ -52,7 +51,7 @@ impl SegmentBuilder {
         self.length
     }
 
-    pub(crate) fn finish(mut self) -> PutPayload {
+    pub(crate) fn finish(mut self) -> Vec<Bytes> {
         let mut tail = Vec::with_capacity(self.frames.len() * 8 + TRAILER_BYTES);
         for (offset, length) in &self.frames {
             tail.extend_from_slice(&offset.to_le_bytes());
@@ -64,11 +63,16 @@ impl SegmentBuilder {
         tail.extend_from_slice(&sum);
         tail.extend_from_slice(MAGIC);
         self.parts.push(tail.into());
-        self.parts.into_iter().collect()
+        self.parts
     }
 }
 
-fn checksum(header: &[u8], index: &[u8]) -> [u8; 16] {
+/// Bytes of a segment's parts.
+pub(crate) fn length(parts: &[Bytes]) -> u64 {
+    parts.iter().map(|part| part.len() as u64).sum()
+}
+
+pub(crate) fn checksum(header: &[u8], index: &[u8]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(header);
     hasher.update(index);
@@ -77,7 +81,7 @@ fn checksum(header: &[u8], index: &[u8]) -> [u8; 16] {
     sum
 }
 
-fn word(bytes: &[u8], at: usize) -> usize {
+pub(crate) fn word(bytes: &[u8], at: usize) -> usize {
     bytes[at..at + 4].iter().rev().fold(0, |sum, byte| (sum << 8) | usize::from(*byte))
 }
 
@@ -130,7 +134,7 @@ mod tests {
             frame.push_data(0, u64::from(at), &[at + 1; 40]).unwrap();
             builder.push(frame.finish(frame::Effort::Small).unwrap(), 1);
         }
-        let bytes = Bytes::from(builder.finish());
+        let bytes = Bytes::from(builder.finish().concat());
         assert_eq!(verify(&bytes, ids[0], ids[1]), Ok(vec![]));
         assert!(verify(&bytes, ids[1], ids[1]).is_err());
         // Bytes 12..16 are reserved but checked as well.

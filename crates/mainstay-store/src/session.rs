@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use mainstay_block::frame::{self, RunKind};
 use mainstay_block::{BLOCK_BYTES, blocks_of};
-use object_store::PutPayload;
 use tokio::sync::{Semaphore, watch};
 use uuid::Uuid;
 
@@ -19,8 +18,8 @@ use crate::maintain::compact::replace_delta;
 use crate::manifest::{DefinitionRef, Jump, Layer, Manifest, Path, Point};
 use crate::map_file::{MapRef, MapWriter, SegmentInfo};
 use crate::map_reader::{MapReader, flatten, segment_infos};
-use crate::segment::{HEADER_BYTES, SEGMENT_BYTES_MAX, SegmentBuilder};
-use crate::storage::{Hold, twice};
+use crate::segment::{HEADER_BYTES, SEGMENT_BYTES_MAX, SegmentBuilder, length};
+use crate::storage::Hold;
 use crate::store::{Shared, lock};
 use crate::{Consistency, DiskSpec, PointCounters, Store, StoreError, keys};
 
@@ -301,8 +300,8 @@ impl Session {
         let bytes = builder.finish();
         {
             let mut state = lock(&inner.state);
-            state.segments.insert(id, SegmentInfo { blocks, bytes: bytes.content_length() as u32 });
-            state.counters.stored_bytes += bytes.content_length() as u64;
+            state.segments.insert(id, SegmentInfo { blocks, bytes: length(&bytes) as u32 });
+            state.counters.stored_bytes += length(&bytes);
         }
         let owner = Arc::clone(inner);
         tokio::spawn(async move {
@@ -368,9 +367,9 @@ impl SessionInner {
         self.progress.send_modify(|seen| seen.failed = Some(error));
     }
 
-    async fn upload(&self, id: Uuid, bytes: PutPayload) -> Result<(), StoreError> {
+    async fn upload(&self, id: Uuid, bytes: Vec<Bytes>) -> Result<(), StoreError> {
         let options = &self.shared.options;
-        if !(options.has_room)(bytes.content_length() as u64) {
+        if !(options.has_room)(length(&bytes)) {
             return Err(StoreError::Full);
         }
         let key = keys::segment(self.spec.replica, id);
@@ -534,7 +533,7 @@ impl SessionInner {
         let id = self.shared.new_id();
         let key = keys::definition(self.spec.replica, id);
         let hold = self.shared.storage.hold(&key);
-        self.shared.storage.put(&key, twice(definition.clone())).await?;
+        self.shared.storage.put_twice(&key, definition.clone()).await?;
         Ok((Some(DefinitionRef { id, bytes: definition.len() as u32, sum }), Some(hold)))
     }
 
@@ -571,7 +570,7 @@ impl Shared {
         let (bytes, reference, _) = writer.finish().map_err(StoreError::internal)?;
         let key = keys::map(replica, id);
         let hold = self.storage.hold(&key);
-        self.storage.put(&key, twice(bytes)).await?;
+        self.storage.put_twice(&key, bytes).await?;
         Ok((reference, hold))
     }
 

@@ -425,7 +425,7 @@ impl Shared {
         let key = keys::definition(replica, definition.id);
         let length = u64::from(definition.bytes);
         let decode = |bytes: &[u8]| definition.verify(bytes).map(|()| Bytes::copy_from_slice(bytes));
-        self.storage.get_part(&key, 0..length, length, decode).await
+        self.storage.get_part(&key, 0..length, decode).await
     }
 }
 

@@ -29,7 +29,7 @@ pub use protectable_items::ProtectableItem;
 pub use protected_items::{
     EnableRequest, MEMORY_BYTES_MIN, Requester, check_address, is_resolvable, rehearsal_warning,
 };
-pub use providers::{ProviderRecord, REGISTRATION_KEY_HOURS, RegistrationKeyRecord};
+pub use providers::{HostRegistration, ProviderRecord, REGISTRATION_KEY_HOURS, RegistrationKeyRecord};
 pub use recovery_plans::RecoveryPlanRecord;
 pub use service_principals::ServicePrincipalRecord;
 pub use tokens::{Role, TokenRecord, TokenSecret};

@@ -35,6 +35,23 @@ pub struct ProviderRecord {
     pub discovery: Option<Discovery>,
     /// When that was.
     pub discovered_ms: Option<i64>,
+    /// Digest of the public key in its certificate: those of earlier registrations do not work any more. `None`: whatever
+    /// certificate names the host.
+    #[serde(default)]
+    pub public_key: Option<String>,
+    /// Whether the host has connected since it was registered. Until then the answer to its registration may have been lost.
+    #[serde(default)]
+    pub has_connected: bool,
+}
+
+/// What a host says of itself when it registers.
+pub struct HostRegistration<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The agent's version.
+    pub version: &'a str,
+    /// Digest of the public key that its certificate will have; see [`ProviderRecord::public_key`].
+    pub public_key: Option<String>,
 }
 
 impl Resource for ProviderRecord {
@@ -66,6 +83,13 @@ impl Resource for RegistrationKeyRecord {
 
 /// How long a registration key is valid: five days, as in Site Recovery.
 pub const REGISTRATION_KEY_HOURS: i64 = 5 * 24;
+const REGISTRATION_KEY_MS: i64 = REGISTRATION_KEY_HOURS * 3_600_000;
+
+impl RegistrationKeyRecord {
+    fn created_ms(&self) -> i64 {
+        self.expires_ms - REGISTRATION_KEY_MS
+    }
+}
 
 impl Control {
     /// Makes a key that registers hosts in a fabric for five days.
@@ -78,7 +102,7 @@ impl Control {
         let record = RegistrationKeyRecord {
             digest: digest(&secret),
             fabric: fabric.name,
-            expires_ms: self.clock.now_ms() + REGISTRATION_KEY_HOURS * 3_600_000,
+            expires_ms: self.clock.now_ms() + REGISTRATION_KEY_MS,
         };
         let mut transaction = self.db.begin().await?;
         transaction.put_resource(&record).await?;
@@ -105,37 +129,71 @@ impl Control {
         Ok(key)
     }
 
-    /// Registers a host that shows a valid key. A host that registers again under the same name keeps its identity.
+    /// Registers a host that shows a valid key. A host that registers again under the same name keeps its identity, and its
+    /// certificate takes the place of the one before. Keys work often; so that none of them hands a host over to whoever finds
+    /// it later, a host that has connected can only be registered again with a key that is newer than its registration.
     pub async fn register_host(
         &self,
         secret: &str,
-        name: &str,
-        version: &str,
+        host: HostRegistration<'_>,
     ) -> Result<ProviderRecord, ControlError> {
         let key = self.registration_key(secret).await?;
         let now_ms = self.clock.now_ms();
-        super::check_name("host", name)?;
-        let present: Vec<ProviderRecord> = self.db.resources().await?;
-        let present = present.into_iter().find(|provider| {
-            provider.name.eq_ignore_ascii_case(name) && provider.fabric.eq_ignore_ascii_case(&key.fabric)
-        });
-        let record = match present {
-            Some(present) => ProviderRecord { version: version.to_owned(), last_seen_ms: now_ms, ..present },
-            None => ProviderRecord {
-                id: ProviderId(Uuid::new_v4()),
-                name: name.to_owned(),
-                fabric: key.fabric,
-                registered_ms: now_ms,
-                last_seen_ms: now_ms,
-                version: version.to_owned(),
-                discovery: None,
-                discovered_ms: None,
-            },
-        };
+        super::check_name("host", host.name)?;
         let mut transaction = self.db.begin().await?;
+        let present: Vec<ProviderRecord> = transaction.resources().await?;
+        let present = present.into_iter().find(|provider| {
+            provider.name.eq_ignore_ascii_case(host.name) && provider.fabric.eq_ignore_ascii_case(&key.fabric)
+        });
+        if let Some(present) = &present
+            && present.has_connected
+            && key.created_ms() <= present.registered_ms
+        {
+            return Err(ControlError::invalid(
+                "RegistrationKeyUsed",
+                format!(
+                    "host '{}' is registered and was connected; this registration key is older than that",
+                    present.name
+                ),
+                format!("Make a new one with `mainstay host key --fabric {}`.", present.fabric),
+            ));
+        }
+        let fresh = ProviderRecord {
+            id: ProviderId(Uuid::new_v4()),
+            name: host.name.to_owned(),
+            fabric: key.fabric,
+            registered_ms: now_ms,
+            last_seen_ms: now_ms,
+            version: host.version.to_owned(),
+            discovery: None,
+            discovered_ms: None,
+            public_key: host.public_key,
+            has_connected: false,
+        };
+        let record = match present {
+            Some(ProviderRecord { id, name, fabric, discovery, discovered_ms, .. }) => {
+                ProviderRecord { id, name, fabric, discovery, discovered_ms, ..fresh }
+            }
+            None => fresh,
+        };
         transaction.put_resource(&record).await?;
         transaction.commit().await?;
+        self.sites.registrations_changed();
         Ok(record)
+    }
+
+    /// Takes note that a host has connected with its certificate.
+    pub async fn note_connection(&self, id: ProviderId) -> Result<(), ControlError> {
+        if self.provider(id).await?.has_connected {
+            return Ok(());
+        }
+        let mut transaction = self.db.begin().await?;
+        if let Some(mut record) = transaction.resource::<ProviderRecord>(&id.to_string()).await? {
+            record.has_connected = true;
+            transaction.put_resource(&record).await?;
+            transaction.commit().await?;
+        }
+        Ok(())
     }
 
     /// Asks all hosts, or those of a fabric, what is on them. Hosts that are away are left as they were last seen.
@@ -188,6 +246,7 @@ impl Control {
         let job = self.configuration_job(ConfigurationChange::RemoveProvider, &provider.name, by);
         transaction.put_configuration_job(&job).await?;
         transaction.commit().await?;
+        self.sites.registrations_changed();
         Ok(job)
     }
 

@@ -11,7 +11,7 @@ use super::{RecoveryRecord, middle_path, read_record, record_path, reserve, top_
 use crate::command::{argument, run};
 use crate::definition::Definition;
 use crate::error::{While as _, refused};
-use crate::files::{Owner, give, write_record};
+use crate::files::{Owner, check_disk_key, give, write_record};
 use crate::host::Host;
 use crate::inventory::{machines, networks};
 use crate::libvirt::XmlKind;
@@ -20,6 +20,7 @@ use crate::xml::{Adaptation, DiskSource, NicRules, RecoveryMark, adapt};
 
 /// Makes the VM unless it is there.
 pub(crate) async fn create(host: &Host, spec: &RecoveryVmSpec) -> Result<(), SiteError> {
+    spec.disks.iter().try_for_each(|disk| check_disk_key(&disk.key))?;
     let _lock = host.lock(spec.vm).await;
     if host.exists(spec.vm).await? {
         let domain = host.domain(spec.vm, XmlKind::Inactive).await?;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::command::{argument, run};
 use crate::definition::Definition;
 use crate::error::{While as _, not_found, refused};
-use crate::files::{give, read_record, remove_directory, remove_file, write_record};
+use crate::files::{check_disk_key, give, read_record, remove_directory, remove_file, write_record};
 use crate::host::Host;
 use crate::inventory::machines;
 use crate::probe::hardware_acceleration;
@@ -55,6 +55,7 @@ pub(crate) async fn create_home(
     definition: &VmDefinition,
     spec: &StagingSpec,
 ) -> Result<(), SiteError> {
+    spec.disks.iter().try_for_each(|disk| check_disk_key(&disk.key))?;
     let _lock = host.lock(vm).await;
     if host.exists(vm).await? {
         return Ok(());

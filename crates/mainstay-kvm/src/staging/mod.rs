@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command::{argument, image_info, run};
 use crate::error::{While as _, busy, failed, refused};
-use crate::files::{Identity, write_record};
+use crate::files::{Identity, check_disk_key, write_record};
 use crate::host::{Host, disk_path, find_disk};
 use crate::libvirt::XmlKind;
 use crate::qemu_nbd::{QemuNbd, Serving, end_strays};
@@ -150,6 +150,7 @@ async fn describe(host: &Host, spec: &StagingSpec, directory: &Path) -> Result<S
     let domain = host.domain(spec.vm, XmlKind::Inactive).await?;
     let mut disks = Vec::new();
     for wanted in &spec.disks {
+        check_disk_key(&wanted.key)?;
         let disk = find_disk(&domain, &wanted.key)?;
         let size = host.libvirt.disk_bytes(spec.vm, &wanted.key).await?;
         if size > wanted.size_bytes {

@@ -1,6 +1,8 @@
 //! libvirt's descriptions of domains: reading what matters, and rewriting without losing the rest.
 
 mod disks;
+#[cfg(test)]
+mod hostile_tests;
 mod nics;
 mod read;
 mod rewrite;

@@ -1,6 +1,6 @@
 //! The client: one connection to one export, any number of requests at once.
 
-mod handshake;
+pub(crate) mod handshake;
 mod replies;
 
 use std::collections::HashMap;
@@ -129,7 +129,7 @@ impl Client {
             .map_err(|_elapsed| NbdError::Timeout(endpoint.to_string()))?
     }
 
-    fn start(agreed: Agreed, source: Source, sink: Sink) -> Self {
+    pub(crate) fn start(agreed: Agreed, source: Source, sink: Sink) -> Self {
         let shared = Arc::new(Shared::default());
         let (outgoing, queue) = mpsc::channel(IN_FLIGHT_MAX);
         tokio::spawn(write_requests(sink, queue, Arc::clone(&shared)));

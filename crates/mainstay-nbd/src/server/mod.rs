@@ -1,7 +1,7 @@
 //! The server: block devices by name, for anyone who can open the socket.
 
-mod handshake;
-mod session;
+pub(crate) mod handshake;
+pub(crate) mod session;
 
 use std::collections::BTreeMap;
 use std::fmt;

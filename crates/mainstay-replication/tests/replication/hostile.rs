@@ -1,6 +1,7 @@
 //! Bytes that no client of ours would send.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mainstay_replication::serve_connection;
 use mainstay_store::Store;
@@ -83,6 +84,44 @@ proptest! {
 fn lengths_are_limited_before_anything_is_allocated() {
     assert!(!serve(&message(1, 0, u32::MAX, &[])).0);
     assert!(!serve(&message(5, 0, 400_000, &[])).0);
+}
+
+/// Whether the server ends a connection on which these bytes come one at a time, with pauses, again and again. The clock jumps
+/// over pauses: what is tried is that there is an end, and that it is not put off.
+fn is_ended(bytes: &[u8], pause: Duration, at_once: usize) -> Duration {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let store = Store::open(Arc::new(InMemory::new()), store_options());
+        let (mut client, server) = tokio::io::duplex(1 << 20);
+        let began = tokio::time::Instant::now();
+        let drip = async {
+            for part in bytes.chunks(at_once).cycle() {
+                if client.write_all(part).await.is_err() {
+                    break;
+                }
+                tokio::time::sleep(pause).await;
+            }
+        };
+        let allow = |_| -> futures::future::BoxFuture<'_, bool> { Box::pin(std::future::ready(true)) };
+        tokio::select! {
+            served = serve_connection(Box::new(server), &store, &allow) => assert!(served.is_err()),
+            () = drip => {}
+        }
+        began.elapsed()
+    })
+}
+
+#[test]
+fn whoever_is_slow_without_end_is_hung_up_on() {
+    let bound = Duration::from_secs(60);
+    // Nothing, a hello byte by byte, and pings, each of which is whole and in time.
+    assert!(is_ended(&hello(), Duration::from_secs(3600), 1) < bound);
+    assert!(is_ended(&hello(), Duration::from_secs(1), 1) < bound);
+    assert!(is_ended(&message(4, 0, 0, &[]), Duration::from_secs(1), 20) < bound);
+    // After a good hello: a message that never ends.
+    let begun = [hello(), message(5, 1, 250_000, &[])].concat();
+    assert!(is_ended(&[begun.as_slice(), &[0; 4096]].concat(), Duration::from_secs(1), begun.len()) < bound);
 }
 
 /// The other tests stand on this hello being a good one.

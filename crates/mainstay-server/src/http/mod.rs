@@ -9,6 +9,7 @@ mod convert;
 mod error;
 mod exports;
 mod filter;
+mod fuzz;
 mod identity;
 mod item_extras;
 mod items;
@@ -57,6 +58,7 @@ use crate::{
     vaults::{HostedVault, Vaults},
 };
 use error::ApiError;
+pub(crate) use fuzz::fuzz;
 pub(crate) use limits::Limit;
 pub use v1::document_text;
 

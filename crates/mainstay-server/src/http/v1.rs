@@ -15,7 +15,7 @@ use mainstay_api::v1::{
 };
 use mainstay_control::{
     ControlError,
-    app::{Role, ServicePrincipalRecord, TokenRecord, VaultRecord},
+    app::{HostRegistration, Role, ServicePrincipalRecord, TokenRecord, VaultRecord},
     db::{AuditRecord, ItemRecord},
 };
 use mainstay_model::ItemId;
@@ -210,12 +210,7 @@ async fn registration_key(call: &Call, fabric: &str) -> Result<Response, ApiErro
 /// Exchanges a registration key for a certificate. No token is needed: the key is the proof.
 async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
     let request: RegisterRequest = body::read(body, body::REGISTER)?;
-    let vault = vault_of_key(api, &request.secret).await.map_err(|error| match error {
-        ControlError::Invalid { code, message, remedy } => {
-            ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy)
-        }
-        error => error.into(),
-    })?;
+    let vault = vault_of_key(api, &request.secret).await.map_err(unproven)?;
     let Some(_in_use) = vault.in_use().await else {
         return Err(ControlError::not_found("vault", vault.record().name.as_str()).into());
     };
@@ -227,8 +222,10 @@ async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
         )
     };
     // Before anything is written.
-    Authority::check_agent_request(&request.certificate_request).map_err(unsignable)?;
-    let provider = vault.control.register_host(&request.secret, &request.host, &request.version).await?;
+    let public_key = Authority::request_key(&request.certificate_request).map_err(unsignable)?;
+    let host =
+        HostRegistration { name: &request.host, version: &request.version, public_key: Some(public_key) };
+    let provider = vault.control.register_host(&request.secret, host).await.map_err(unproven)?;
     let certificate =
         api.authority.sign_agent(&request.certificate_request, provider.id).map_err(unsignable)?;
     tracing::info!(provider = %provider.id, host = provider.name, fabric = provider.fabric, "a host was registered");
@@ -239,6 +236,18 @@ async fn register(api: &Api, body: &[u8]) -> Result<Response, ApiError> {
         authority: api.authority.certificate_pem().to_owned(),
         endpoint: api.agent_endpoint.clone(),
     })
+}
+
+/// A key that does not prove what it should is a failed sign-in.
+fn unproven(error: ControlError) -> ApiError {
+    match error {
+        ControlError::Invalid {
+            code: code @ ("RegistrationKeyInvalid" | "RegistrationKeyExpired" | "RegistrationKeyUsed"),
+            message,
+            remedy,
+        } => ApiError::new(StatusCode::UNAUTHORIZED, code, message, remedy),
+        error => error.into(),
+    }
 }
 
 /// The vault that made a registration key.

@@ -240,6 +240,8 @@ async fn host(control: &Arc<Control>, fabric: &str, vms: Vec<VirtualMachine>) ->
             waiting: Vec::new(),
         }),
         discovered_ms: Some(0),
+        public_key: None,
+        has_connected: true,
     };
     let mut transaction = control.db.begin().await.unwrap();
     transaction.put_resource(&record).await.unwrap();

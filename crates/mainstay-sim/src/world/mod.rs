@@ -13,7 +13,12 @@ use std::{
     time::Duration,
 };
 
-use mainstay_control::{Control, ManualClock, db::ItemRecord, jobs::Faults};
+use mainstay_control::{
+    Control, ManualClock,
+    app::{HostRegistration, ProviderRecord},
+    db::ItemRecord,
+    jobs::Faults,
+};
 use mainstay_model::{Phase, ProviderId, ReplicationPolicy, VmId};
 use mainstay_provider::PowerState;
 use object_store::memory::InMemory;
@@ -372,6 +377,11 @@ impl World {
     }
 }
 
+async fn register(control: &Control, secret: &str, name: &str) -> ProviderRecord {
+    let host = HostRegistration { name, version: "sim", public_key: None };
+    control.register_host(secret, host).await.expect("a host")
+}
+
 async fn set_up(control: &Arc<Control>, has_spare: bool) -> (ProviderId, ProviderId, Option<ProviderId>) {
     let policy = ReplicationPolicy {
         copy_frequency_seconds: 5,
@@ -383,7 +393,7 @@ async fn set_up(control: &Arc<Control>, has_spare: bool) -> (ProviderId, Provide
     for fabric in ["home", "recovery"] {
         control.create_fabric(fabric, by()).await.expect("a fabric");
         let (_, secret) = control.create_registration_key(fabric).await.expect("a key");
-        let host = control.register_host(&secret.0, fabric, "sim").await.expect("a host");
+        let host = register(control, &secret.0, fabric).await;
         providers.push(host.id);
     }
     control.put_policy("policy", policy, by()).await.expect("a policy");
@@ -393,7 +403,7 @@ async fn set_up(control: &Arc<Control>, has_spare: bool) -> (ProviderId, Provide
         .expect("a mapping");
     let spare = if has_spare {
         let (_, secret) = control.create_registration_key("home").await.expect("a key");
-        Some(control.register_host(&secret.0, "spare", "sim").await.expect("a host").id)
+        Some(register(control, &secret.0, "spare").await.id)
     } else {
         None
     };

@@ -14,7 +14,7 @@ use crate::extent_map::{Entry, Location, overlay};
 use crate::manifest::{Layer, Manifest};
 use crate::map_file::{MapRef, MapWriter, SegmentInfo, SegmentUse};
 use crate::map_reader::{MapReader, segment_infos};
-use crate::segment::SegmentBuilder;
+use crate::segment::{SegmentBuilder, length};
 use crate::storage::Hold;
 use crate::store::lock;
 use crate::{MaintainReport, Store, StoreError, keys};
@@ -223,8 +223,8 @@ impl<'a> Rewrite<'a> {
         let Some(segment) = self.segment.take() else { return Ok(()) };
         let (id, blocks) = (segment.id, segment.blocks);
         let bytes = segment.finish();
-        self.moved.bytes += bytes.content_length() as u64;
-        self.moved.segments.insert(id, SegmentInfo { blocks, bytes: bytes.content_length() as u32 });
+        self.moved.bytes += length(&bytes);
+        self.moved.segments.insert(id, SegmentInfo { blocks, bytes: length(&bytes) as u32 });
         self.store.shared.storage.put(&keys::segment(self.replica, id), bytes).await
     }
 

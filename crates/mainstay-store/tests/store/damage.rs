@@ -9,7 +9,7 @@ use mainstay_block::{
     BLOCK_BYTES, BlockHash, HashKey,
     frame::{Effort, FrameBuilder},
 };
-use mainstay_store::{BlockRange, FrameUse, ScrubOptions, ScrubReport, Session, Store, StoreError};
+use mainstay_store::{BlockRange, FrameUse, ScrubOptions, ScrubReport, Session, Store, StoreError, VaultKey};
 use object_store::{ObjectStore, ObjectStoreExt as _, PutPayload, memory::InMemory, path::Path};
 use uuid::Uuid;
 
@@ -18,13 +18,21 @@ use crate::support::*;
 struct World {
     storage: Arc<InMemory>,
     points: Vec<(Uuid, Disks)>,
+    /// What it is encrypted with.
+    key: Option<VaultKey>,
+}
+
+/// One that is encrypted, and one that is not.
+async fn worlds() -> [World; 2] {
+    [World::new(None).await, World::new(Some(VaultKey::generate().unwrap())).await]
 }
 
 impl World {
     /// Four points, each with another write.
-    async fn new() -> Self {
+    async fn new(key: Option<VaultKey>) -> Self {
         let storage = Arc::new(InMemory::new());
         let store = Store::open(storage.clone(), options(0));
+        store.unlock(key.as_ref(), &[]).await.unwrap();
         let (mut disks, mut points) = (one_disk(), Vec::new());
         for at in 0..4u64 {
             let frames = apply(&mut disks, &write(at * 3, at as u8 + 1));
@@ -32,11 +40,13 @@ impl World {
             let point = capture(&store, spec(at.into(), parent, &disks, false), &frames).await.unwrap();
             points.push((point, disks.clone()));
         }
-        Self { storage, points }
+        Self { storage, points, key }
     }
 
-    fn open(&self) -> Store {
-        Store::open(self.storage.clone(), options(9))
+    async fn open(&self) -> Store {
+        let store = Store::open(self.storage.clone(), options(9));
+        store.unlock(self.key.as_ref(), &[]).await.unwrap();
+        store
     }
 
     async fn objects(&self, folder: &str) -> Vec<(Path, Bytes)> {
@@ -90,28 +100,33 @@ fn named(report: &ScrubReport) -> Vec<Uuid> {
 
 #[tokio::test]
 async fn one_flip_in_what_describes_data_costs_nothing_and_is_mended() {
-    let world = World::new().await;
-    for folder in ["/map/", "/definition/", "/manifest/"] {
-        let objects = world.objects(folder).await;
-        assert!(!objects.is_empty(), "{folder}");
-        // Older versions of the manifest are kept for writers that are late; nobody reads what is in them.
-        let newest = objects.iter().map(|(key, _)| key.clone()).max();
-        for (key, sound) in objects {
-            for at in (0..sound.len()).step_by(1 + sound.len() / 61) {
-                let label = format!("{key} at {at}");
-                let mut bad = sound.to_vec();
-                bad[at] ^= 0x20;
-                world.put(&key, bad).await;
-                assert_eq!(world.unreadable(&world.open(), &label).await, Vec::<Uuid>::new(), "{label}");
-                if folder != "/manifest/" || newest.as_ref() == Some(&key) {
-                    let report = scrub(&world.open()).await;
-                    assert_eq!(report.damage.len(), 1, "{label}: {report:?}");
-                    assert!(report.damage[0].is_mended && report.damage[0].points.is_empty(), "{label}");
-                    let now = world.storage.get(&key).await.unwrap().bytes().await.unwrap();
-                    assert!(now == sound, "{label}: not mended");
-                    assert_eq!(scrub(&world.open()).await.damage, [], "{label}");
+    for world in worlds().await {
+        for folder in ["/map/", "/definition/", "/manifest/"] {
+            let objects = world.objects(folder).await;
+            assert!(!objects.is_empty(), "{folder}");
+            // Older versions of the manifest are kept for writers that are late; nobody reads what is in them.
+            let newest = objects.iter().map(|(key, _)| key.clone()).max();
+            for (key, sound) in objects {
+                for at in (0..sound.len()).step_by(1 + sound.len() / 61) {
+                    let label = format!("{key} at {at}");
+                    let mut bad = sound.to_vec();
+                    bad[at] ^= 0x20;
+                    world.put(&key, bad).await;
+                    assert_eq!(
+                        world.unreadable(&world.open().await, &label).await,
+                        Vec::<Uuid>::new(),
+                        "{label}"
+                    );
+                    if folder != "/manifest/" || newest.as_ref() == Some(&key) {
+                        let report = scrub(&world.open().await).await;
+                        assert_eq!(report.damage.len(), 1, "{label}: {report:?}");
+                        assert!(report.damage[0].is_mended && report.damage[0].points.is_empty(), "{label}");
+                        let now = world.storage.get(&key).await.unwrap().bytes().await.unwrap();
+                        assert!(world.key.is_some() || now == sound, "{label}: not mended");
+                        assert_eq!(scrub(&world.open().await).await.damage, [], "{label}");
+                    }
+                    world.put(&key, sound.clone()).await;
                 }
-                world.put(&key, sound.clone()).await;
             }
         }
     }
@@ -119,43 +134,47 @@ async fn one_flip_in_what_describes_data_costs_nothing_and_is_mended() {
 
 #[tokio::test]
 async fn damage_to_segments_and_to_both_copies_is_found_and_never_returned() {
-    let world = World::new().await;
-    let all = world.objects("").await;
-    for folder in ["/segment/", "/map/", "/definition/"] {
-        for (key, sound) in world.objects(folder).await {
-            let half = sound.len() / 2;
-            let flips: Vec<Vec<usize>> = match folder {
-                "/segment/" => (0..sound.len()).step_by(1 + sound.len() / 97).map(|at| vec![at]).collect(),
-                _ => (0..half).step_by(1 + half / 23).map(|at| vec![at, at + half]).collect(),
-            };
-            let flipped = flips.into_iter().map(|places| {
-                let mut bad = sound.to_vec();
-                places.iter().for_each(|at| bad[*at] ^= 0x20);
-                (format!("{key} at {places:?}"), Some(bad))
-            });
-            let cut = [0, 1, half / 2].map(|length| (format!("{key} cut"), Some(sound[..length].to_vec())));
-            for (label, bad) in flipped.chain(cut).chain([(format!("{key} lost"), None)]) {
-                match bad {
-                    Some(bad) => world.put(&key, bad).await,
-                    None => world.storage.delete(&key).await.unwrap(),
+    for world in worlds().await {
+        let all = world.objects("").await;
+        for folder in ["/segment/", "/map/", "/definition/"] {
+            for (key, sound) in world.objects(folder).await {
+                let half = sound.len() / 2;
+                let flips: Vec<Vec<usize>> = match folder {
+                    "/segment/" => {
+                        (0..sound.len()).step_by(1 + sound.len() / 97).map(|at| vec![at]).collect()
+                    }
+                    _ => (0..half).step_by(1 + half / 23).map(|at| vec![at, at + half]).collect(),
+                };
+                let flipped = flips.into_iter().map(|places| {
+                    let mut bad = sound.to_vec();
+                    places.iter().for_each(|at| bad[*at] ^= 0x20);
+                    (format!("{key} at {places:?}"), Some(bad))
+                });
+                let cut =
+                    [0, 1, half / 2].map(|length| (format!("{key} cut"), Some(sound[..length].to_vec())));
+                for (label, bad) in flipped.chain(cut).chain([(format!("{key} lost"), None)]) {
+                    match bad {
+                        Some(bad) => world.put(&key, bad).await,
+                        None => world.storage.delete(&key).await.unwrap(),
+                    }
+                    let mut wrong = world.unreadable(&world.open().await, &label).await;
+                    wrong.sort_unstable();
+                    let store = world.open().await;
+                    let report = scrub(&store).await;
+                    assert!(!report.damage.is_empty(), "{label}: not found");
+                    let named = named(&report);
+                    if folder == "/definition/" {
+                        assert!(!named.is_empty() && wrong.is_empty(), "{label}");
+                    } else {
+                        assert_eq!(named, wrong, "{label}: {report:?}");
+                    }
+                    // What was mended stays so.
+                    let again = scrub(&world.open().await).await;
+                    assert!(again.damage.iter().all(|damage| !damage.is_mended), "{label}");
+                    assert_eq!(self::named(&again), named, "{label}");
+                    // A segment may have been rewritten.
+                    world.restore(&all).await;
                 }
-                let mut wrong = world.unreadable(&world.open(), &label).await;
-                wrong.sort_unstable();
-                let store = world.open();
-                let report = scrub(&store).await;
-                assert!(!report.damage.is_empty(), "{label}: not found");
-                let named = named(&report);
-                if folder == "/definition/" {
-                    assert!(!named.is_empty() && wrong.is_empty(), "{label}");
-                } else {
-                    assert_eq!(named, wrong, "{label}: {report:?}");
-                }
-                // What was mended stays so.
-                let again = scrub(&world.open()).await;
-                assert!(again.damage.iter().all(|damage| !damage.is_mended), "{label}");
-                assert_eq!(self::named(&again), named, "{label}");
-                // A segment may have been rewritten.
-                world.restore(&all).await;
             }
         }
     }
@@ -181,14 +200,14 @@ async fn resend(session: &Session, disks: &Disks, ranges: &[BlockRange], used: F
 
 #[tokio::test]
 async fn what_is_sent_again_heals_the_head_and_the_points_before_it() {
-    for used in [FrameUse::Resent, FrameUse::Changed] {
-        let world = World::new().await;
+    let [plain, sealed] = worlds().await;
+    for (used, world) in [(FrameUse::Resent, plain), (FrameUse::Changed, sealed)] {
         for (key, sound) in world.objects("/segment/").await {
             let mut bad = sound.to_vec();
             bad[sound.len() / 3] ^= 1;
             world.put(&key, bad).await;
         }
-        let store = world.open();
+        let store = world.open().await;
         let broken = world.unreadable(&store, "before").await;
         assert_eq!(broken.len(), 4);
         let report = scrub(&store).await;
@@ -204,7 +223,7 @@ async fn what_is_sent_again_heals_the_head_and_the_points_before_it() {
         let session = store.begin(spec(77, Some(head), &disks, false)).await.unwrap();
         resend(&session, &disks, &report.resend, used).await;
         let point = session.commit(meta(77)).await.unwrap();
-        let store = world.open();
+        let store = world.open().await;
         assert!(read(&store, point).await.unwrap() == disks, "the new point");
         let left = world.unreadable(&store, "after").await;
         let report = scrub(&store).await;
@@ -222,27 +241,28 @@ async fn what_is_sent_again_heals_the_head_and_the_points_before_it() {
 
 #[tokio::test]
 async fn maintenance_goes_on_beside_damage() {
-    let world = World::new().await;
-    let (key, sound) = world.objects("/segment/").await.swap_remove(0);
-    let mut bad = sound.to_vec();
-    bad[sound.len() / 3] ^= 1;
-    world.put(&key, bad).await;
-    let store = world.open();
-    let broken = world.unreadable(&store, "before").await;
-    let gone: Vec<Uuid> = world.points[..2].iter().map(|(point, _)| *point).collect();
-    store.delete_points(REPLICA, &gone).await.unwrap();
-    let mut quiet = 0;
-    for pass in 0..20 {
-        let report = store.maintain(REPLICA, pass).await.unwrap();
-        quiet = if report.segments_compacted + report.layers_merged == 0 { quiet + 1 } else { 0 };
-    }
-    assert!(quiet > 3, "what cannot be moved is not tried for ever");
-    let store = world.open();
-    for (point, disks) in &world.points[2..] {
-        match read(&store, *point).await {
-            Ok(found) => assert!(found == *disks),
-            Err(error) => {
-                assert!(matches!(error, StoreError::Damaged { .. }) && broken.contains(point), "{error}");
+    for world in worlds().await {
+        let (key, sound) = world.objects("/segment/").await.swap_remove(0);
+        let mut bad = sound.to_vec();
+        bad[sound.len() / 3] ^= 1;
+        world.put(&key, bad).await;
+        let store = world.open().await;
+        let broken = world.unreadable(&store, "before").await;
+        let gone: Vec<Uuid> = world.points[..2].iter().map(|(point, _)| *point).collect();
+        store.delete_points(REPLICA, &gone).await.unwrap();
+        let mut quiet = 0;
+        for pass in 0..20 {
+            let report = store.maintain(REPLICA, pass).await.unwrap();
+            quiet = if report.segments_compacted + report.layers_merged == 0 { quiet + 1 } else { 0 };
+        }
+        assert!(quiet > 3, "what cannot be moved is not tried for ever");
+        let store = world.open().await;
+        for (point, disks) in &world.points[2..] {
+            match read(&store, *point).await {
+                Ok(found) => assert!(found == *disks),
+                Err(error) => {
+                    assert!(matches!(error, StoreError::Damaged { .. }) && broken.contains(point), "{error}");
+                }
             }
         }
     }
@@ -259,15 +279,15 @@ async fn a_jump_that_is_lost_is_made_anew() {
         let point = capture(&store, spec(at.into(), parent, &disks, false), &frames).await.unwrap();
         points.push((point, disks.clone()));
     }
-    let world = World { storage, points };
+    let world = World { storage, points, key: None };
     let mut jumps = 0;
     for (key, sound) in world.objects("/map/").await {
         world.storage.delete(&key).await.unwrap();
-        let store = world.open();
+        let store = world.open().await;
         let report = scrub(&store).await;
         if report.damage.iter().all(|damage| damage.is_mended) {
             jumps += 1;
-            assert_eq!(world.unreadable(&world.open(), key.as_ref()).await, Vec::<Uuid>::new());
+            assert_eq!(world.unreadable(&world.open().await, key.as_ref()).await, Vec::<Uuid>::new());
         }
         world.put(&key, sound).await;
     }

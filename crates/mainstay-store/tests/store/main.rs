@@ -9,4 +9,6 @@ mod oracle;
 #[cfg(test)]
 mod rules;
 #[cfg(test)]
+mod sealed;
+#[cfg(test)]
 mod support;
