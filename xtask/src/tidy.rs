@@ -28,7 +28,8 @@ const LONG_FILES: &[(&str, &str)] = &[(
 )];
 
 /// Byte formats and the documents that specify them.
-const FORMATS: &[&str] = &["frame", "hash-table", "segment", "layer", "manifest", "wire"];
+const FORMATS: &[&str] =
+    &["catalogue", "frame", "hash-table", "layer", "manifest", "sealed", "segment", "wire"];
 
 /// Names of all packages, lowest first.
 pub(crate) fn packages(repository: &Path) -> Result<Vec<String>> {

@@ -72,6 +72,11 @@ enum ServerCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Makes a vault key in a new file. Named as vault_key_file in the server's configuration, it encrypts the replica store.
+    Key {
+        /// The file to make.
+        file: PathBuf,
+    },
     /// Copies the server's own state (databases, keys, certificates; no recovery points) into a new directory, also while it
     /// runs.
     Backup {
@@ -160,6 +165,16 @@ pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
                 None => output::note("the server was initialised before; its tokens are as they were"),
             }
             output::note("The token is shown only now. Start the server with `mainstay server run`.");
+            Ok(Exit::Done)
+        }
+        ServerCommand::Key { file } => {
+            let fingerprint = mainstay_server::create_vault_key(&file)?;
+            output::line(&fingerprint);
+            output::note(&format!(
+                "the vault key is in {}. Name it as vault_key_file in the server's configuration, and keep a copy apart from the \
+                 store: without it no recovery point can be read any more, by nobody",
+                file.display()
+            ));
             Ok(Exit::Done)
         }
         ServerCommand::Backup { server, directory } => {

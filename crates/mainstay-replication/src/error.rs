@@ -123,9 +123,10 @@ impl ReplicationError {
                 | StoreError::NoDisk(_) => RefusalKind::NotFound,
                 StoreError::Damaged { .. } => RefusalKind::Damaged,
                 StoreError::NoSession(_) | StoreError::Committed(_) => RefusalKind::SessionLost,
-                StoreError::Storage { .. } | StoreError::Busy | StoreError::Internal(_) => {
-                    RefusalKind::Unavailable
-                }
+                StoreError::Storage { .. }
+                | StoreError::Busy
+                | StoreError::Locked { .. }
+                | StoreError::Internal(_) => RefusalKind::Unavailable,
                 StoreError::OutOfOrder { .. } | StoreError::Frame(_) | StoreError::Invalid(_) => {
                     RefusalKind::Invalid
                 }

@@ -23,6 +23,12 @@ pub struct ServerConfig {
     pub agent_endpoint: String,
     /// Where recovery points are kept; empty = under the data directory.
     pub store_dir: Option<PathBuf>,
+    /// File of the vault key (`mainstay server key FILE`): what is written into the replica store is encrypted. Without the key
+    /// nobody can read the store, so a copy of it belongs in a safe place, apart from the store.
+    pub vault_key_file: Option<PathBuf>,
+    /// Files of vault keys that the one above has replaced. A store that is locked with one of them is locked with the new one
+    /// at the next start; then they can go.
+    pub former_vault_key_files: Vec<PathBuf>,
     /// Space in MiB that recovery points leave free on their file system: for the database, whose jobs and events must be
     /// written also when the site is full, and for what makes space again.
     pub store_reserve_mib: u64,
@@ -53,6 +59,8 @@ impl Default for ServerConfig {
             names: vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
             agent_endpoint: String::new(),
             store_dir: None,
+            vault_key_file: None,
+            former_vault_key_files: Vec::new(),
             store_reserve_mib: 1024,
             scrub_interval_hours: 7 * 24,
             scrub_mib_per_second: 64,

@@ -14,6 +14,7 @@ mod rescue;
 mod server;
 mod smtp;
 mod token_key;
+mod vault_key;
 mod vaults;
 
 pub use authority::{Authority, AuthorityError};
@@ -22,3 +23,4 @@ pub use http::document_text as openapi_document;
 pub use rescue::{Rebuilt, RebuiltVault, back_up, rebuild, restore};
 pub use server::{Initialized, Running, initialize, run, run_with_clock};
 pub use smtp::{SmtpConfig, SmtpTls};
+pub use vault_key::create_vault_key;

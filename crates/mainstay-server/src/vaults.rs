@@ -370,6 +370,7 @@ pub(crate) async fn open_control(
     let db = Db::open(&db_path).await.with_context(|| format!("database {}", db_path.display()))?;
     let storage =
         local_storage(&store_dir).with_context(|| format!("replica store {}", store_dir.display()))?;
+    let shown = store_dir.clone();
     let reserve = config.store_reserve_mib.saturating_mul(1 << 20);
     let has_room = move |bytes: u64| match nix::sys::statvfs::statvfs(&store_dir) {
         Ok(space) => {
@@ -382,7 +383,11 @@ pub(crate) async fn open_control(
         }
     };
     let options = StoreOptions { has_room: Arc::new(has_room), ..StoreOptions::default() };
-    let control = Control::new(db, Arc::new(Store::open(storage, options)), clock);
+    let store = Store::open(storage, options);
+    crate::vault_key::unlock(&store, config)
+        .await
+        .with_context(|| format!("replica store {}", shown.display()))?;
+    let control = Control::new(db, Arc::new(store), clock);
     // New just now: both are empty.
     let _ = control.scrubs.pace.set(config.scrub_pace());
     if let Some(scripts) = &config.script_dir {

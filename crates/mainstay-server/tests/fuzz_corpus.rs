@@ -15,7 +15,9 @@ use mainstay_block::{
 };
 use mainstay_nbd::{BASE_ALLOCATION, Client, ClientOptions, Endpoint, Exports, Server};
 use mainstay_replication::{BoxStream, Mount, MountOptions, serve_connection, session_outcome};
-use mainstay_store::{Consistency, DiskSpec, PointMeta, SessionSpec, Store, StoreOptions, local_storage};
+use mainstay_store::{
+    Consistency, DiskSpec, FrameUse, PointMeta, SessionSpec, Store, StoreOptions, VaultKey, local_storage,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{UnixListener, UnixStream},
@@ -32,6 +34,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("layer", mainstay_store::fuzzing::layer),
     ("manifest", mainstay_store::fuzzing::manifest),
     ("catalogue", mainstay_control::fuzzing::catalogue),
+    ("sealed", mainstay_store::fuzzing::sealed),
     ("frame", mainstay_block::fuzzing::frame),
     ("arm_bodies", mainstay_server::fuzzing::arm_body),
 ];
@@ -136,7 +139,7 @@ async fn seeds_are_written() {
         let mut frame = FrameBuilder::new();
         frame.push_data(0, 1 + round as u64, &[round as u8 + 1; 8192]).unwrap();
         frame.push_zero(0, 40, 8).unwrap();
-        session.append(1, frame.finish(Effort::Small).unwrap()).await.unwrap();
+        session.append(1, frame.finish(Effort::Small).unwrap(), FrameUse::Changed).await.unwrap();
         let definition = Some(Bytes::from_static(b"<domain/>"));
         let meta = PointMeta { time_ms: 1, consistency: Consistency::Crash, definition };
         parent = Some(session.commit(meta).await.unwrap());
@@ -151,6 +154,11 @@ async fn seeds_are_written() {
             seed(target, &format!("{folder}-{number}"), &std::fs::read(entry.unwrap().path()).unwrap());
         }
     }
+    let locked = tempfile::tempdir().unwrap();
+    let sealing = Store::open(local_storage(locked.path()).unwrap(), StoreOptions::default());
+    sealing.unlock(Some(&VaultKey::generate().unwrap()), &[]).await.unwrap();
+    sealing.put_document("fuzz", document).await.unwrap();
+    seed("sealed", "document", &std::fs::read(locked.path().join("v1/catalogue/fuzz")).unwrap());
     seed("catalogue", "envelope", &std::fs::read(dir.path().join("v1/catalogue/fuzz")).unwrap());
 
     wire(&store, replica, parent.unwrap()).await;

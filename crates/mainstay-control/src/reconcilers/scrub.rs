@@ -145,6 +145,11 @@ impl Control {
 
     async fn scrub(&self, id: ItemId, segments: Option<HashSet<Uuid>>) -> Result<(), ControlError> {
         let (began_ms, is_complete) = (self.clock.now_ms(), segments.is_none());
+        if is_complete {
+            // Small, and what a rebuild of the vault would need.
+            let mended = self.store.scrub_documents().await?;
+            metrics::counter!("mainstay_scrub_objects_mended").increment(mended as u64);
+        }
         self.scrubs.set(id, 0);
         let _running = Running { scrubs: &self.scrubs, item: id };
         let head = self.head(id).await?;

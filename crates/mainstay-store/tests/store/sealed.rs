@@ -107,7 +107,7 @@ async fn a_store_is_encrypted_later_and_its_key_is_replaced() {
     assert!(old.len() == 1 && old[0].is_some());
 
     let second = VaultKey::generate().unwrap();
-    let store = opened(&storage, &second, &[first.clone()], Unlocked::Rotated).await;
+    let store = opened(&storage, &second, std::slice::from_ref(&first), Unlocked::Rotated).await;
     assert!(read(&store, now.0).await.unwrap() == now.1, "what the former key sealed is read");
     let last = fill(&store, 20, Some(now.clone())).await;
     seal_all_again(&store).await;
