@@ -88,6 +88,8 @@ struct Known {
     items: HashMap<ItemId, (Option<i64>, Sum)>,
     resources: Option<(i64, Sum)>,
     checked_ms: Option<i64>,
+    /// Whether this server's name is in the store.
+    is_claimed: bool,
 }
 
 impl Default for Catalogue {
@@ -190,8 +192,14 @@ impl Control {
             self.adopt_item(one, is_news, is_rebuild, &mut adoption).await?;
         }
         self.db.note_item_writes(newest).await?;
-        let server = CataloguedServer { id: self.catalogue.server };
-        self.store.put_document(SERVER, &write(&server)?).await?;
+        match self.claim_store(&mut *self.catalogue.known.lock().await).await {
+            // A store that something else has filled can still be read, and people must be told: it is claimed when there is
+            // space again, and before anything is written.
+            Err(ControlError::Store(error @ StoreError::Full)) => {
+                tracing::error!(%error, "the replica store could not be claimed yet: make space");
+            }
+            claimed => claimed?,
+        }
         if !adoption.is_empty() {
             let text = format!(
                 "the database was older than the replica store: taken from there were {}the items {:?}; removed were {:?}; \
@@ -413,6 +421,11 @@ impl Control {
     /// Whether another server has taken this one's place. Looked at before each write, too: what a server writes that has lost
     /// the store would be taken for news.
     async fn is_superseded(&self, known: &mut Known) -> Result<bool, ControlError> {
+        if !known.is_claimed {
+            // Whose name is there is the one whose place this server takes.
+            self.claim_store(known).await?;
+            return Ok(false);
+        }
         let server = self.document::<CataloguedServer>(SERVER).await?;
         known.checked_ms = Some(self.clock.now_ms());
         match server {
@@ -424,11 +437,18 @@ impl Control {
             Ok(Some(_)) => Ok(false),
             // Removed or damaged: nobody claims the store.
             Ok(None) | Err(_) => {
-                let server = CataloguedServer { id: self.catalogue.server };
-                self.store.put_document(SERVER, &write(&server)?).await?;
+                self.claim_store(known).await?;
                 Ok(false)
             }
         }
+    }
+
+    /// Takes the store over.
+    async fn claim_store(&self, known: &mut Known) -> Result<(), ControlError> {
+        let server = CataloguedServer { id: self.catalogue.server };
+        self.store.put_document(SERVER, &write(&server)?).await?;
+        known.is_claimed = true;
+        Ok(())
     }
 
     /// Answers whether something was written.

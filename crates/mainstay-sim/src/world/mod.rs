@@ -5,6 +5,7 @@ mod network;
 mod process;
 mod snapshot;
 mod verbs;
+mod wire;
 
 use std::{
     path::{Path, PathBuf},
@@ -15,17 +16,17 @@ use std::{
 use mainstay_control::{Control, ManualClock, db::ItemRecord, jobs::Faults};
 use mainstay_model::{Phase, ProviderId, ReplicationPolicy, VmId};
 use mainstay_provider::PowerState;
-use object_store::memory::InMemory;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::{Oracle, SimHypervisor};
+use crate::{Oracle, SimHypervisor, SimStorage};
 use network::Network;
 use process::{Process, Server, start_agent, start_server};
 
 pub use snapshot::Snapshot;
 pub use verbs::JobEnd;
 use verbs::by;
+pub use wire::Direction;
 
 /// The disks of every simulated VM: one of whole blocks, and one whose last block is a piece.
 pub(crate) const DISKS: [(&str, u64); 2] = [("vda", 64 * 4096), ("vdb", 16 * 4096 + 512)];
@@ -47,11 +48,13 @@ pub struct WorldOptions {
     pub volatile_trackers: bool,
     /// Whether the protected site has a second host, without VMs.
     pub has_spare: bool,
+    /// Of what the world draws itself: what a crash leaves of the storage, and when its trouble strikes.
+    pub seed: u64,
 }
 
 impl Default for WorldOptions {
     fn default() -> Self {
-        Self { vms: vec!["web".to_owned()], volatile_trackers: false, has_spare: false }
+        Self { vms: vec!["web".to_owned()], volatile_trackers: false, has_spare: false, seed: 0 }
     }
 }
 
@@ -82,8 +85,9 @@ pub struct World {
     pub clock: Arc<ManualClock>,
     /// What every disk held at every capture.
     pub oracle: Arc<Oracle>,
+    /// What the server's store writes into.
+    pub storage: SimStorage,
     network: Arc<Network>,
-    storage: Arc<InMemory>,
     server: Option<Server>,
     // Last, so that it is removed when nothing writes into it any more.
     dir: TempDir,
@@ -135,8 +139,8 @@ impl World {
         let clock = Arc::new(ManualClock::default());
         clock.advance_ms(CLOCK_START_MS);
         let oracle = Arc::new(Oracle::new(clock.clone()));
-        let storage = Arc::new(InMemory::new());
-        let network = Network::new();
+        let storage = SimStorage::new(options.seed);
+        let network = Network::new(options.seed);
         let database = dir.path().join("database");
         std::fs::create_dir_all(&database).expect("a directory");
         let server = start_server(database.join("db"), storage.clone(), clock.clone()).await;
@@ -165,7 +169,7 @@ impl World {
             recovery.hypervisor.make_trackers_volatile();
         }
         let mut world =
-            Self { home, spare, recovery, clock, oracle, network, storage, server: Some(server), dir };
+            Self { home, spare, recovery, clock, oracle, storage, network, server: Some(server), dir };
         for name in &options.vms {
             mainstay_provider::Hypervisor::start(&world.home.hypervisor, vm_named(name))
                 .await
@@ -249,7 +253,9 @@ impl World {
     }
 
     async fn lose_database_after(&mut self, replace: impl FnOnce(&Path, &Path)) {
-        // What was asked for a moment ago may be lost with the database; what was answered is not.
+        // What was asked for a moment ago may be lost with the database; what was answered is not, as long as the storage
+        // takes it.
+        self.storage.set_trouble(None);
         self.ask(|control| async move { control.reconcile_catalogue().await })
             .await
             .expect("the catalogue is written");
@@ -265,6 +271,7 @@ impl World {
         let Server { process, control } = self.server.take().expect("the server runs");
         drop(control);
         process.kill().await;
+        self.storage.crash();
         let database = self.dir.path().join("database");
         meanwhile(&database, &self.dir.path().join("backup"));
         std::fs::create_dir_all(&database).expect("a directory");
@@ -300,7 +307,22 @@ impl World {
         self.network.cut(if is_home { self.home.provider } else { self.recovery.provider });
     }
 
-    /// Connects a site again.
+    /// Cuts a site off in one direction: what is on its way waits.
+    pub fn stall(&self, is_home: bool, direction: Direction) {
+        self.network.stall(if is_home { self.home.provider } else { self.recovery.provider }, direction);
+    }
+
+    /// Makes everything between a site and the server late.
+    pub fn slow_down(&self, is_home: bool) {
+        self.network.slow_down(if is_home { self.home.provider } else { self.recovery.provider });
+    }
+
+    /// Breaks a site's connection within the next message in a direction.
+    pub fn break_off(&self, is_home: bool, direction: Direction) {
+        self.network.break_off(if is_home { self.home.provider } else { self.recovery.provider }, direction);
+    }
+
+    /// Connects a site again, in good weather.
     pub fn mend(&self, is_home: bool) {
         self.network.mend(if is_home { self.home.provider } else { self.recovery.provider });
     }

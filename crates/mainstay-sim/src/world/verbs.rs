@@ -200,6 +200,15 @@ impl World {
         .await;
     }
 
+    /// Changes what the recovery VM shall be.
+    pub async fn update_target(&self, name: &str, target: TargetRecord) {
+        let item = self.expect_item(name).await;
+        let job =
+            self.ask(|control| async move { control.update_item_target(&item, target, by()).await }).await;
+        let job = job.expect("the change is allowed");
+        assert_eq!(self.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+    }
+
     async fn expect_item(&self, name: &str) -> ItemRecord {
         self.item(name).await.expect("the VM is protected")
     }

@@ -7,5 +7,6 @@ mod operations;
 mod plans;
 mod random;
 mod steps;
+mod storage;
 mod support;
 mod workflows;

@@ -15,7 +15,7 @@ use mainstay_control::{
 };
 use mainstay_model::{Ending, ItemId, Location, Operation};
 use mainstay_provider::{ErrorKind, Hypervisor as _};
-use mainstay_sim::{HostFault, World, WorldOptions};
+use mainstay_sim::{Direction, HostFault, StorageTrouble, World, WorldOptions};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use crate::{support::log, workflows::finish_journey};
@@ -82,7 +82,8 @@ impl Run {
         let action = self.rng.random_range(0..100);
         tracing::info!(vm, is_home, action, "action");
         match action {
-            0..20 => self.write(vm).await,
+            0..17 => self.write(vm).await,
+            17..20 => self.trouble_storage(),
             20..30 => {
                 self.world.clock.advance_ms(5_000);
                 self.world.control().changed.notify_waiters();
@@ -94,8 +95,19 @@ impl Run {
                 self.world.restart_server().await;
                 self.set_faults();
             }
-            74..79 => self.world.hiccup(is_home),
-            79..82 => self.world.cut(is_home),
+            74..76 => self.world.hiccup(is_home),
+            76..80 => {
+                let direction = self.direction();
+                self.world.break_off(is_home, direction);
+            }
+            80 => self.world.cut(is_home),
+            81 => match self.rng.random() {
+                true => self.world.slow_down(is_home),
+                false => {
+                    let direction = self.direction();
+                    self.world.stall(is_home, direction);
+                }
+            },
             82..86 => self.world.mend(is_home),
             86..89 => {
                 let (host, id) = self.world.active(vm).await;
@@ -129,6 +141,20 @@ impl Run {
         for _ in 0..self.rng.random_range(0..40) {
             self.world.ask(|_| async { tokio::task::yield_now().await }).await;
         }
+    }
+
+    fn direction(&mut self) -> Direction {
+        if self.rng.random() { Direction::ToServer } else { Direction::ToAgent }
+    }
+
+    fn trouble_storage(&mut self) {
+        let troubles = [
+            Some(StorageTrouble::Full),
+            Some(StorageTrouble::Flaky { one_in: 6 }),
+            Some(StorageTrouble::Flaky { one_in: 30 }),
+            None,
+        ];
+        self.world.storage.set_trouble(*troubles.choose(&mut self.rng).unwrap());
     }
 
     async fn write(&mut self, vm: &str) {
@@ -212,6 +238,7 @@ impl Run {
 
     /// Ends all trouble, brings every job to its end, and checks everything.
     async fn calm(&mut self) {
+        self.world.storage.set_trouble(None);
         self.world.home.hypervisor.clear_faults();
         self.world.recovery.hypervisor.clear_faults();
         self.world.home.hypervisor.let_guests_refuse(false);
@@ -266,6 +293,7 @@ async fn run(seed: u64) {
     let options = WorldOptions {
         vms: VMS.iter().map(|&vm| vm.to_owned()).collect(),
         volatile_trackers: rng.random_bool(0.3),
+        seed: rng.random(),
         ..WorldOptions::default()
     };
     let mut run = Run { world: World::new(options).await, rng };
