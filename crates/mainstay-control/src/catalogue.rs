@@ -34,6 +34,8 @@ const RESOURCES: &str = "resources";
 const SERVER: &str = "server";
 /// Items written in one pass, so that a first one over thousands does not keep the disk from everybody else.
 const ITEMS_PER_PASS: usize = 50;
+/// How often an item is read again that changes while its job is read.
+const READS_MAX: usize = 10;
 /// How often the server looks whether another one has taken its place: as long as both may look after the store. What either
 /// commits meanwhile is decided by the store and by the agents, each of which has one of them to talk to.
 const SERVER_CHECK_MS: i64 = 5_000;
@@ -390,7 +392,8 @@ impl Control {
             return Ok(());
         }
         let mut known = self.catalogue.known.lock().await;
-        let is_due = |checked_ms| self.clock.now_ms() - checked_ms >= SERVER_CHECK_MS;
+        // One of the future was done before the clock was set back.
+        let is_due = |checked_ms| !(0..SERVER_CHECK_MS).contains(&(self.clock.now_ms() - checked_ms));
         if known.checked_ms.is_none_or(is_due) && self.is_superseded(&mut known).await? {
             return Ok(());
         }
@@ -458,14 +461,11 @@ impl Control {
         seen: Option<(Option<i64>, Sum)>,
         known: &mut Known,
     ) -> Result<bool, ControlError> {
-        let mut job = match item.state.running {
-            Some(running) => self.db.job(running.job).await?,
-            None => None,
-        };
+        let Some((item, mut job)) = self.item_with_job(item).await? else { return Ok(false) };
         for step in job.iter_mut().flat_map(|job| &mut job.steps) {
             step.progress = mainstay_provider::Progress::default();
         }
-        let mut found = CataloguedItem { writes: 0, version: 0, item: lasting(item), job };
+        let mut found = CataloguedItem { writes: 0, version: 0, item: lasting(&item), job };
         let sum = found.sum()?;
         let is_new = seen.is_none_or(|(_, before)| before != sum);
         if is_new {
@@ -479,6 +479,27 @@ impl Control {
         }
         known.items.insert(item.id, (Some(item.version), sum));
         Ok(is_new)
+    }
+
+    /// An item and the job that has it, as they were at one moment: a step that the job says was done has changed the item.
+    /// `None` when the item is gone, or changes too fast for this pass.
+    async fn item_with_job(
+        &self,
+        item: &ItemRecord,
+    ) -> Result<Option<(ItemRecord, Option<JobRecord>)>, ControlError> {
+        let mut item = item.clone();
+        for _ in 0..READS_MAX {
+            let job = match item.state.running {
+                Some(running) => self.db.job(running.job).await?,
+                None => None,
+            };
+            let Some(now) = self.db.item(item.id).await? else { return Ok(None) };
+            if now.version == item.version {
+                return Ok(Some((item, job)));
+            }
+            item = ItemRecord::clone(&now);
+        }
+        Ok(None)
     }
 
     async fn catalogue_resources(&self, known: &mut Known) -> Result<(), ControlError> {
