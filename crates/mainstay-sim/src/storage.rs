@@ -7,7 +7,7 @@
 //! are staged, synced and then renamed.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -51,6 +51,8 @@ struct State {
     earlier: BTreeMap<Path, Vec<Option<Bytes>>>,
     trouble: Option<StorageTrouble>,
     rng: StdRng,
+    /// Objects read since [`SimStorage::record_reads`].
+    reads: Option<BTreeSet<Path>>,
 }
 
 /// What happens to a request.
@@ -153,6 +155,7 @@ impl SimStorage {
             earlier: BTreeMap::new(),
             trouble: None,
             rng: StdRng::seed_from_u64(seed),
+            reads: None,
         };
         Self { inner: Arc::new(Mutex::new(state)) }
     }
@@ -180,6 +183,22 @@ impl SimStorage {
                 state.set(&path, earlier.swap_remove(kept));
             }
         }
+    }
+
+    /// The names of all objects.
+    pub(crate) fn objects(&self) -> Vec<Path> {
+        let listed = at_once(self.lock().objects.list(None).try_collect::<Vec<_>>());
+        listed.expect("memory is listed").into_iter().map(|object| object.location).collect()
+    }
+
+    /// From now on remembers which objects are read.
+    pub(crate) fn record_reads(&self) {
+        self.lock().reads = Some(BTreeSet::new());
+    }
+
+    /// Stops remembering, and answers what was read.
+    pub(crate) fn take_reads(&self) -> BTreeSet<Path> {
+        self.lock().reads.take().unwrap_or_default()
     }
 
     /// Carries a request out as it is planned. Whoever asked may go away in any of its delays.
@@ -233,7 +252,13 @@ impl ObjectStore for SimStorage {
     }
 
     async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
-        self.carry_out(false, |state| at_once(state.objects.get_opts(path, options))).await
+        let get = |state: &mut State| {
+            if let Some(reads) = &mut state.reads {
+                reads.insert(path.clone());
+            }
+            at_once(state.objects.get_opts(path, options))
+        };
+        self.carry_out(false, get).await
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {

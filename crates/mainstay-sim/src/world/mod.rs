@@ -1,5 +1,6 @@
 //! Two sites, a server and what a test does to them.
 
+mod calm;
 mod check;
 mod network;
 mod process;
@@ -21,7 +22,7 @@ use uuid::Uuid;
 
 use crate::{Oracle, SimHypervisor, SimStorage};
 use network::Network;
-use process::{Process, Server, start_agent, start_server};
+use process::{Process, Server, start_agent, start_server, wait_until_closed};
 
 pub use snapshot::Snapshot;
 pub use verbs::JobEnd;
@@ -36,8 +37,6 @@ const WAIT_MAX: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Where the clock begins: a plausible day, so that differences of times make sense.
 const CLOCK_START_MS: i64 = 1_750_000_000_000;
-/// Between two replication cycles; the shortest there is.
-pub(crate) const CYCLE_MS: i64 = 5_000;
 
 /// How a world begins.
 #[derive(Clone, Debug)]
@@ -273,6 +272,7 @@ impl World {
         process.kill().await;
         self.storage.crash();
         let database = self.dir.path().join("database");
+        wait_until_closed(&database).await;
         meanwhile(&database, &self.dir.path().join("backup"));
         std::fs::create_dir_all(&database).expect("a directory");
         let server = start_server(database.join("db"), self.storage.clone(), self.clock.clone()).await;
@@ -354,6 +354,11 @@ impl World {
             Some(item) => (self.home_of(&item), item.vm),
             None => (&self.home, vm_named(name)),
         }
+    }
+
+    /// The VM at home of that name, whether it is protected or not.
+    pub fn home_vm(&self, name: &str) -> VmId {
+        vm_named(name)
     }
 
     /// The guest writes blocks wherever it runs; answers whether it runs.

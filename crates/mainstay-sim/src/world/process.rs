@@ -1,6 +1,10 @@
 //! Agents and servers as processes: a runtime each, whose end is a crash.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use mainstay_agent::{HostOptions, HostSite, records::Records};
@@ -117,6 +121,21 @@ pub(super) async fn start_agent(network: &Arc<Network>, host: &Host) -> Process 
 pub(super) struct Server {
     pub(super) process: Process,
     pub(super) control: Arc<Control>,
+}
+
+/// Waits until nothing of ours has a file of a directory open. A killed server's database is closed by a thread of its own,
+/// which removes the log when it is done.
+pub(super) async fn wait_until_closed(dir: &Path) {
+    let is_open = || {
+        let open = std::fs::read_dir("/proc/self/fd").expect("the open files").flatten();
+        // A descriptor may be closed meanwhile.
+        open.filter_map(|entry| std::fs::read_link(entry.path()).ok()).any(|path| path.starts_with(dir))
+    };
+    let deadline = tokio::time::Instant::now() + END_MAX;
+    while is_open() {
+        assert!(tokio::time::Instant::now() < deadline, "{} is not closed", dir.display());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// How often a server that does not start is started again, as its service manager does.
