@@ -31,10 +31,16 @@ pub(crate) fn run(repository: &Path) -> Result<()> {
     outcome
 }
 
+/// How long a soak begins new simulated worlds, in seconds, unless `SIM_SECONDS` says otherwise: some thousands.
+const SOAK_SIM_SECONDS: &str = "7200";
+
 /// Runs the tests that take too long for every change.
 pub(crate) fn soak(repository: &Path) -> Result<()> {
-    let words = ["test", "--workspace", "--test", "kills", "--", "--ignored", "--nocapture"];
-    cargo(repository, &words)?;
+    let seconds = std::env::var("SIM_SECONDS").unwrap_or_else(|_| SOAK_SIM_SECONDS.to_owned());
+    let worlds = ["test", "--workspace", "--test", "sim", "random", "--", "--nocapture"];
+    cargo_with(repository, &worlds, &[("SIM_SECONDS", &seconds)])?;
+    let kills = ["test", "--workspace", "--test", "kills", "--", "--ignored", "--nocapture"];
+    cargo(repository, &kills)?;
     fuzz::run(repository, &[])
 }
 
@@ -141,8 +147,14 @@ fn timed(times: &mut Vec<Timed>, name: &str, suite: impl FnOnce() -> Result<()>)
 }
 
 fn cargo(repository: &Path, arguments: &[&str]) -> Result<()> {
+    cargo_with(repository, arguments, &[])
+}
+
+fn cargo_with(repository: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let status = Command::new(cargo).args(arguments).current_dir(repository).status()?;
+    let mut command = Command::new(cargo);
+    let status =
+        command.args(arguments).envs(environment.iter().copied()).current_dir(repository).status()?;
     if !status.success() {
         bail!("cargo {} failed", arguments.join(" "));
     }

@@ -34,6 +34,8 @@ const RESOURCES: &str = "resources";
 const SERVER: &str = "server";
 /// Items written in one pass, so that a first one over thousands does not keep the disk from everybody else.
 const ITEMS_PER_PASS: usize = 50;
+/// How often an item is read again that changes while its job is read.
+const READS_MAX: usize = 10;
 /// How often the server looks whether another one has taken its place: as long as both may look after the store. What either
 /// commits meanwhile is decided by the store and by the agents, each of which has one of them to talk to.
 const SERVER_CHECK_MS: i64 = 5_000;
@@ -88,6 +90,8 @@ struct Known {
     items: HashMap<ItemId, (Option<i64>, Sum)>,
     resources: Option<(i64, Sum)>,
     checked_ms: Option<i64>,
+    /// Whether this server's name is in the store.
+    is_claimed: bool,
 }
 
 impl Default for Catalogue {
@@ -200,8 +204,14 @@ impl Control {
             self.adopt_item(one, is_news, is_rebuild, &mut adoption).await?;
         }
         self.db.note_item_writes(newest).await?;
-        let server = CataloguedServer { id: self.catalogue.server };
-        self.store.put_document(SERVER, &write(&server)?).await?;
+        match self.claim_store(&mut *self.catalogue.known.lock().await).await {
+            // A store that something else has filled can still be read, and people must be told: it is claimed when there is
+            // space again, and before anything is written.
+            Err(ControlError::Store(error @ StoreError::Full)) => {
+                tracing::error!(%error, "the replica store could not be claimed yet: make space");
+            }
+            claimed => claimed?,
+        }
         if !adoption.is_empty() {
             let text = format!(
                 "the database was older than the replica store: taken from there were {}the items {:?}; removed were {:?}; \
@@ -392,7 +402,8 @@ impl Control {
             return Ok(());
         }
         let mut known = self.catalogue.known.lock().await;
-        let is_due = |checked_ms| self.clock.now_ms() - checked_ms >= SERVER_CHECK_MS;
+        // One of the future was done before the clock was set back.
+        let is_due = |checked_ms| !(0..SERVER_CHECK_MS).contains(&(self.clock.now_ms() - checked_ms));
         if known.checked_ms.is_none_or(is_due) && self.is_superseded(&mut known).await? {
             return Ok(());
         }
@@ -423,6 +434,11 @@ impl Control {
     /// Whether another server has taken this one's place. Looked at before each write, too: what a server writes that has lost
     /// the store would be taken for news.
     async fn is_superseded(&self, known: &mut Known) -> Result<bool, ControlError> {
+        if !known.is_claimed {
+            // Whose name is there is the one whose place this server takes.
+            self.claim_store(known).await?;
+            return Ok(false);
+        }
         let server = self.document::<CataloguedServer>(SERVER).await?;
         known.checked_ms = Some(self.clock.now_ms());
         match server {
@@ -434,11 +450,18 @@ impl Control {
             Ok(Some(_)) => Ok(false),
             // Removed or damaged: nobody claims the store.
             Ok(None) | Err(_) => {
-                let server = CataloguedServer { id: self.catalogue.server };
-                self.store.put_document(SERVER, &write(&server)?).await?;
+                self.claim_store(known).await?;
                 Ok(false)
             }
         }
+    }
+
+    /// Takes the store over.
+    async fn claim_store(&self, known: &mut Known) -> Result<(), ControlError> {
+        let server = CataloguedServer { id: self.catalogue.server };
+        self.store.put_document(SERVER, &write(&server)?).await?;
+        known.is_claimed = true;
+        Ok(())
     }
 
     /// Answers whether something was written.
@@ -448,14 +471,11 @@ impl Control {
         seen: Option<(Option<i64>, Sum)>,
         known: &mut Known,
     ) -> Result<bool, ControlError> {
-        let mut job = match item.state.running {
-            Some(running) => self.db.job(running.job).await?,
-            None => None,
-        };
+        let Some((item, mut job)) = self.item_with_job(item).await? else { return Ok(false) };
         for step in job.iter_mut().flat_map(|job| &mut job.steps) {
             step.progress = mainstay_provider::Progress::default();
         }
-        let mut found = CataloguedItem { writes: 0, version: 0, item: lasting(item), job };
+        let mut found = CataloguedItem { writes: 0, version: 0, item: lasting(&item), job };
         let sum = found.sum()?;
         let is_new = seen.is_none_or(|(_, before)| before != sum);
         if is_new {
@@ -469,6 +489,27 @@ impl Control {
         }
         known.items.insert(item.id, (Some(item.version), sum));
         Ok(is_new)
+    }
+
+    /// An item and the job that has it, as they were at one moment: a step that the job says was done has changed the item.
+    /// `None` when the item is gone, or changes too fast for this pass.
+    async fn item_with_job(
+        &self,
+        item: &ItemRecord,
+    ) -> Result<Option<(ItemRecord, Option<JobRecord>)>, ControlError> {
+        let mut item = item.clone();
+        for _ in 0..READS_MAX {
+            let job = match item.state.running {
+                Some(running) => self.db.job(running.job).await?,
+                None => None,
+            };
+            let Some(now) = self.db.item(item.id).await? else { return Ok(None) };
+            if now.version == item.version {
+                return Ok(Some((item, job)));
+            }
+            item = ItemRecord::clone(&now);
+        }
+        Ok(None)
     }
 
     async fn catalogue_resources(&self, known: &mut Known) -> Result<(), ControlError> {

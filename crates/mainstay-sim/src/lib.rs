@@ -3,14 +3,17 @@
 //! * [`SimHypervisor`] is a host as it is without any agent: its VMs and what was made durable on it.
 //! * [`World`] puts two of them, their agents and a server together. Agents and server run in runtimes of their own, so
 //!   that ending one of them is a crash: whatever it was doing stops at its next await.
+//! * [`SimStorage`] is the object storage of the server, and what a crash leaves of it.
 //! * [`Oracle`] knows the bytes of every disk at the moment of every capture; [`World::check`] compares.
 //!
 //! Nothing here goes into a release.
 
 mod hypervisor;
 mod oracle;
+mod storage;
 mod world;
 
 pub use hypervisor::{HostFault, SimHypervisor, VmView};
 pub use oracle::Oracle;
-pub use world::{Host, JobEnd, Legible, Snapshot, World, WorldOptions};
+pub use storage::{SimStorage, StorageTrouble};
+pub use world::{Direction, Host, JobEnd, Legible, Snapshot, World, WorldOptions};

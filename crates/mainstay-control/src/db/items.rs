@@ -150,7 +150,7 @@ pub struct StandDownRecord {
 pub struct ReplicationRecord {
     /// The newest durable recovery point.
     pub last_point: Option<PointId>,
-    /// The moment it shows.
+    /// The moment it shows, by the server's clock.
     pub last_point_ms: Option<i64>,
     /// The moment of the newest application-consistent one.
     pub last_app_point_ms: Option<i64>,

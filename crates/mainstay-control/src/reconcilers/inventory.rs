@@ -14,9 +14,10 @@ impl Control {
     pub(super) async fn reconcile_inventory(self: Arc<Self>) -> Result<(), ControlError> {
         let now_ms = self.clock.now_ms();
         for provider in self.providers().await?.iter() {
+            // One of the future was read before the clock was set back.
             let is_fresh = provider
                 .discovered_ms
-                .is_some_and(|discovered_ms| now_ms - discovered_ms < DISCOVERY_AGE_MAX_MS);
+                .is_some_and(|discovered_ms| (0..DISCOVERY_AGE_MAX_MS).contains(&(now_ms - discovered_ms)));
             if !self.sites.is_connected(provider.id) {
                 continue;
             }
@@ -92,7 +93,8 @@ impl Control {
             }
             self.change_item(item.id, |item| {
                 item.vm_name.clone_from(name);
-                item.disks.clone_from(&disks);
+                // From what is there now: the job that protects the VM may have decided meanwhile which disks these are.
+                item.disks = with_sizes(&item.disks, active);
                 Ok(())
             })
             .await?;

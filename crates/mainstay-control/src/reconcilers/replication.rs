@@ -24,6 +24,8 @@ use crate::{
 
 /// The reconcilers' tick, in milliseconds.
 const TICK_MS: i64 = super::TICK.as_millis() as i64;
+/// The longest pause after failed cycles: the last step of [`retry_delay_seconds`].
+const PAUSE_MS_MAX: i64 = 30 * 60_000;
 /// Cycles under way in all: each holds a capture open on some host and a transfer into the store.
 const CYCLES_MAX: usize = 16;
 
@@ -128,7 +130,9 @@ fn is_due(item: &ItemRecord, policy: &ReplicationPolicy, now_ms: i64) -> bool {
     if !item.state.is_replicating() {
         return false;
     }
-    if item.replication.not_before_ms.is_some_and(|not_before_ms| now_ms < not_before_ms) {
+    // A pause that is longer than any that we make was begun before the clock was set back.
+    let is_pausing = |not_before_ms: i64| (1..=PAUSE_MS_MAX).contains(&(not_before_ms - now_ms));
+    if item.replication.not_before_ms.is_some_and(is_pausing) {
         return false;
     }
     // Initial replication goes on at once after an interruption; deltas keep their rhythm. The frequency is a promise about
@@ -137,7 +141,17 @@ fn is_due(item: &ItemRecord, policy: &ReplicationPolicy, now_ms: i64) -> bool {
     let frequency_ms = i64::from(policy.copy_frequency_seconds) * 1000;
     let ahead_ms = item.replication.last_cycle_length_ms.clamp(0, frequency_ms / 2) + TICK_MS;
     item.replication.last_point_ms.is_none()
-        || item.replication.last_cycle_ms.is_none_or(|last_ms| now_ms - last_ms >= frequency_ms - ahead_ms)
+        || item.replication.last_cycle_ms.is_none_or(|last_ms| {
+            // A cycle that began in the future began before the clock was set back, nobody knows how long ago.
+            last_ms > now_ms || now_ms - last_ms >= frequency_ms - ahead_ms
+        })
+}
+
+/// When a capture of a cycle was taken, by the server's clock: that is the one by which its age is told. The host's may be
+/// wrong, so it counts only as far as it says something that can be.
+fn captured_ms(taken_at_ms: i64, started_ms: i64, ended_ms: i64) -> i64 {
+    // Set back in between, the clock says that the cycle ended before it began.
+    taken_at_ms.max(started_ms).min(ended_ms)
 }
 
 impl Control {
@@ -201,14 +215,15 @@ impl Control {
             Ok(site) => site,
             Err(_) => return Ok(()),
         };
+        // One of the future was taken before the clock was set back.
+        let last_app_ms = item.replication.last_app_point_ms.filter(|last_ms| *last_ms <= started_ms);
         let operation = Replicate {
             item: id,
             generation: item.state.generation,
             session: SessionId(Uuid::now_v7()),
             parent: self.parent_of_next(&item).await?,
             resend: item.scrub.resend.clone(),
-            application_consistent: policy
-                .wants_app_consistent(item.replication.last_app_point_ms, started_ms),
+            application_consistent: policy.wants_app_consistent(last_app_ms, started_ms),
             compare_all: false,
             bytes_per_second_max: policy.bytes_per_second_max,
         };
@@ -230,20 +245,21 @@ impl Control {
         metrics::counter!("mainstay_replication_bytes_moved").increment(replicated.bytes_moved);
         metrics::counter!("mainstay_replication_cycles", "result" => "succeeded").increment(1);
         let ended_ms = self.clock.now_ms();
+        let captured_ms = captured_ms(replicated.taken_at_ms, started_ms, ended_ms);
         let recovered = self
             .change_item(id, |item| {
                 let record = &mut item.replication;
                 let recovered = record.last_error.take();
                 if let Some(last_ms) = record.last_point_ms
-                    && replicated.taken_at_ms > last_ms
+                    && captured_ms > last_ms
                 {
-                    let elapsed_ms = (replicated.taken_at_ms - last_ms).unsigned_abs();
+                    let elapsed_ms = (captured_ms - last_ms).unsigned_abs();
                     record.bytes_per_second = replicated.bytes_changed.saturating_mul(1000) / elapsed_ms;
                 }
                 record.last_point = Some(replicated.point);
-                record.last_point_ms = Some(replicated.taken_at_ms);
+                record.last_point_ms = Some(captured_ms);
                 if replicated.consistency == Consistency::Application {
-                    record.last_app_point_ms = Some(replicated.taken_at_ms);
+                    record.last_app_point_ms = Some(captured_ms);
                 }
                 record.last_cycle_ms = Some(started_ms);
                 record.last_cycle_length_ms = ended_ms - started_ms;
@@ -324,3 +340,23 @@ impl Control {
 
 /// How often it is tried again when a site is full or somebody else works on the VM.
 const WAITING_RETRY_SECONDS: u32 = 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capture_was_taken_during_its_cycle_whatever_the_hosts_clock_says() {
+        assert_eq!(captured_ms(15, 10, 20), 15);
+        assert_eq!(captured_ms(5, 10, 20), 10);
+        assert_eq!(captured_ms(25, 10, 20), 20);
+        // The server's clock was set back during the cycle.
+        assert_eq!(captured_ms(15, 20, 10), 10);
+    }
+
+    #[test]
+    fn no_pause_is_longer_than_the_longest() {
+        let longest = (0..100).map(retry_delay_seconds).max().unwrap_or_default();
+        assert_eq!(PAUSE_MS_MAX, i64::from(longest.max(WAITING_RETRY_SECONDS)) * 1000);
+    }
+}

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use mainstay_model::{PointAge, PointId, expired_points};
 use mainstay_store::{Consistency, PointInfo};
+use uuid::Uuid;
 
 use crate::{Control, ControlError, db::ItemRecord, workflows::point_time_ms};
 
@@ -36,7 +37,9 @@ impl Control {
         Box::pin(async move {
             let policy = self.policy(&item.policy).await?.policy;
             let points = self.recovery_points(item).await?;
-            let ages: Vec<_> = points.iter().map(point_age).collect();
+            // By the order in which they were made: clocks are set, and an older point may show a later moment.
+            let newest = points.iter().max_by_key(|point| point.sequence).map(|point| point.id);
+            let ages: Vec<_> = points.iter().map(|point| point_age(point, newest)).collect();
             let expired: Vec<_> =
                 expired_points(&ages, &policy, now_ms).into_iter().map(|point| point.0).collect();
             if !expired.is_empty() {
@@ -67,11 +70,11 @@ impl Control {
     }
 }
 
-fn point_age(point: &PointInfo) -> PointAge {
+fn point_age(point: &PointInfo, newest: Option<Uuid>) -> PointAge {
     PointAge {
         point: PointId(point.id),
         taken_at_ms: point_time_ms(point),
         is_app_consistent: point.consistency == Consistency::App,
-        is_held: point.pins > 0,
+        is_held: point.pins > 0 || newest == Some(point.id),
     }
 }

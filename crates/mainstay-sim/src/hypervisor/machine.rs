@@ -50,6 +50,8 @@ pub(super) struct Machine {
     pub(super) shape: Shape,
     pub(super) recovery: Option<RecoveryMark>,
     pub(super) disks: Vec<MachineDisk>,
+    /// Disks that the administrator has taken away.
+    pub(super) detached: Vec<MachineDisk>,
     /// Blocks written since each tracker was set, per disk.
     pub(super) trackers: HashMap<TrackerId, Vec<BTreeSet<u64>>>,
     /// Open captures; false once the capture's view is gone.
@@ -58,7 +60,7 @@ pub(super) struct Machine {
     /// Whether it was made for a failback that has not filled it yet.
     pub(super) is_made: bool,
     /// What its disks held when it was last started from being off.
-    pub(super) started_from: Option<Vec<Vec<u8>>>,
+    pub(super) started_from: Option<BTreeMap<String, Vec<u8>>>,
     pub(super) addresses: Vec<(String, String)>,
 }
 
@@ -70,6 +72,8 @@ pub(super) struct MachineDisk {
     pub(super) missing: BTreeSet<u64>,
     /// Socket and export that the missing blocks are read from.
     pub(super) source: Option<(PathBuf, String)>,
+    /// Bytes of that export; the disk may have grown since.
+    pub(super) exported: u64,
     pub(super) overlay: BTreeMap<u64, Vec<u8>>,
     /// Counts writes, by whomever.
     pub(super) version: u64,
@@ -100,8 +104,9 @@ pub(super) fn apply_blocks(bytes: &mut [u8], blocks: &BTreeMap<u64, Vec<u8>>) {
     let size = bytes.len() as u64;
     for (block, data) in blocks {
         let range = block_range(*block, size);
-        let length = range.len();
-        bytes[range].copy_from_slice(&data[..length]);
+        // The last block was a piece if the disk has grown since.
+        let length = range.len().min(data.len());
+        bytes[range.start..range.start + length].copy_from_slice(&data[..length]);
     }
 }
 
@@ -109,6 +114,7 @@ impl MachineDisk {
     pub(super) fn new(key: &str, base: Vec<u8>) -> Self {
         Self {
             key: key.to_owned(),
+            exported: base.len() as u64,
             base,
             missing: BTreeSet::new(),
             source: None,
@@ -134,11 +140,13 @@ impl Machine {
         let is_recovery = self.recovery.is_some();
         let target = &mut self.disks[disk];
         let range = block_range(block, target.size());
-        let data = &data[..range.len()];
+        // A piece at the end of a disk that has grown since it was staged is followed by zeros.
+        let mut data = data.to_vec();
+        data.resize(range.len(), 0);
         if is_recovery {
-            target.overlay.insert(block, data.to_vec());
+            target.overlay.insert(block, data);
         } else {
-            target.base[range].copy_from_slice(data);
+            target.base[range].copy_from_slice(&data);
         }
         target.version += 1;
         for dirty in self.trackers.values_mut() {

@@ -1,5 +1,6 @@
 //! A host in memory: what an agent finds when it starts, and what outlives it.
 
+mod administrator;
 mod capture;
 mod faults;
 mod machine;
@@ -8,7 +9,10 @@ mod staging;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
     time::Duration,
 };
 
@@ -45,6 +49,8 @@ struct Inner {
     oracle: Arc<Oracle>,
     faults: FaultPlan,
     state: Mutex<State>,
+    /// How far the host's clock is ahead of the server's, in milliseconds.
+    clock_offset_ms: AtomicI64,
 }
 
 #[derive(Default)]
@@ -100,16 +106,21 @@ pub struct VmView {
     pub captures: usize,
     /// Whether changes are staged over its disks.
     pub is_staged: bool,
-    /// What its disks held when it was last started.
-    pub started_from: Option<Vec<Vec<u8>>>,
+    /// What its disks held when it was last started, by their keys.
+    pub started_from: Option<BTreeMap<String, Vec<u8>>>,
 }
 
 // What a test does to a host.
 impl SimHypervisor {
     /// A host without VMs.
     pub fn new(name: &str, oracle: Arc<Oracle>) -> Self {
-        let inner =
-            Inner { name: name.to_owned(), oracle, faults: FaultPlan::default(), state: Mutex::default() };
+        let inner = Inner {
+            name: name.to_owned(),
+            oracle,
+            faults: FaultPlan::default(),
+            state: Mutex::default(),
+            clock_offset_ms: AtomicI64::new(0),
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -119,6 +130,15 @@ impl SimHypervisor {
 
     fn oracle(&self) -> &Oracle {
         &self.inner.oracle
+    }
+
+    fn clock_offset_ms(&self) -> i64 {
+        self.inner.clock_offset_ms.load(Ordering::SeqCst)
+    }
+
+    /// Sets the host's clock, relative to the server's.
+    pub fn set_clock_offset_ms(&self, offset_ms: i64) {
+        self.inner.clock_offset_ms.store(offset_ms, Ordering::SeqCst);
     }
 
     /// Adds a VM that is off, with zeroed disks.
@@ -135,6 +155,7 @@ impl SimHypervisor {
             },
             recovery: None,
             disks: disks.iter().map(|(key, size)| MachineDisk::new(key, vec![0; *size as usize])).collect(),
+            detached: Vec::new(),
             trackers: HashMap::new(),
             captures: HashMap::new(),
             staging: None,
@@ -235,9 +256,21 @@ impl SimHypervisor {
         Ok(self.lock().machine(vm)?.contents(bases))
     }
 
+    /// As [`Self::disks`], by their keys.
+    pub async fn disks_by_key(&self, vm: VmId) -> Result<BTreeMap<String, Vec<u8>>, SiteError> {
+        let contents = self.disks(vm).await?;
+        let mut state = self.lock();
+        let keys = state.machine(vm)?.disks.iter().map(|disk| disk.key.clone());
+        Ok(keys.zip(contents).collect())
+    }
+
     /// What a recovery VM's disks held when it was made.
     pub async fn created_from(&self, vm: VmId) -> Result<Vec<Vec<u8>>, SiteError> {
-        self.bases(vm).await
+        let mut bases = self.bases(vm).await?;
+        for (base, disk) in bases.iter_mut().zip(&self.lock().machine(vm)?.disks) {
+            base.truncate(disk.exported as usize);
+        }
+        Ok(bases)
     }
 
     /// All VMs.
@@ -269,7 +302,7 @@ impl SimHypervisor {
     async fn start_with(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
         if self.power(vm).await? == PowerState::Off {
             // Booting reads the disks: without them it does not get far.
-            let content = self.disks(vm).await?;
+            let content = self.disks_by_key(vm).await?;
             let mut state = self.lock();
             let machine = state.machine(vm)?;
             if machine.staging.is_some() {

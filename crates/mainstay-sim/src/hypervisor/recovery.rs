@@ -71,16 +71,17 @@ impl SimHypervisor {
         let disks: Vec<_> = {
             let mut state = self.lock();
             let machine = state.machine(vm)?;
-            let disk = |disk: &MachineDisk| (disk.base.clone(), disk.missing.clone(), disk.source.clone());
+            let disk = |disk: &MachineDisk| {
+                (disk.base.clone(), disk.missing.clone(), disk.source.clone(), disk.exported)
+            };
             machine.disks.iter().map(disk).collect()
         };
         let mut bases = Vec::new();
-        for (mut base, missing, source) in disks {
+        for (mut base, missing, source, exported) in disks {
             if let Some((socket, export)) = source.filter(|_| !missing.is_empty()) {
-                let size = base.len() as u64;
-                let theirs = read_export(&socket, &export, size).await?;
+                let theirs = read_export(&socket, &export, exported).await?;
                 for block in missing {
-                    let range = block_range(block, size);
+                    let range = block_range(block, exported);
                     base[range.clone()].copy_from_slice(&theirs[range]);
                 }
             }
@@ -126,6 +127,7 @@ impl SimHypervisor {
             },
             recovery: Some(RecoveryMark { item: spec.item, is_test: spec.is_test }),
             disks: spec.disks.iter().map(disk).collect(),
+            detached: Vec::new(),
             trackers: std::collections::HashMap::new(),
             captures: std::collections::HashMap::new(),
             staging: None,

@@ -1,11 +1,13 @@
 //! Two sites, a server and what a test does to them.
 
+mod calm;
 mod check;
 mod network;
 mod process;
 mod rot;
 mod snapshot;
 mod verbs;
+mod wire;
 
 use std::{
     path::{Path, PathBuf},
@@ -21,18 +23,18 @@ use mainstay_control::{
 };
 use mainstay_model::{Phase, ProviderId, ReplicationPolicy, VmId};
 use mainstay_provider::PowerState;
-use object_store::memory::InMemory;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::{Oracle, SimHypervisor};
+use crate::{Oracle, SimHypervisor, SimStorage};
 use network::Network;
-use process::{Process, Server, start_agent, start_server};
+use process::{Process, Server, start_agent, start_server, wait_until_closed};
 
 pub use rot::Legible;
 pub use snapshot::Snapshot;
 pub use verbs::JobEnd;
 use verbs::by;
+pub use wire::Direction;
 
 /// The disks of every simulated VM: one of whole blocks, and one whose last block is a piece.
 pub(crate) const DISKS: [(&str, u64); 2] = [("vda", 64 * 4096), ("vdb", 16 * 4096 + 512)];
@@ -42,8 +44,6 @@ const WAIT_MAX: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Where the clock begins: a plausible day, so that differences of times make sense.
 const CLOCK_START_MS: i64 = 1_750_000_000_000;
-/// Between two replication cycles; the shortest there is.
-pub(crate) const CYCLE_MS: i64 = 5_000;
 
 /// How a world begins.
 #[derive(Clone, Debug)]
@@ -54,11 +54,13 @@ pub struct WorldOptions {
     pub volatile_trackers: bool,
     /// Whether the protected site has a second host, without VMs.
     pub has_spare: bool,
+    /// Of what the world draws itself: what a crash leaves of the storage, and when its trouble strikes.
+    pub seed: u64,
 }
 
 impl Default for WorldOptions {
     fn default() -> Self {
-        Self { vms: vec!["web".to_owned()], volatile_trackers: false, has_spare: false }
+        Self { vms: vec!["web".to_owned()], volatile_trackers: false, has_spare: false, seed: 0 }
     }
 }
 
@@ -89,8 +91,9 @@ pub struct World {
     pub clock: Arc<ManualClock>,
     /// What every disk held at every capture.
     pub oracle: Arc<Oracle>,
+    /// What the server's store writes into.
+    pub storage: SimStorage,
     network: Arc<Network>,
-    storage: Arc<InMemory>,
     server: Option<Server>,
     // Last, so that it is removed when nothing writes into it any more.
     dir: TempDir,
@@ -142,8 +145,8 @@ impl World {
         let clock = Arc::new(ManualClock::default());
         clock.advance_ms(CLOCK_START_MS);
         let oracle = Arc::new(Oracle::new(clock.clone()));
-        let storage = Arc::new(InMemory::new());
-        let network = Network::new();
+        let storage = SimStorage::new(options.seed);
+        let network = Network::new(options.seed);
         let database = dir.path().join("database");
         std::fs::create_dir_all(&database).expect("a directory");
         let server = start_server(database.join("db"), storage.clone(), clock.clone()).await;
@@ -172,7 +175,7 @@ impl World {
             recovery.hypervisor.make_trackers_volatile();
         }
         let mut world =
-            Self { home, spare, recovery, clock, oracle, network, storage, server: Some(server), dir };
+            Self { home, spare, recovery, clock, oracle, storage, network, server: Some(server), dir };
         for name in &options.vms {
             mainstay_provider::Hypervisor::start(&world.home.hypervisor, vm_named(name))
                 .await
@@ -256,7 +259,9 @@ impl World {
     }
 
     async fn lose_database_after(&mut self, replace: impl FnOnce(&Path, &Path)) {
-        // What was asked for a moment ago may be lost with the database; what was answered is not.
+        // What was asked for a moment ago may be lost with the database; what was answered is not, as long as the storage
+        // takes it.
+        self.storage.set_trouble(None);
         self.ask(|control| async move { control.reconcile_catalogue().await })
             .await
             .expect("the catalogue is written");
@@ -272,7 +277,9 @@ impl World {
         let Server { process, control } = self.server.take().expect("the server runs");
         drop(control);
         process.kill().await;
+        self.storage.crash();
         let database = self.dir.path().join("database");
+        wait_until_closed(&database).await;
         meanwhile(&database, &self.dir.path().join("backup"));
         std::fs::create_dir_all(&database).expect("a directory");
         let server = start_server(database.join("db"), self.storage.clone(), self.clock.clone()).await;
@@ -307,7 +314,22 @@ impl World {
         self.network.cut(if is_home { self.home.provider } else { self.recovery.provider });
     }
 
-    /// Connects a site again.
+    /// Cuts a site off in one direction: what is on its way waits.
+    pub fn stall(&self, is_home: bool, direction: Direction) {
+        self.network.stall(if is_home { self.home.provider } else { self.recovery.provider }, direction);
+    }
+
+    /// Makes everything between a site and the server late.
+    pub fn slow_down(&self, is_home: bool) {
+        self.network.slow_down(if is_home { self.home.provider } else { self.recovery.provider });
+    }
+
+    /// Breaks a site's connection within the next message in a direction.
+    pub fn break_off(&self, is_home: bool, direction: Direction) {
+        self.network.break_off(if is_home { self.home.provider } else { self.recovery.provider }, direction);
+    }
+
+    /// Connects a site again, in good weather.
     pub fn mend(&self, is_home: bool) {
         self.network.mend(if is_home { self.home.provider } else { self.recovery.provider });
     }
@@ -339,6 +361,11 @@ impl World {
             Some(item) => (self.home_of(&item), item.vm),
             None => (&self.home, vm_named(name)),
         }
+    }
+
+    /// The VM at home of that name, whether it is protected or not.
+    pub fn home_vm(&self, name: &str) -> VmId {
+        vm_named(name)
     }
 
     /// The guest writes blocks wherever it runs; answers whether it runs.

@@ -1,4 +1,4 @@
-//! The network between agents and server: streams in memory that break when a side is cut off or dies.
+//! The network between agents and server: connections that break when a side is cut off or dies.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,8 +14,7 @@ use mainstay_replication::{Access, serve_connection};
 use tokio::{io::DuplexStream, runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 
-/// Bytes in flight on a stream.
-const STREAM_BYTES: usize = 64 << 10;
+use super::wire::{Direction, Weather, Wires, connect};
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,18 +28,20 @@ pub(super) struct Network {
     state: Mutex<State>,
     /// Counts changes, for those who wait for a way to the server.
     changed: watch::Sender<u64>,
+    seed: u64,
 }
 
 #[derive(Default)]
 struct State {
     server: Option<(Handle, Arc<Control>)>,
     cables: HashMap<ProviderId, CancellationToken>,
+    wires: HashMap<ProviderId, Arc<Wires>>,
     cut: HashSet<ProviderId>,
 }
 
 impl Network {
-    pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), changed: watch::Sender::new(0) })
+    pub(super) fn new(seed: u64) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), changed: watch::Sender::new(0), seed })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -68,32 +69,62 @@ impl Network {
         }
     }
 
+    /// Ends cuts and bad weather.
     pub(super) fn mend(&self, host: ProviderId) {
         self.lock().cut.remove(&host);
+        self.wires(host).change(|weather| *weather = Weather::default());
         self.note_change();
+    }
+
+    fn wires(&self, host: ProviderId) -> Arc<Wires> {
+        let mut state = self.lock();
+        // Different for each host, the same in each run.
+        let seed = self.seed.wrapping_add(state.wires.len() as u64);
+        state.wires.entry(host).or_insert_with(|| Arc::new(Wires::new(seed))).clone()
+    }
+
+    /// From now on nothing arrives in a direction, until [`Self::mend`]. New connections cannot be made.
+    pub(super) fn stall(&self, host: ProviderId, direction: Direction) {
+        self.wires(host).change(|weather| weather.stalls = Some(direction));
+    }
+
+    /// From now on everything is late, until [`Self::mend`].
+    pub(super) fn slow_down(&self, host: ProviderId) {
+        self.wires(host).change(|weather| weather.is_slow = true);
+    }
+
+    /// The next bytes in a direction arrive in part, and their connection breaks.
+    pub(super) fn break_off(&self, host: ProviderId, direction: Direction) {
+        self.wires(host).change(|weather| weather.breaks = Some(direction));
     }
 
     /// Breaks the host's streams; new ones can be made at once.
     pub(super) fn hiccup(&self, host: ProviderId) {
         self.cut(host);
-        self.mend(host);
+        self.lock().cut.remove(&host);
+        self.note_change();
     }
 
     /// A host dials the server.
     pub(super) fn dial(&self, host: ProviderId, protocol: Protocol) -> io::Result<DuplexStream> {
+        let wires = self.wires(host);
         let mut state = self.lock();
-        if state.cut.contains(&host) {
+        // A handshake needs both directions.
+        if state.cut.contains(&host) || wires.weather().stalls.is_some() {
             return Err(io::Error::new(io::ErrorKind::NetworkUnreachable, "the network is cut"));
         }
         let Some((handle, control)) = state.server.clone() else {
             return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the server is down"));
         };
         let cable = state.cables.entry(host).or_default().clone();
-        let (near, far) = tokio::io::duplex(STREAM_BYTES);
+        let (near, far, carry) = connect(wires);
         handle.spawn(async move {
+            let serve = async {
+                tokio::join!(carry, serve(far, host, protocol, control));
+            };
             tokio::select! {
                 () = cable.cancelled() => {}
-                () = serve(far, host, protocol, control) => {}
+                () = serve => {}
             }
         });
         Ok(near)

@@ -1,17 +1,22 @@
 //! Agents and servers as processes: a runtime each, whose end is a crash.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use mainstay_agent::{HostOptions, HostSite, records::Records};
-use mainstay_control::{Control, ManualClock, db::Db};
+use mainstay_control::{Control, ControlError, ManualClock, db::Db};
 use mainstay_model::ProviderId;
 use mainstay_provider::serve_site;
 use mainstay_replication::{BoxStream, Connect};
 use mainstay_store::{Store, StoreOptions};
-use object_store::memory::InMemory;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
+
+use crate::SimStorage;
 
 use super::{
     Host,
@@ -118,21 +123,61 @@ pub(super) struct Server {
     pub(super) control: Arc<Control>,
 }
 
-/// Starts a server; it does not take connections yet.
-pub(super) async fn start_server(
-    database: PathBuf,
-    storage: Arc<InMemory>,
-    clock: Arc<ManualClock>,
-) -> Server {
-    let process = Process::start("server");
-    let open = async move {
-        let db = Db::open(&database).await.expect("the database opens");
-        let store = Arc::new(Store::open(storage, StoreOptions::default()));
-        let control = Control::new(db, store, clock);
-        control.adopt_catalogue(false).await.expect("the catalogue is read");
-        tokio::spawn(control.clone().run_reconcilers(CancellationToken::new()));
-        control
+/// Waits until nothing of ours has a file of a directory open. A killed server's database is closed by a thread of its own,
+/// which removes the log when it is done.
+pub(super) async fn wait_until_closed(dir: &Path) {
+    let is_open = || {
+        let open = std::fs::read_dir("/proc/self/fd").expect("the open files").flatten();
+        // A descriptor may be closed meanwhile.
+        open.filter_map(|entry| std::fs::read_link(entry.path()).ok()).any(|path| path.starts_with(dir))
     };
-    let control = process.handle().spawn(open).await.expect("the server starts");
-    Server { process, control }
+    let deadline = tokio::time::Instant::now() + END_MAX;
+    while is_open() {
+        assert!(tokio::time::Instant::now() < deadline, "{} is not closed", dir.display());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// How often a server that does not start is started again, as its service manager does.
+const STARTS_MAX: usize = 500;
+
+/// Small limits, so that the few blocks of a world make several segments, layers that are merged, and flattened maps; and
+/// small caches, so that what is read comes from the storage.
+fn store_options(storage: SimStorage) -> StoreOptions {
+    StoreOptions {
+        segment_bytes: 24 << 10,
+        uploads_in_flight: 2,
+        upload_retry: Duration::from_millis(1),
+        path_maps_max: 4,
+        frame_cache_bytes: 64 << 10,
+        chunk_cache_bytes: 64 << 10,
+        garbage_age_ms: 10_000,
+        manifest_age: Duration::ZERO,
+        compact_small_segments: 3,
+        has_room: Arc::new(move |_| !storage.is_full()),
+        ..StoreOptions::default()
+    }
+}
+
+/// Starts a server; it does not take connections yet.
+pub(super) async fn start_server(database: PathBuf, storage: SimStorage, clock: Arc<ManualClock>) -> Server {
+    for _ in 0..STARTS_MAX {
+        let process = Process::start("server");
+        let (database, storage, clock) = (database.clone(), storage.clone(), clock.clone());
+        let open = async move {
+            let db = Db::open(&database).await.expect("the database opens");
+            let store = Arc::new(Store::open(Arc::new(storage.clone()), store_options(storage)));
+            let control = Control::new(db, store, clock);
+            control.adopt_catalogue(false).await?;
+            tokio::spawn(control.clone().run_reconcilers(CancellationToken::new()));
+            Ok::<_, ControlError>(control)
+        };
+        match process.handle().spawn(open).await.expect("the server starts") {
+            Ok(control) => return Server { process, control },
+            // Reading the catalogue failed.
+            Err(error) => tracing::debug!(%error, "the server did not start"),
+        }
+        process.kill().await;
+    }
+    panic!("the server does not start");
 }

@@ -1,14 +1,14 @@
 //! Every verb, and waiting for what becomes of it.
 
 use mainstay_control::{
-    ControlError,
+    Clock as _, ControlError,
     app::{EnableRequest, Requester},
     db::{ItemRecord, JobRecord, JobState, TargetRecord},
     workflows::{FailbackParams, FailoverParams, PointChoice, TestFailoverParams},
 };
-use mainstay_model::{Ending, JobId, Operation, Phase, ProviderId};
+use mainstay_model::{Ending, JobId, Operation, Phase, ProviderId, ReplicationPolicy};
 
-use super::{CYCLE_MS, World, vm_named};
+use super::{World, vm_named};
 
 /// How a job stands when it does not go on by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,12 +26,17 @@ pub(super) fn by() -> Requester {
 impl World {
     /// Begins to protect a VM.
     pub async fn enable(&self, name: &str) -> Result<JobRecord, ControlError> {
+        self.enable_without(name, &[]).await
+    }
+
+    /// Begins to protect a VM without some of its disks.
+    pub async fn enable_without(&self, name: &str, excluded: &[&str]) -> Result<JobRecord, ControlError> {
         let request = EnableRequest {
             name: name.to_owned(),
             fabric: "home".to_owned(),
             vm: vm_named(name),
             policy: "policy".to_owned(),
-            excluded_disks: Vec::new(),
+            excluded_disks: excluded.iter().map(|&key| key.to_owned()).collect(),
             target: TargetRecord::default(),
         };
         self.ask(|control| async move { control.enable_protection(request, by()).await }).await
@@ -166,8 +171,13 @@ impl World {
 
     /// Makes the next replication cycle due and waits until the item has a newer point.
     pub async fn cycle(&self, name: &str) {
-        let before = self.expect_item(name).await.replication.last_point;
-        self.clock.advance_ms(CYCLE_MS);
+        let item = self.expect_item(name).await;
+        let (before, not_before_ms) = (item.replication.last_point, item.replication.not_before_ms);
+        let policy = self.ask(move |control| async move { control.policy(&item.policy).await }).await;
+        let frequency_seconds = policy.expect("the policy").policy.copy_frequency_seconds;
+        // Or when the pause after a failed one is over.
+        let pause_ms = not_before_ms.map_or(0, |until_ms| until_ms - self.clock.now_ms());
+        self.clock.advance_ms(pause_ms.max(i64::from(frequency_seconds) * 1_000));
         self.control().changed.notify_waiters();
         self.until("a replication cycle has ended", async |world| {
             world.item(name).await.is_some_and(|item| item.replication.last_point != before)
@@ -198,6 +208,22 @@ impl World {
             })
         })
         .await;
+    }
+
+    /// Changes the policy that everything is protected under.
+    pub async fn set_policy(&self, policy: ReplicationPolicy) {
+        let put =
+            self.ask(move |control| async move { control.put_policy("policy", policy, by()).await }).await;
+        put.expect("the policy is valid");
+    }
+
+    /// Changes what the recovery VM shall be.
+    pub async fn update_target(&self, name: &str, target: TargetRecord) {
+        let item = self.expect_item(name).await;
+        let job =
+            self.ask(|control| async move { control.update_item_target(&item, target, by()).await }).await;
+        let job = job.expect("the change is allowed");
+        assert_eq!(self.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
     }
 
     async fn expect_item(&self, name: &str) -> ItemRecord {

@@ -2,11 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may end at what it does not expect")]
 
+mod clock;
+mod disks;
 mod journeys;
+mod network;
 mod operations;
 mod plans;
 mod random;
 mod rot;
 mod steps;
+mod storage;
 mod support;
 mod workflows;

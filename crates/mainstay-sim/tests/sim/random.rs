@@ -1,10 +1,13 @@
 //! Random worlds: verbs, writes, crashes, cuts and faults in any order; one seed replays the decisions of a run.
 //!
-//! `SIM_SEEDS=100` runs more seeds than the default, from `SIM_FIRST_SEED` on; `SIM_SEED=7` only that one.
+//! An ordinary run takes a fixed set of seeds, and then fresh ones for `SIM_SECONDS` seconds. `SIM_SEEDS=100` runs so many from
+//! `SIM_FIRST_SEED` on and no fresh ones; `SIM_SEED=7` only that one.
 
 use std::{
+    io::Write as _,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures::FutureExt as _;
@@ -13,16 +16,21 @@ use mainstay_control::{
     jobs::{Fault, Faults},
     workflows::{FailoverParams, PointChoice},
 };
-use mainstay_model::{Ending, ItemId, Location, Operation};
+use mainstay_model::{Ending, ItemId, Location, Operation, Phase, ReplicationPolicy};
 use mainstay_provider::{ErrorKind, Hypervisor as _};
-use mainstay_sim::{HostFault, World, WorldOptions};
+use mainstay_sim::{Direction, HostFault, StorageTrouble, World, WorldOptions};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use crate::{support::log, workflows::finish_journey};
 
 const VMS: [&str; 2] = ["web", "db"];
-/// Seeds of an ordinary run of the tests: what a few seconds are enough for.
+/// Seeds of every run of the tests.
 const SEEDS: u64 = 12;
+/// Seeds that have failed once.
+const REGRESSIONS: [u64; 4] = [20, 21, 31, 318];
+/// How long new worlds are begun after that in an ordinary run, counted from its beginning. The other tests of this crate take
+/// about as long beside it.
+const FRESH_SECONDS: u64 = 100;
 /// Things that happen between two calms.
 const ACTIONS: usize = 14;
 /// Calms in a run.
@@ -79,10 +87,11 @@ impl Run {
     async fn act(&mut self) {
         let vm = *VMS.choose(&mut self.rng).unwrap();
         let is_home = self.rng.random_bool(0.5);
-        let action = self.rng.random_range(0..100);
+        let action = self.rng.random_range(0..112);
         tracing::info!(vm, is_home, action, "action");
         match action {
-            0..20 => self.write(vm).await,
+            0..17 => self.write(vm).await,
+            17..20 => self.trouble_storage(),
             20..30 => {
                 self.world.clock.advance_ms(5_000);
                 self.world.control().changed.notify_waiters();
@@ -94,8 +103,19 @@ impl Run {
                 self.world.restart_server().await;
                 self.set_faults();
             }
-            74..79 => self.world.hiccup(is_home),
-            79..82 => self.world.cut(is_home),
+            74..76 => self.world.hiccup(is_home),
+            76..80 => {
+                let direction = self.direction();
+                self.world.break_off(is_home, direction);
+            }
+            80 => self.world.cut(is_home),
+            81 => match self.rng.random() {
+                true => self.world.slow_down(is_home),
+                false => {
+                    let direction = self.direction();
+                    self.world.stall(is_home, direction);
+                }
+            },
             82..86 => self.world.mend(is_home),
             86..89 => {
                 let (host, id) = self.world.active(vm).await;
@@ -112,6 +132,13 @@ impl Run {
                 self.set_faults();
             }
             93..95 => self.world.home.hypervisor.let_guests_refuse(self.rng.random()),
+            100..103 => self.jump(is_home),
+            103..105 => self.change_policy().await,
+            105..108 => self.change_disks(vm),
+            108 => {
+                let name = format!("{vm} {}", self.rng.random_range(0..100));
+                self.world.home.hypervisor.rename_vm(self.world.home_vm(vm), &name).unwrap();
+            }
             _ => {
                 let host = if is_home { &self.world.home } else { &self.world.recovery };
                 let kinds = [ErrorKind::Failed, ErrorKind::Busy, ErrorKind::Unavailable, ErrorKind::TimedOut];
@@ -131,6 +158,59 @@ impl Run {
         }
     }
 
+    /// The server's clock is set, or a host's.
+    fn jump(&mut self, is_home: bool) {
+        let minutes = if self.rng.random_bool(0.5) {
+            self.rng.random_range(60..6 * 60)
+        } else {
+            -self.rng.random_range(1..5 * 60)
+        };
+        if self.rng.random_bool(0.6) {
+            self.world.clock.advance_ms(minutes * 60_000);
+            self.world.control().changed.notify_waiters();
+        } else {
+            let host = if is_home { &self.world.home } else { &self.world.recovery };
+            host.hypervisor.set_clock_offset_ms(minutes * 60_000);
+        }
+    }
+
+    async fn change_policy(&mut self) {
+        let policy = ReplicationPolicy {
+            copy_frequency_seconds: *[5, 10, 30].choose(&mut self.rng).unwrap(),
+            retention_hours: self.rng.random_range(1..24),
+            app_consistent_frequency_hours: self.rng.random_range(0..2),
+            bytes_per_second_max: None,
+        };
+        self.world.set_policy(policy).await;
+    }
+
+    /// The administrator gives the home VM a disk that is not protected, takes a protected one away, or gives it back.
+    fn change_disks(&mut self, vm: &str) {
+        let (hypervisor, id) = (&self.world.home.hypervisor, self.world.home_vm(vm));
+        let done = match self.rng.random_range(0..3) {
+            0 => hypervisor.add_disk(id, "vdc", 8 * 4096),
+            1 => hypervisor.detach_disk(id, "vdb"),
+            _ => hypervisor.attach_disks(id),
+        };
+        if let Err(error) = done {
+            tracing::debug!(%error, "the disks of a VM stay as they were");
+        }
+    }
+
+    fn direction(&mut self) -> Direction {
+        if self.rng.random() { Direction::ToServer } else { Direction::ToAgent }
+    }
+
+    fn trouble_storage(&mut self) {
+        let troubles = [
+            Some(StorageTrouble::Full),
+            Some(StorageTrouble::Flaky { one_in: 6 }),
+            Some(StorageTrouble::Flaky { one_in: 30 }),
+            None,
+        ];
+        self.world.storage.set_trouble(*troubles.choose(&mut self.rng).unwrap());
+    }
+
     async fn write(&mut self, vm: &str) {
         for _ in 0..self.rng.random_range(1..6) {
             let (disk, blocks) = *[("vda", 64), ("vdb", 17)].choose(&mut self.rng).unwrap();
@@ -142,8 +222,9 @@ impl Run {
 
     async fn begin(&mut self, vm: &str) {
         let Some(item) = self.world.item(vm).await else {
+            let excluded: &[&str] = if self.rng.random_bool(0.3) { &["vdb"] } else { &[] };
             // Refused while what an earlier protection left is not gone.
-            let _ = self.world.enable(vm).await;
+            let _ = self.world.enable_without(vm, excluded).await;
             return;
         };
         let mut allowed = item.state.allowed_operations();
@@ -212,11 +293,19 @@ impl Run {
 
     /// Ends all trouble, brings every job to its end, and checks everything.
     async fn calm(&mut self) {
+        self.world.storage.set_trouble(None);
         self.world.home.hypervisor.clear_faults();
         self.world.recovery.hypervisor.clear_faults();
         self.world.home.hypervisor.let_guests_refuse(false);
         self.world.mend(true);
         self.world.mend(false);
+        for vm in VMS {
+            let attach = async |world: &World| {
+                // Refused while a capture is open.
+                world.home.hypervisor.attach_disks(world.home_vm(vm)).is_ok()
+            };
+            self.world.until("the VM has its disks", attach).await;
+        }
         // Longer than any pause after failed cycles.
         self.world.clock.advance_ms(40 * 60_000);
         // Also takes up the jobs that a fault has stopped.
@@ -258,6 +347,20 @@ impl Run {
         }
         self.world.settle().await;
         self.world.check().await;
+        let mut has_copies = false;
+        for vm in VMS {
+            let Some(item) = self.world.item(vm).await else { continue };
+            has_copies |= item.recovery_vm.is_some() || item.test_vm.is_some();
+            if item.state.phase == Phase::Protected {
+                self.world.check_resend(vm).await;
+                self.world.check_alarm(vm).await;
+            }
+        }
+        // A copy keeps what it reads until it is hydrated.
+        if !has_copies {
+            self.world.check_garbage().await;
+        }
+        self.world.check().await;
     }
 }
 
@@ -266,6 +369,7 @@ async fn run(seed: u64) {
     let options = WorldOptions {
         vms: VMS.iter().map(|&vm| vm.to_owned()).collect(),
         volatile_trackers: rng.random_bool(0.3),
+        seed: rng.random(),
         ..WorldOptions::default()
     };
     let mut run = Run { world: World::new(options).await, rng };
@@ -284,22 +388,65 @@ async fn run(seed: u64) {
     for vm in VMS {
         finish_journey(&run.world, vm, 1).await;
     }
+    run.world.check_garbage().await;
+}
+
+/// Which worlds are run.
+struct Seeds {
+    /// In any case.
+    fixed: std::ops::Range<u64>,
+    /// And then, from this one on, as many as can be begun within some time.
+    fresh: Option<(u64, Duration)>,
+}
+
+impl Seeds {
+    fn of_environment() -> Self {
+        let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+        if let Some(seed) = number("SIM_SEED") {
+            return Self { fixed: seed..seed + 1, fresh: None };
+        }
+        let first = number("SIM_FIRST_SEED").unwrap_or(0);
+        if let Some(seeds) = number("SIM_SEEDS") {
+            return Self { fixed: first..first + seeds, fresh: None };
+        }
+        // Different ones each time, and far from those that people count.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let seconds = number("SIM_SECONDS").unwrap_or(FRESH_SECONDS);
+        Self { fixed: first..first + SEEDS, fresh: Some((now.as_secs() << 16, Duration::from_secs(seconds))) }
+    }
+}
+
+/// Past the harness, which shows what a test prints only if it fails.
+fn tell(text: &str) {
+    // Nobody may be there to read it.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+async fn run_one(seed: u64) {
+    // What it panicked with has been printed by then.
+    let ended = AssertUnwindSafe(run(seed)).catch_unwind().await;
+    assert!(
+        ended.is_ok(),
+        "seed {seed} failed: `SIM_SEED={seed} cargo test --workspace --test sim random` repeats it"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_worlds_keep_every_promise() {
     log();
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    let seeds = match number("SIM_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => {
-            let first = number("SIM_FIRST_SEED").unwrap_or(0);
-            first..first + number("SIM_SEEDS").unwrap_or(SEEDS)
-        }
-    };
-    for seed in seeds {
-        // What it panicked with has been printed by then.
-        let ended = AssertUnwindSafe(run(seed)).catch_unwind().await;
-        assert!(ended.is_ok(), "seed {seed} failed: SIM_SEED={seed} repeats it");
+    let began = Instant::now();
+    let Seeds { fixed, fresh } = Seeds::of_environment();
+    for seed in fixed {
+        run_one(seed).await;
     }
+    let Some((first, time)) = fresh else { return };
+    for seed in REGRESSIONS {
+        run_one(seed).await;
+    }
+    let mut seed = first;
+    while began.elapsed() < time {
+        run_one(seed).await;
+        seed += 1;
+    }
+    tell(&format!("random worlds: {} fresh seeds from {first} on", seed - first));
 }

@@ -1,0 +1,122 @@
+//! What must be true when nothing has gone wrong for a while.
+
+use std::collections::BTreeSet;
+
+use mainstay_control::db::ItemRecord;
+use mainstay_store::{ScrubOptions, StoreError};
+use object_store::path::Path;
+
+use super::World;
+
+/// What a cycle may move beside the blocks that differ: messages, and when the agent's hash tables were lost, the hashes
+/// of all blocks.
+const OVERHEAD_BYTES: u64 = 64 << 10;
+/// How far the clock moves between two looks at what is stored.
+const LOOK_MS: i64 = 1_000;
+
+impl World {
+    /// A cycle ships what differs from the recovery point before it and no more, also when nobody knows what was written:
+    /// trackers and hash tables may be lost, the lineage in the store is not.
+    pub async fn check_resend(&self, name: &str) {
+        let before = self.item(name).await.expect("the VM is protected").replication;
+        let before_ms = self.last_point_taken_ms(name).await;
+        self.cycle(name).await;
+        let after = self.item(name).await.expect("the VM is protected").replication;
+        let after_ms = self.last_point_taken_ms(name).await;
+        let differing = self.oracle.bytes_between(before_ms, after_ms).expect("both are captures");
+        let changed = after.bytes_changed - before.bytes_changed;
+        assert!(changed <= differing, "{changed} bytes of '{name}' were shipped, {differing} differ");
+        let moved = after.bytes_moved - before.bytes_moved;
+        assert!(
+            moved <= differing + OVERHEAD_BYTES,
+            "{moved} bytes of '{name}' were moved, {differing} differ"
+        );
+    }
+
+    /// The moment that the newest recovery point of an item shows, by its host's clock.
+    async fn last_point_taken_ms(&self, name: &str) -> i64 {
+        let item = self.item(name).await.expect("the VM is protected");
+        let last = item.replication.last_point.expect("there is a recovery point");
+        let point =
+            self.ask(move |control| async move { control.store.point(item.id.0, last.0).await }).await;
+        point.expect("the newest point is there").time_ms.cast_signed()
+    }
+
+    /// The alarm is raised exactly when the newest recovery point is older than three copy frequencies and half a minute.
+    pub async fn check_alarm(&self, name: &str) {
+        self.cycle(name).await;
+        assert!(!self.has_alarm(name).await, "'{name}' has a new recovery point and an alarm");
+        // From here on there is no newer one, whatever the clock says.
+        self.cut(true);
+        let item = self.item(name).await.expect("the VM is protected");
+        let policy = self.ask(move |control| async move { control.policy(&item.policy).await }).await;
+        let frequency_ms = i64::from(policy.expect("the policy").policy.copy_frequency_seconds) * 1_000;
+        let taken_ms = self.last_point_taken_ms(name).await;
+        let captured_ms = self.oracle.captured_ms(taken_ms).expect("every point comes from a capture");
+        let breached_ms = captured_ms + 3 * frequency_ms + 30_000;
+        self.clock.advance_ms(breached_ms - mainstay_control::Clock::now_ms(&*self.clock));
+        assert!(!self.has_alarm(name).await, "the alarm of '{name}' is early");
+        self.clock.advance_ms(1);
+        assert!(self.has_alarm(name).await, "the alarm of '{name}' is late");
+        self.mend(true);
+        self.until("the site is connected", async |world| {
+            world.control().sites.is_connected(world.home.provider)
+        })
+        .await;
+        self.cycle(name).await;
+        assert!(!self.has_alarm(name).await, "'{name}' has a new recovery point and keeps its alarm");
+    }
+
+    async fn has_alarm(&self, name: &str) -> bool {
+        let item: ItemRecord = self.item(name).await.expect("the VM is protected");
+        let health = self.ask(move |control| async move { control.item_health(&item).await }).await;
+        let (_, errors, _) = health.expect("the health is read");
+        errors.iter().any(|error| error.code == "RpoExceeded")
+    }
+
+    /// Whatever nothing needs goes, if nothing comes in between: what is garbage now is gone, or needed, after a few passes
+    /// of maintenance.
+    pub async fn check_garbage(&self) {
+        let garbage = std::sync::Mutex::new(self.unreferenced().await);
+        self.until("what nothing needs is gone from the store", async |world| {
+            world.clock.advance_ms(LOOK_MS);
+            world.control().changed.notify_waiters();
+            let left = world.unreferenced().await;
+            let mut garbage = garbage.lock().expect("nobody panics here");
+            garbage.retain(|path| left.contains(path));
+            tracing::debug!(?garbage, "what nothing needs");
+            garbage.is_empty()
+        })
+        .await;
+    }
+
+    /// Objects of replicas that a scrub, which reads everything that is referred to, does not read. Manifests are not among
+    /// them: how many are kept goes by the storage's own clock.
+    async fn unreferenced(&self) -> BTreeSet<Path> {
+        // Before the scrub: what is committed meanwhile is read by it.
+        let objects = self.storage.objects();
+        self.storage.record_reads();
+        self.ask(|control| async move {
+            for replica in control.store.replicas().await.expect("replicas are listed") {
+                match control.store.scrub(replica, ScrubOptions::default()).await {
+                    Ok(report) => assert!(report.damage.is_empty(), "{report:?}"),
+                    Err(StoreError::Deleted(_) | StoreError::NoReplica(_)) => {}
+                    Err(error) => panic!("a replica cannot be read: {error}"),
+                }
+            }
+        })
+        .await;
+        let read = self.storage.take_reads();
+        let mut unreferenced = BTreeSet::new();
+        for path in objects {
+            let is_kept = matches!(
+                path.as_ref().split('/').collect::<Vec<_>>()[..],
+                [_, "catalogue", ..] | [_, _, "manifest", _]
+            );
+            if !is_kept && !read.contains(&path) {
+                unreferenced.insert(path);
+            }
+        }
+        unreferenced
+    }
+}
