@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn nothing_but_the_right_key_and_name_opens_it_and_every_flip_is_found() {
         let plain = content(100_000);
-        let sealed = seal(&key(1), "name", [5; 16], &[plain.clone()]).unwrap();
+        let sealed = seal(&key(1), "name", [5; 16], std::slice::from_ref(&plain)).unwrap();
         let whole = |sealed: &[u8], key: &DataKey, name: &str| {
             let copy = open(sealed, key, name)?;
             let (opened, damaged) = copy.unseal(0, &sealed[HEADER_BYTES..]);
