@@ -69,6 +69,7 @@ impl Operation {
             // Who can sign in is nobody else's business.
             ("GET", Some("servicePrincipals")) => Needs::Contributor,
             ("GET", _) => Needs::Reader,
+            ("POST", Some(_)) if ends(&["scrub"]) => Needs::Operator,
             (_, Some(_)) => Needs::Contributor,
             ("POST", None) if ends(&QUESTIONS) => Needs::Reader,
             ("POST", None) if ends(&OPERATORS) => Needs::Operator,
