@@ -7,33 +7,16 @@ mod support;
 use std::sync::Arc;
 
 use mainstay_control::SystemClock;
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, ServerName, pem::PemObject as _},
-};
 use serde_json::Value;
 use support::Server;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::client::TlsStream;
 
 async fn impatient() -> Server {
     Server::start_with(Arc::new(SystemClock), |config| config.request_timeout_seconds = 1).await
-}
-
-async fn connect(server: &Server) -> TlsStream<TcpStream> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(server.authority_pem.as_bytes()).unwrap()).unwrap();
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let stream = TcpStream::connect(server.running.api_address).await.unwrap();
-    let name = ServerName::try_from("localhost").unwrap();
-    TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
 }
 
 /// All that the server says until it hangs up.
@@ -51,11 +34,11 @@ async fn who_never_ends_a_request_is_cut_off_and_others_are_served() {
     let server = impatient().await;
     let mut slow = Vec::new();
     for _ in 0..50 {
-        let mut head = connect(&server).await;
+        let mut head = server.connect().await;
         head.write_all(b"GET /subscriptions HTTP/1.1\r\nhost: localhost\r\nx-").await.unwrap();
         slow.push(head);
     }
-    let mut body = connect(&server).await;
+    let mut body = server.connect().await;
     let request = format!(
         "PUT {} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-length: 100\r\n\r\n{{",
         server.at("replicationFabrics/slow"),
@@ -84,7 +67,7 @@ async fn what_is_too_large_is_refused_before_it_is_read() {
     // What is announced is enough. None of it is sent: the server hangs up on what it does not read, and whoever is still
     // writing then may not see the answer.
     for announced in [(1 << 20) + 1, 9_999_999_999_999_u64] {
-        let mut liar = connect(&server).await;
+        let mut liar = server.connect().await;
         let request = format!(
             "PUT {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-length: {announced}\r\n\r\n",
             server.token
@@ -93,7 +76,7 @@ async fn what_is_too_large_is_refused_before_it_is_read() {
         let said = until_the_end(liar).await;
         assert!(said.starts_with("HTTP/1.1 413"), "{said}");
     }
-    let mut head = connect(&server).await;
+    let mut head = server.connect().await;
     let request = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(1 << 20));
     // The server may hang up in the middle of it.
     let _ = head.write_all(request.as_bytes()).await;

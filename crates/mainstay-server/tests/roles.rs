@@ -9,17 +9,9 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use mainstay_api::v1::{ServicePrincipal, ServicePrincipalRequest, Token, TokenRequest};
 use mainstay_control::{Control, ManualClock, db::JobCondition};
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, ServerName, pem::PemObject as _},
-};
 use serde_json::{Value, json};
 use support::Server;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
-use tokio_rustls::TlsConnector;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const OFFICIAL: &str = "../mainstay-cli/tests/clients/openapi/specification";
 /// Operations that the documents have at least: without them nothing would be tested.
@@ -280,16 +272,7 @@ async fn every_operation_needs_its_role() {
 
 /// Asks with a target as it is: clients would tidy it up first.
 async fn raw(server: &Server, method: &str, target: &str, body: &str) -> (u16, String) {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(server.authority_pem.as_bytes()).unwrap()).unwrap();
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let stream = TcpStream::connect(server.running.api_address).await.unwrap();
-    let name = ServerName::try_from("localhost").unwrap();
-    let mut stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+    let mut stream = server.connect().await;
     let request = format!(
         "{method} {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer {}\r\n\
          content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",

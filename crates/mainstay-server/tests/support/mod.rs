@@ -18,6 +18,12 @@ use mainstay_provider::{
 };
 use mainstay_server::{Running, ServerConfig, initialize, run_with_clock};
 use mainstay_store::{Store, StoreOptions, local_storage};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, ServerName, pem::PemObject as _},
+};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use uuid::Uuid;
 
 /// A server with its first administrator.
@@ -103,6 +109,20 @@ impl Server {
 
     pub(crate) fn database(&self) -> PathBuf {
         self.config.data_dir.join("mainstay.db")
+    }
+
+    /// A connection to the API with nothing said on it yet.
+    pub(crate) async fn connect(&self) -> TlsStream<TcpStream> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(self.authority_pem.as_bytes()).unwrap()).unwrap();
+        let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let stream = TcpStream::connect(self.running.api_address).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
     }
 
     /// Sends a body as it is, and answers status and text.
