@@ -7,6 +7,7 @@ use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use mainstay_block::frame::{Frame, FrameRun, RunKind};
 use mainstay_block::hash_table::HashTable;
 use mainstay_block::{BLOCK_BYTES, BlockDevice, BlockHasher};
+use mainstay_store::BlockRange;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -14,7 +15,6 @@ use crate::connect::{Backoff, unless_cancelled};
 use crate::message::{FetchRequest, Hello, Purpose, Welcome};
 use crate::wire::{Kind, Message, Traffic, VERSION, split};
 use crate::{Connect, ReplicationError};
-use mainstay_store::BlockRange;
 
 /// Writes to the targets at the same time.
 const WRITES_IN_FLIGHT: usize = 8;

@@ -266,13 +266,14 @@ async fn build(
         async move { Ok::<_, ReplicationError>((piece, examine(job, piece, compression).await?)) }.boxed()
     });
     let mut examined = Box::pin(examined.buffered(options.reads_in_flight.max(1)));
-    let (mut frame, mut again) = (FrameBuilder::new(), FrameBuilder::new());
+    let mut changed_frame = Filling::new(Built::Frame, &frames);
+    let mut resent_frame = Filling::new(Built::Resent, &frames);
     while let Some((piece, changes)) = examined.try_next().await? {
         let (mut changed, mut zeroed) = (0, 0);
         for change in changes {
             match change {
                 Change::Frames { first, hashes, frames: made } => {
-                    if !frame.is_empty() && !hand_over(&mut frame, &frames).await {
+                    if !changed_frame.hand_over().await {
                         return Ok(());
                     }
                     job.disks[piece.disk].table.stage(job.session, first, &hashes)?;
@@ -282,44 +283,30 @@ async fn build(
                     }
                 }
                 Change::Data { disk, first, hashes, content } => {
-                    let (target, mut left, mut at) = (&job.disks[disk], content, first);
-                    while !left.is_empty() {
-                        if !room(&mut frame, &frames).await {
-                            return Ok(());
-                        }
-                        let length = left.len().min(frame.room() * BLOCK_BYTES as usize);
-                        frame.push_bytes(target.index, at, left.split_to(length))?;
-                        at += (length as u64).div_ceil(BLOCK_BYTES);
+                    let target = &job.disks[disk];
+                    if !changed_frame.push(target.index, first, content).await? {
+                        return Ok(());
                     }
                     target.table.stage(job.session, first, &hashes)?;
                     changed += hashes.len() as u64 * BLOCK_BYTES;
                 }
                 Change::Zeros { disk, first, count } => {
                     let target = &job.disks[disk];
-                    if !room(&mut frame, &frames).await {
+                    if !changed_frame.push_zero(target.index, first, count as u32).await? {
                         return Ok(());
                     }
-                    frame.push_zero(target.index, first, count as u32)?;
                     target.table.stage_zeros(job.session, first, count)?;
                     zeroed += count * BLOCK_BYTES;
                 }
                 // The tables say so already.
                 Change::Resent { disk, first, count, content } => {
                     let index = job.disks[disk].index;
-                    let (mut left, mut at) = (content.unwrap_or_default(), first);
-                    if left.is_empty() {
-                        if again.room() == 0 && !resend(&mut again, &frames).await {
-                            return Ok(());
-                        }
-                        again.push_zero(index, first, count as u32)?;
-                    }
-                    while !left.is_empty() {
-                        if again.room() == 0 && !resend(&mut again, &frames).await {
-                            return Ok(());
-                        }
-                        let length = left.len().min(again.room() * BLOCK_BYTES as usize);
-                        again.push_bytes(index, at, left.split_to(length))?;
-                        at += (length as u64).div_ceil(BLOCK_BYTES);
+                    let is_taken = match content {
+                        Some(content) => resent_frame.push(index, first, content).await?,
+                        None => resent_frame.push_zero(index, first, count as u32).await?,
+                    };
+                    if !is_taken {
+                        return Ok(());
                     }
                 }
             }
@@ -331,27 +318,53 @@ async fn build(
             disk.examined_bytes += (piece.end - piece.first) * BLOCK_BYTES;
         });
     }
-    if !frame.is_empty() {
-        // The receiving side closes only when it failed, and tells why itself.
-        let _closed = frames.send(Built::Frame(frame)).await;
-    }
-    if !again.is_empty() {
-        let _closed = resend(&mut again, &frames).await;
-    }
+    // The receiving side closes only when it failed, and tells why itself.
+    let _closed = changed_frame.hand_over().await && resent_frame.hand_over().await;
     Ok(())
 }
 
-/// Hands a full frame over. False when the receiving side has closed, which it does only when it failed.
-async fn room(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
-    frame.room() > 0 || hand_over(frame, frames).await
+/// A frame being filled, handed over when it is full. Its methods answer false when the receiving side has closed, which it
+/// does only when it failed.
+struct Filling<'a> {
+    frame: FrameBuilder,
+    built: fn(FrameBuilder) -> Built,
+    frames: &'a mpsc::Sender<Built>,
 }
 
-async fn hand_over(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
-    frames.send(Built::Frame(std::mem::take(frame))).await.is_ok()
-}
+impl<'a> Filling<'a> {
+    fn new(built: fn(FrameBuilder) -> Built, frames: &'a mpsc::Sender<Built>) -> Self {
+        Self { frame: FrameBuilder::new(), built, frames }
+    }
 
-async fn resend(frame: &mut FrameBuilder, frames: &mpsc::Sender<Built>) -> bool {
-    frames.send(Built::Resent(std::mem::take(frame))).await.is_ok()
+    async fn push(&mut self, disk: u16, first: u64, mut content: Bytes) -> Result<bool, ReplicationError> {
+        let mut at = first;
+        while !content.is_empty() {
+            if !self.make_room().await {
+                return Ok(false);
+            }
+            let length = content.len().min(self.frame.room() * BLOCK_BYTES as usize);
+            self.frame.push_bytes(disk, at, content.split_to(length))?;
+            at += (length as u64).div_ceil(BLOCK_BYTES);
+        }
+        Ok(true)
+    }
+
+    async fn push_zero(&mut self, disk: u16, first: u64, count: u32) -> Result<bool, ReplicationError> {
+        let has_room = self.make_room().await;
+        if has_room {
+            self.frame.push_zero(disk, first, count)?;
+        }
+        Ok(has_room)
+    }
+
+    async fn make_room(&mut self) -> bool {
+        self.frame.room() > 0 || self.hand_over().await
+    }
+
+    /// Hands over what there is.
+    async fn hand_over(&mut self) -> bool {
+        self.frame.is_empty() || self.frames.send((self.built)(std::mem::take(&mut self.frame))).await.is_ok()
+    }
 }
 
 /// Encodes a piece of which every block is sent, in whole frames.
