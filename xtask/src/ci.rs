@@ -11,10 +11,11 @@ use serde_json::Value;
 
 use crate::{fuzz, tidy};
 
-/// A suite and how long it took.
+/// A suite, how long it took, and the share of that in which the machine's processors had nothing to do.
 struct Timed {
     name: String,
     elapsed: Duration,
+    idle: Option<f64>,
 }
 
 /// Runs everything, stops at the first failure, and prints the time of each suite at the end.
@@ -22,9 +23,10 @@ pub(crate) fn run(repository: &Path) -> Result<()> {
     let mut times = Vec::new();
     let outcome = suites(repository, &mut times);
     say("");
-    say("suite                                       seconds");
+    say("suite                                       seconds       idle");
     for timed in &times {
-        say(&format!("{:<40} {:>10.1}", timed.name, timed.elapsed.as_secs_f64()));
+        let idle = timed.idle.map_or_else(String::new, |idle| format!("{:>9.0}%", idle * 100.0));
+        say(&format!("{:<40} {:>10.1} {idle}", timed.name, timed.elapsed.as_secs_f64()));
     }
     let total: f64 = times.iter().map(|timed| timed.elapsed.as_secs_f64()).sum();
     say(&format!("{:<40} {total:>10.1}", "all"));
@@ -140,10 +142,32 @@ fn test_binaries(repository: &Path) -> Result<Vec<TestBinary>> {
 
 fn timed(times: &mut Vec<Timed>, name: &str, suite: impl FnOnce() -> Result<()>) -> Result<()> {
     say(&format!("== {name}"));
-    let began = Instant::now();
+    let (began, ticks) = (Instant::now(), Ticks::now());
     let outcome = suite();
-    times.push(Timed { name: name.to_owned(), elapsed: began.elapsed() });
+    let idle = ticks.zip(Ticks::now()).map(|(before, after)| after.idle_since(&before));
+    times.push(Timed { name: name.to_owned(), elapsed: began.elapsed(), idle });
     outcome.with_context(|| name.to_owned())
+}
+
+/// What the machine's processors have done since it was started, in the kernel's own unit.
+struct Ticks {
+    idle: u64,
+    all: u64,
+}
+
+impl Ticks {
+    /// `None` where the kernel does not tell.
+    fn now() -> Option<Self> {
+        let stat = std::fs::read_to_string("/proc/stat").ok()?;
+        // cpu user nice system idle iowait irq softirq steal …: proc_stat(5)
+        let fields = stat.lines().next()?.split_whitespace().skip(1);
+        let ticks: Vec<u64> = fields.map_while(|field| field.parse().ok()).take(8).collect();
+        Some(Self { idle: ticks.get(3)? + ticks.get(4)?, all: ticks.iter().sum() })
+    }
+
+    fn idle_since(&self, before: &Self) -> f64 {
+        (self.idle - before.idle) as f64 / (self.all - before.all).max(1) as f64
+    }
 }
 
 fn cargo(repository: &Path, arguments: &[&str]) -> Result<()> {

@@ -220,6 +220,7 @@ fn item(number: usize, primary_provider: ProviderId, recovery_provider: Provider
         test_vm: None,
         failover: None,
         stand_downs: Vec::new(),
+        old_copy: None,
         scrub: ScrubRecord::default(),
         replication: ReplicationRecord {
             last_point: Some(PointId(Uuid::new_v4())),

@@ -66,6 +66,7 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<Exit> {
     };
     let options = LabOptions {
         has_relays: true,
+        far_server: None,
         vms: 1,
         disk_mib: arguments.disk_size,
         format: DiskImage::Qcow2,

@@ -18,6 +18,7 @@ use crate::{
     jobs::{self, WaitArguments},
     output,
     resources::{find_fabric, find_host},
+    scrubs,
     session::{Item, Session},
 };
 
@@ -374,14 +375,13 @@ pub(crate) async fn recovery_points(session: &Session, arguments: ItemArguments)
         output::json(&points.value)?;
         return Ok(Exit::Done);
     }
-    let rows = points
-        .value
-        .into_iter()
-        .map(|point| {
-            vec![point.properties.recovery_point_time, point.properties.recovery_point_type, point.name]
-        })
-        .collect();
-    output::table(&["TIME", "TYPE", "ID"], rows);
+    let damaged = scrubs::of_item(session, &item.name).await?.damaged_points;
+    let rows = points.value.into_iter().map(|point| {
+        let state = if damaged.contains(&point.name) { "Damaged" } else { "" };
+        let properties = point.properties;
+        vec![properties.recovery_point_time, properties.recovery_point_type, point.name, state.to_owned()]
+    });
+    output::table(&["TIME", "TYPE", "ID", "STATE"], rows.collect());
     Ok(Exit::Done)
 }
 

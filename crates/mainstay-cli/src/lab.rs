@@ -160,6 +160,7 @@ pub(crate) async fn run(command: LabCommand) -> anyhow::Result<Exit> {
         LabCommand::Up { lab, vms, disk_size, disk_format, guest_options } => {
             let options = LabOptions {
                 has_relays: true,
+                far_server: None,
                 vms,
                 disk_mib: disk_size,
                 format: match disk_format {

@@ -55,8 +55,7 @@ pub(crate) async fn run(session: &Session, command: ScrubCommand) -> anyhow::Res
         }
         ScrubCommand::Show { vm, json } => {
             let name = session.item(&vm).await?.name;
-            let scrub: ItemScrub = session.client.get(&path(session, &name)).await?;
-            show(&scrub, json)?;
+            show(&of_item(session, &name).await?, json)?;
             Ok(Exit::Done)
         }
         ScrubCommand::Start { vm, all: _, no_wait, json } => {
@@ -87,6 +86,11 @@ pub(crate) async fn run(session: &Session, command: ScrubCommand) -> anyhow::Res
     }
 }
 
+/// What was found of an item.
+pub(crate) async fn of_item(session: &Session, item: &str) -> anyhow::Result<ItemScrub> {
+    Ok(session.client.get(&path(session, item)).await?)
+}
+
 fn path(session: &Session, item: &str) -> String {
     session.v1(&format!("/items/{}/scrub", encode_segment(item)))
 }
@@ -95,7 +99,7 @@ fn path(session: &Session, item: &str) -> String {
 async fn wait(session: &Session, begun: &ItemScrub) -> anyhow::Result<ItemScrub> {
     let progress = output::spinner()?;
     loop {
-        let scrub: ItemScrub = session.client.get(&path(session, &begun.item)).await?;
+        let scrub = of_item(session, &begun.item).await?;
         if scrub.state == ScrubState::Idle {
             progress.finish_and_clear();
             return Ok(scrub);

@@ -12,6 +12,7 @@ async fn kills_change_nothing_but_time() {
     let dir = std::env::temp_dir().join(format!("mainstay-kills-{}", std::process::id()));
     let options = LabOptions {
         has_relays: true,
+        far_server: None,
         vms: 1,
         disk_mib: 64,
         format: DiskImage::Qcow2,
@@ -25,5 +26,10 @@ async fn kills_change_nothing_but_time() {
         Lab::down(&dir).await.unwrap();
     }
     let report = outcome.unwrap_or_else(|error| panic!("{error:#}; the lab is left in {}", dir.display()));
-    println!("{} kills with seed {seed}", report.kills.len());
+    let longest = report.cancels.iter().map(|(_, time)| time.as_secs_f64()).fold(0.0, f64::max);
+    println!(
+        "{} kills and {} cancels with seed {seed}; the longest cancel took {longest:.1} s",
+        report.kills.len(),
+        report.cancels.len()
+    );
 }

@@ -61,6 +61,8 @@ pub struct Control {
     pub cycles: reconcilers::Cycles,
     /// Scrubs under way.
     pub scrubs: reconcilers::Scrubs,
+    /// What becomes of copies that run although another one is active. Set once, before the reconcilers run.
+    pub old_copies: std::sync::OnceLock<reconcilers::OldCopies>,
     catalogue: catalogue::Catalogue,
 }
 
@@ -76,6 +78,7 @@ impl Control {
             health_told: std::sync::Mutex::default(),
             changed: tokio::sync::Notify::new(),
             scripts: std::sync::OnceLock::new(),
+            old_copies: std::sync::OnceLock::new(),
             vault_name: std::sync::OnceLock::new(),
             cycles: reconcilers::Cycles::default(),
             scrubs: reconcilers::Scrubs::default(),

@@ -180,6 +180,28 @@ impl Item {
         Ok(job.resource.name.clone())
     }
 
+    /// Cancels a job; answers whether that was accepted, or refused because the job is beyond its point of no return.
+    pub async fn cancel(&self, name: &str) -> Result<bool> {
+        let path = format!("{}/replicationJobs/{name}/cancel", self.vault);
+        match self.client.begin(Method::POST, &path, None::<&()>).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.status() == Some(409) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for a job as [`Self::finish`] does; `None` if it was cancelled.
+    pub async fn finish_or_cancelled(&self, name: &str) -> Result<Option<Job>> {
+        match self.finish(name).await {
+            Ok(job) => Ok(Some(job)),
+            Err(error) => {
+                let path = format!("{}/replicationJobs/{name}", self.vault);
+                let job: Resource<JobProperties> = self.client.get(&path).await?;
+                if job.properties.state == "Cancelled" { Ok(None) } else { Err(error) }
+            }
+        }
+    }
+
     /// Waits for a job, also through outages of the server.
     pub async fn finish(&self, name: &str) -> Result<Job> {
         let deadline = Instant::now() + TIMEOUT;

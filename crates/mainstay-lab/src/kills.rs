@@ -1,10 +1,12 @@
-//! Killing the server and the agents at random moments of every workflow, on real VMs: after a restart everything must
-//! end as if nothing had happened.
+//! Killing the server, the agents, the hypervisors' daemons and the VM at random moments of every workflow, on real VMs: after a
+//! restart everything must end as if nothing had happened.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use mainstay_model::VmId;
+use mainstay_provider::PowerState;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -19,11 +21,23 @@ const GUEST_TIMEOUT: Duration = Duration::from_secs(180);
 /// Longest wait before the kill: longer than any operation here takes undisturbed.
 const KILL_WITHIN_MS: u64 = 2500;
 
+/// What may be killed, each with -9: `vm` is the active copy, which its administrator then starts again. Or the job is cancelled.
+const VICTIMS: [&str; 7] =
+    ["server", "agent:home", "agent:recovery", "hypervisor:home", "hypervisor:recovery", "vm", CANCEL];
+const CANCEL: &str = "cancel";
+/// Incompressible bytes on the VM's disks. An operation that moves as much has sent everything again.
+const CONTENT_MIB: u64 = 32;
+/// How long the hypervisor may refuse a VM's start because its disks are in use.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(100);
+
 /// What a run did.
 #[derive(Clone, Debug, Default)]
 pub struct KillReport {
     /// Each kill: during which operation, of what, how long after its acceptance in milliseconds.
     pub kills: Vec<(String, String, u64)>,
+    /// Each job that was cancelled, and how long that took from the request on.
+    pub cancels: Vec<(String, Duration)>,
 }
 
 struct Killer<'a> {
@@ -48,6 +62,7 @@ pub async fn run(
     let random = StdRng::seed_from_u64(seed);
     let mut killer = Killer { lab, item, vm, random, report: KillReport::default(), say };
     killer.item.wait("protection", |item| item.protection_state == "Protected").await?;
+    killer.write_content().await?;
     for round in 1..=rounds {
         say(&format!("round {round} of {rounds}"));
         killer
@@ -78,8 +93,7 @@ impl Killer<'_> {
             "the failback is {}",
             job.resource.properties.state
         );
-        let name = self.item.begin_resume(&job).await?;
-        self.kill_during("complete", &name).await?;
+        self.complete(job, &home).await?;
         let after = self.whole_at(HOME).await?;
         ensure!(
             after.last >= before.acknowledged,
@@ -95,25 +109,115 @@ impl Killer<'_> {
         Ok(())
     }
 
-    /// Begins an operation, kills something at a random moment, and waits for the job's good end.
-    async fn operation(&mut self, verb: &str, body: &Value) -> Result<Job> {
-        let job = self.item.begin(Method::POST, verb, body).await.with_context(|| verb.to_owned())?;
-        self.kill_during(verb, &job).await
+    async fn write_content(&self) -> Result<()> {
+        let (site, vm) = self.lab.vm(&self.vm, LedgerCopy::Active).await?;
+        let script =
+            format!("dd if=/dev/urandom of=/ledger1/content bs=1M count={CONTENT_MIB} conv=fsync 2>&1");
+        crate::ledger::run_in_guest(site, vm, "/bin/sh", &["-c", &script]).await?;
+        let now_ms = jiff::Timestamp::now().as_millisecond();
+        self.item.wait_points(now_ms, 1).await.map(drop)
     }
 
-    async fn kill_during(&mut self, verb: &str, job: &str) -> Result<Job> {
-        let victims = ["server", "agent:home", "agent:recovery"];
-        let victim = victims[self.random.random_range(0..victims.len())];
+    /// Begins an operation, breaks something at a random moment, and waits for the job's good end.
+    async fn operation(&mut self, verb: &str, body: &Value) -> Result<Job> {
+        let moved = self.item.status().await?.bytes_moved;
+        let active = self.active().await?;
+        let job = self.item.begin(Method::POST, verb, body).await.with_context(|| verb.to_owned())?;
+        let done = match self.trouble(verb, &job, active).await? {
+            Some(done) => done,
+            None => self.item.run(Method::POST, verb, body).await.context("again, after it was cancelled")?,
+        };
+        let moved = self.item.status().await?.bytes_moved.saturating_sub(moved);
+        ensure!(moved < CONTENT_MIB << 20, "{verb}: {moved} bytes were moved, which is everything");
+        Ok(done)
+    }
+
+    /// Completes a failback that waits for that, and breaks something meanwhile.
+    async fn complete(&mut self, job: Job, home: &Value) -> Result<()> {
+        let active = self.active().await?;
+        let name = self.item.begin_resume(&job).await?;
+        if self.trouble("complete", &name, active).await?.is_none() {
+            self.whole_at(RECOVERY).await.context("after the failback was cancelled")?;
+            let job = self.item.run(Method::POST, "plannedFailover", home).await?;
+            self.item.resume(&job).await?;
+        }
+        Ok(())
+    }
+
+    /// The copy that is active now, and where.
+    async fn active(&self) -> Result<(&'static str, VmId)> {
+        let site = if self.item.show().await?.active_location == "Recovery" { RECOVERY } else { HOME };
+        Ok((site, self.lab.vm_at(self.lab.site(site)?, &self.vm).await?))
+    }
+
+    /// Breaks something while a job runs; `None` if the job was cancelled. `active`: the copy that was active before the
+    /// operation, which has something to lose; not one that the operation makes.
+    async fn trouble(&mut self, verb: &str, job: &str, active: (&'static str, VmId)) -> Result<Option<Job>> {
+        let victim = *VICTIMS.choose(&mut self.random).context("a victim")?;
         let after_ms = self.random.random_range(0..KILL_WITHIN_MS);
         tokio::time::sleep(Duration::from_millis(after_ms)).await;
-        (self.say)(&format!("{verb}: {victim} is killed after {after_ms} ms"));
+        (self.say)(&format!("{verb}: {victim} after {after_ms} ms"));
+        let what = || format!("{verb}, {victim} after {after_ms} ms");
+        if victim == CANCEL {
+            return self.cancel(verb, job).await.with_context(what);
+        }
         self.report.kills.push((verb.to_owned(), victim.to_owned(), after_ms));
-        self.lab.act(LabAction::Kill, victim).await?;
-        self.lab.act(LabAction::Start, victim).await?;
+        if victim == "vm" {
+            self.kill_vm(active).await?;
+        } else {
+            self.lab.act(LabAction::Kill, victim).await?;
+            self.lab.act(LabAction::Start, victim).await?;
+        }
         for site in [HOME, RECOVERY] {
             self.lab.wait_connected(site).await?;
         }
-        self.item.finish(job).await.with_context(|| format!("{verb}, {victim} killed after {after_ms} ms"))
+        let done = self.item.finish(job).await.with_context(what)?;
+        if victim == "vm" {
+            self.start_active().await.with_context(what)?;
+        }
+        Ok(Some(done))
+    }
+
+    async fn cancel(&mut self, verb: &str, job: &str) -> Result<Option<Job>> {
+        let began = Instant::now();
+        let is_accepted = self.item.cancel(job).await?;
+        let ended = self.item.finish_or_cancelled(job).await?;
+        if is_accepted && ended.is_none() {
+            (self.say)(&format!("{verb}: cancelled within {:.1} s", began.elapsed().as_secs_f64()));
+            self.report.cancels.push((verb.to_owned(), began.elapsed()));
+        }
+        Ok(ended)
+    }
+
+    /// Kills a VM's process, unless the operation has stopped or removed the VM already.
+    async fn kill_vm(&self, (site, vm): (&str, VmId)) -> Result<()> {
+        let site = self.lab.site(site)?;
+        match site.kill_vm(vm).await {
+            Err(error)
+                if site.libvirt().state(vm).await.is_ok_and(|state| state.power != PowerState::Off) =>
+            {
+                Err(error)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The administrator finds the active copy off and starts it.
+    async fn start_active(&self) -> Result<()> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            let (site, vm) = self.active().await?;
+            let site = self.lab.site(site)?;
+            if site.libvirt().state(vm).await?.power != PowerState::Off {
+                return Ok(());
+            }
+            match site.libvirt().start(vm, false).await {
+                Ok(()) => return Ok(()),
+                // A capture of a VM that is off holds its disks for a moment.
+                Err(_) if Instant::now() < deadline => tokio::time::sleep(POLL).await,
+                Err(error) => return Err(error).context("the active VM does not start"),
+            }
+        }
     }
 
     /// The ledger must be whole and the VM where it belongs, and nowhere else.

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -46,6 +46,8 @@ pub struct LabOptions {
     pub format: DiskImage,
     /// Whether the agents reach the server through relays, so that the network of a site can be cut or made slow.
     pub has_relays: bool,
+    /// Where the protected site's relay finds the server: across a line ([`crate::Wan`]), or else on this machine.
+    pub far_server: Option<Ipv4Addr>,
     /// More words for the guests' kernel command line.
     pub guest_options: String,
     /// The `mainstay` binary.
@@ -62,6 +64,7 @@ impl LabOptions {
             disk_mib: 64,
             format: DiskImage::Qcow2,
             has_relays: false,
+            far_server: None,
             guest_options: String::new(),
             program,
             images: GuestImages::find()?,
@@ -129,8 +132,10 @@ impl Lab {
         let (home, recovery) = (Site::open(&dir, HOME).await?, Site::open(&dir, RECOVERY).await?);
         let images = install(&dir, options)?;
         let ports = [free_port()?, free_port()?];
+        // Others see it only where a line leads to it, and that is in a network of its own.
+        let address = if options.far_server.is_some() { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST };
         let server_config = format!(
-            "data_dir = {:?}\nlisten = \"127.0.0.1:{}\"\nagent_listen = \"127.0.0.1:{}\"\nnames = [\"127.0.0.1\", \"localhost\"]\n",
+            "data_dir = {:?}\nlisten = \"127.0.0.1:{}\"\nagent_listen = \"{address}:{}\"\nnames = [\"127.0.0.1\", \"localhost\"]\n",
             dir.join("server"),
             ports[0],
             ports[1]
@@ -160,7 +165,9 @@ impl Lab {
         let mut lab = Self { dir, file, home, recovery };
         lab.start_server().await?;
         for name in [HOME, RECOVERY] {
-            lab.add_site(name, options.has_relays).await?;
+            let server = options.far_server.filter(|_| name == HOME).unwrap_or(Ipv4Addr::LOCALHOST);
+            let relay_to = options.has_relays.then(|| SocketAddr::from((server, ports[1])));
+            lab.add_site(name, relay_to).await?;
         }
         for number in 1..=options.vms {
             lab.add_vm(&format!("vm{number}"), options, &images).await?;
@@ -222,13 +229,14 @@ impl Lab {
         .path()
     }
 
-    async fn add_site(&mut self, name: &str, has_relay: bool) -> Result<()> {
+    /// `relay_to`: the site has a relay, and this is where it leads to.
+    async fn add_site(&mut self, name: &str, relay_to: Option<SocketAddr>) -> Result<()> {
         self.site(name)?.start().await?;
         let client = self.client()?;
         let path = format!("{}/replicationFabrics/{name}", self.vault_path());
         client.begin(reqwest::Method::PUT, &path, Some(&json!({ "properties": {} }))).await?;
         let site = self.site(name)?;
-        let link_port = if has_relay { Some(free_port()?) } else { None };
+        let link_port = if relay_to.is_some() { Some(free_port()?) } else { None };
         // Empty: what registration answers.
         let server = link_port.map(|port| format!("127.0.0.1:{port}")).unwrap_or_default();
         let network = network(free_port()?);
@@ -243,8 +251,9 @@ impl Lab {
         );
         write(&self.agent_config(name), &config)?;
         self.note_boot(name)?;
-        if let Some(port) = link_port {
+        if let (Some(port), Some(to)) = (link_port, relay_to) {
             write(&self.link_port(name), &port.to_string())?;
+            write(&self.link_to(name), &to.to_string())?;
         }
         self.register(name).await?;
         let libvirt_uri = site.uri().to_owned();
@@ -255,7 +264,7 @@ impl Lab {
             agent_pid: 0,
             network: format!("mcast:{network}"),
         });
-        if has_relay {
+        if relay_to.is_some() {
             self.connect(name, None).await?;
         }
         self.start_agent(name).await?;
@@ -426,6 +435,10 @@ impl Lab {
         self.dir.join(site).join("link-port")
     }
 
+    fn link_to(&self, site: &str) -> PathBuf {
+        self.dir.join(site).join("link-to")
+    }
+
     /// Brings the network between a site and the server back, at full speed.
     pub async fn heal(&self, site: &str) -> Result<()> {
         self.site(site)?;
@@ -452,13 +465,10 @@ impl Lab {
     async fn connect(&self, site: &str, bytes_per_second: Option<u64>) -> Result<()> {
         let port = fs::read_to_string(self.link_port(site))
             .with_context(|| format!("the port of the relay of site {site}"))?;
-        let config: toml::Table = fs::read_to_string(self.dir.join("server.toml"))?.parse()?;
-        let to = config
-            .get("agent_listen")
-            .and_then(toml::Value::as_str)
-            .context("server.toml has no agent_listen")?;
+        let to = fs::read_to_string(self.link_to(site))
+            .with_context(|| format!("where the relay of site {site} leads to"))?;
         let mut command = Command::new(program(&self.dir));
-        command.args(["lab", "link", "--listen", &format!("127.0.0.1:{}", port.trim()), "--to", to]);
+        command.args(["lab", "link", "--listen", &format!("127.0.0.1:{}", port.trim()), "--to", to.trim()]);
         if let Some(bytes) = bytes_per_second {
             command.args(["--bytes-per-second", &bytes.to_string()]);
         }

@@ -20,6 +20,7 @@ mod mounts;
 mod process;
 mod segment;
 mod site;
+mod wan;
 
 pub use account::Account;
 pub use guest::{DiskImage, Fill, GuestImages, LedgerVm};
@@ -28,7 +29,8 @@ pub use item::{Item, Job, Point};
 pub use lab::{HOME, Lab, LabAction, LabOptions, LabStatus, LedgerCopy, RECOVERY, SiteStatus};
 pub use lab_file::{LabFile, LabSite, LabVm};
 pub use link::relay;
-pub use mounts::{Mounted, run_in_own_mounts};
+pub use mounts::{Mounted, run_in_own_mounts, run_in_own_network};
 pub use process::Process;
 pub use segment::{Arp, Mac, Segment};
 pub use site::Site;
+pub use wan::{Badness, FAR, NEAR, Wan, is_possible as can_make_a_wan};

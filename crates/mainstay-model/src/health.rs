@@ -30,6 +30,8 @@ pub struct Evidence {
     pub damaged_points: usize,
     /// Whether the newest recovery point is one of them.
     pub is_newest_damaged: bool,
+    /// Whether a copy runs that is not the active one.
+    pub is_old_copy_running: bool,
 }
 
 /// Why a replication cycle failed.
@@ -78,10 +80,22 @@ pub fn replication_health(
     evidence: &Evidence,
     now_ms: i64,
 ) -> (Health, Vec<HealthError>) {
-    if !state.phase.is_replicating() {
-        return (Health::Normal, Vec::new());
-    }
     let mut errors = Vec::new();
+    if evidence.is_old_copy_running {
+        errors.push(HealthError {
+            code: "OldCopyRuns".to_owned(),
+            level: Health::Critical,
+            message: "A copy of the VM runs that is not the active one; what is written there will be lost."
+                .to_owned(),
+            possible_causes: "Somebody, or the host's cluster software, started the VM after a failover."
+                .to_owned(),
+            recommended_action:
+                "Shut that copy down; with `old_copies = \"stop\"` the server does it itself.".to_owned(),
+        });
+    }
+    if !state.phase.is_replicating() {
+        return with_worst(errors);
+    }
     if !evidence.is_agent_connected {
         errors.push(HealthError {
             code: "AgentDisconnected".to_owned(),
@@ -140,8 +154,12 @@ pub fn replication_health(
                 .to_owned(),
         });
     }
-    let health = errors.iter().map(|error| error.level).max().unwrap_or(Health::Normal);
-    (health, errors)
+    with_worst(errors)
+}
+
+fn with_worst(errors: Vec<HealthError>) -> (Health, Vec<HealthError>) {
+    let worst = errors.iter().map(|error| error.level).max().unwrap_or(Health::Normal);
+    (worst, errors)
 }
 
 /// What usually is behind a failed cycle, by the name of its error.

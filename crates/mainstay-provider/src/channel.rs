@@ -2,8 +2,9 @@
 //! dialled.
 //!
 //! Format: each message is a 4-byte big-endian length followed by that many bytes of JSON. JSON because
-//! server and agents are updated at different times: unknown fields are ignored, missing ones have
-//! defaults. The largest message is bounded by [`MESSAGE_BYTES_MAX`].
+//! server and agents are updated at different times: unknown fields and unknown messages are ignored, and an operation or an
+//! answer that the other side cannot read is an error of that operation alone. The largest message is bounded by
+//! [`MESSAGE_BYTES_MAX`].
 
 use std::{
     collections::HashMap,
@@ -25,7 +26,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::{ErrorKind, Progress, ProgressSink, Site, SiteError, SiteOperation};
+use crate::{ErrorKind, Progress, ProgressSink, Site, SiteError, SiteOperation, site::SAME_VERSION};
 
 /// Largest message: a definition with UEFI variables (a few MiB at most, as base64) and room to spare.
 const MESSAGE_BYTES_MAX: u32 = 64 << 20;
@@ -40,16 +41,44 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Serialize, Deserialize)]
 enum ToAgent {
-    Start { id: u64, operation: Box<SiteOperation> },
-    Cancel { id: u64 },
+    /// A [`SiteOperation`], read when it is begun: who sends it may be newer.
+    Start {
+        id: u64,
+        operation: Value,
+    },
+    Cancel {
+        id: u64,
+    },
     Heartbeat,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 enum ToServer {
-    Progress { id: u64, progress: Progress },
-    Done { id: u64, result: Result<Value, SiteError> },
+    Progress {
+        id: u64,
+        progress: Progress,
+    },
+    /// A `Result<Value, SiteError>`, likewise.
+    Done {
+        id: u64,
+        result: Value,
+    },
     Heartbeat,
+}
+
+/// A message of the other side; `None` for one that a newer version has brought.
+fn known<M: DeserializeOwned>(message: Value) -> Option<M> {
+    serde_json::from_value(message)
+        .inspect_err(|error| tracing::debug!(%error, "a message that this version does not know"))
+        .ok()
+}
+
+fn done(id: u64, result: &Result<Value, SiteError>) -> ToServer {
+    let result = serde_json::to_value(result).unwrap_or_else(|error| {
+        // Strings and numbers: there is nothing in it that JSON cannot hold.
+        Value::String(error.to_string())
+    });
+    ToServer::Done { id, result }
 }
 
 async fn write_message<W: AsyncWrite + Unpin>(
@@ -118,21 +147,33 @@ where
     loop {
         let message = tokio::select! {
             // Reading is not cancel-safe, so it is only ever abandoned together with the connection.
-            message = read_message::<_, ToAgent>(&mut reader) => message?,
+            message = read_message::<_, Value>(&mut reader) => message?,
             ended = &mut writing => return ended.unwrap_or_else(|error| Err(std::io::Error::other(error))),
         };
+        let Some(message) = known(message) else { continue };
         match message {
             ToAgent::Start { id, operation } => {
+                let operation = match serde_json::from_value::<SiteOperation>(operation) {
+                    Ok(operation) => operation,
+                    Err(error) => {
+                        let error = SiteError::new(
+                            ErrorKind::Failed,
+                            format!("the agent does not know what the server asks for: {error}"),
+                        );
+                        let _ = replies.send(done(id, &Err(error.with_remedy(SAME_VERSION)))).await;
+                        continue;
+                    }
+                };
                 while operations.try_join_next().is_some() {}
                 running.retain(|_, task| !task.is_finished());
                 if running.len() >= OPERATIONS_MAX {
                     let error =
                         SiteError::new(ErrorKind::Busy, "the agent has too many operations under way");
                     // A closed queue means that the connection is gone, and with it who asked; so below.
-                    let _ = replies.send(ToServer::Done { id, result: Err(error) }).await;
+                    let _ = replies.send(done(id, &Err(error))).await;
                     continue;
                 }
-                let task = operations.spawn(run_operation(site.clone(), id, *operation, replies.clone()));
+                let task = operations.spawn(run_operation(site.clone(), id, operation, replies.clone()));
                 running.insert(id, task);
             }
             ToAgent::Cancel { id } => {
@@ -159,7 +200,7 @@ async fn run_operation(
         Err(SiteError::new(ErrorKind::Failed, format!("{name} ended in a bug of the agent: {error}"))
             .with_remedy("See the agent's log; please report it."))
     });
-    let _ = replies.send(ToServer::Done { id, result }).await;
+    let _ = replies.send(done(id, &result)).await;
 }
 
 struct QueueProgress {
@@ -227,13 +268,18 @@ impl Drop for Closing {
 
 async fn read_replies<R: AsyncRead + Unpin>(mut reader: R, waiting: &WaitingTable) -> std::io::Result<()> {
     loop {
-        match read_message(&mut reader).await? {
+        let Some(message) = known(read_message(&mut reader).await?) else { continue };
+        match message {
             ToServer::Progress { id, progress } => {
                 if let Some(waiting) = lock(waiting).get(&id) {
                     waiting.progress.send_replace(progress);
                 }
             }
             ToServer::Done { id, result } => {
+                let result = serde_json::from_value(result).unwrap_or_else(|error| {
+                    let text = format!("the agent's answer cannot be read: {error}");
+                    Err(SiteError::new(ErrorKind::Failed, text).with_remedy(SAME_VERSION))
+                });
                 if let Some(waiting) = lock(waiting).remove(&id) {
                     // Nobody waits any more when the operation was cancelled in this moment.
                     let _ = waiting.done.send(result);
@@ -276,7 +322,10 @@ impl Site for RemoteSite {
         if *self.closed.borrow() {
             return Err(gone());
         }
-        let start = ToAgent::Start { id, operation: Box::new(operation) };
+        let operation = serde_json::to_value(operation).map_err(|error| {
+            SiteError::new(ErrorKind::Failed, format!("the operation cannot be written: {error}"))
+        })?;
+        let start = ToAgent::Start { id, operation };
         self.requests.send(start).await.map_err(|_| gone())?;
         loop {
             tokio::select! {
@@ -297,6 +346,7 @@ mod tests {
     use super::*;
     use crate::{PowerState, ReadPower, call};
     use mainstay_model::VmId;
+    use serde_json::json;
 
     /// Answers `ReadPower` at once for one VM, panics for another and hangs for the rest.
     struct Odd {
@@ -395,6 +445,53 @@ mod tests {
         assert!(run.await.is_err());
         let error = call(&*remote, read_power(1), &crate::NoProgress).await.unwrap_err();
         assert_eq!(error.kind, ErrorKind::Unavailable);
+    }
+
+    async fn say<W: AsyncWrite + Unpin>(peer: &mut W, message: Value) {
+        write_message(peer, &message).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_agent_refuses_what_a_newer_server_asks_for_and_goes_on() {
+        let (agent_end, mut server) = tokio::io::duplex(4096);
+        let (site, _starts, _drops) = odd();
+        tokio::spawn(serve_site(agent_end, site));
+        let vm = uuid::Uuid::from_u128(1);
+        let unknown = [
+            json!({ "Gossip": { "about": "the weather" } }),
+            json!({ "Start": { "id": 1, "operation": { "TeleportVm": { "vm": vm } } } }),
+            json!({ "Start": { "id": 2, "operation": { "ReadPower": { "machine": vm } } } }),
+            json!({ "Start": { "id": 3, "operation": { "ReadPower": { "vm": vm, "since": 7 } }, "urgent": true } }),
+        ];
+        for message in unknown {
+            say(&mut server, message).await;
+        }
+        let mut answers = Vec::new();
+        while answers.len() < 3 {
+            if let ToServer::Done { id, result } = read_message(&mut server).await.unwrap() {
+                answers.push((id, result));
+            }
+        }
+        answers.sort_by_key(|(id, _)| *id);
+        assert_eq!(answers[2], (3, json!({ "Ok": "Running" })));
+        for (_, result) in &answers[..2] {
+            let error: Result<Value, SiteError> = serde_json::from_value(result.clone()).unwrap();
+            assert_eq!(error.unwrap_err().remedy, SAME_VERSION);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_bears_what_a_newer_agent_answers() {
+        let (mut agent, server_end) = tokio::io::duplex(4096);
+        let (remote, run) = RemoteSite::connect(server_end);
+        tokio::spawn(run);
+        let ask = tokio::spawn(async move { call(&*remote, read_power(1), &crate::NoProgress).await });
+        while !matches!(read_message(&mut agent).await.unwrap(), ToAgent::Start { id: 1, .. }) {}
+        say(&mut agent, json!({ "Gossip": {} })).await;
+        let error = json!({ "kind": "Bewitched", "message": "so it is", "remedy": "" });
+        say(&mut agent, json!({ "Done": { "id": 1, "result": { "Err": error } } })).await;
+        let error = ask.await.unwrap().unwrap_err();
+        assert_eq!((error.kind, error.remedy.as_str()), (ErrorKind::Failed, SAME_VERSION));
     }
 
     #[tokio::test]

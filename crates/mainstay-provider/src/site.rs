@@ -56,6 +56,9 @@ pub trait Site: Send + Sync {
     ) -> Result<Value, SiteError>;
 }
 
+/// What to do when the other side of the control channel says something that this one does not know.
+pub(crate) const SAME_VERSION: &str = "Update the agent and the server to the same version.";
+
 /// A typed operation and its answer.
 pub trait Operation: Into<SiteOperation> {
     /// What a success answers.
@@ -73,7 +76,7 @@ pub async fn call<O: Operation>(
     let answer = site.perform(operation, progress).await?;
     serde_json::from_value(answer).map_err(|error| {
         SiteError::new(ErrorKind::Failed, format!("the agent's answer to {name} cannot be read: {error}"))
-            .with_remedy("Update the agent and the server to the same version.")
+            .with_remedy(SAME_VERSION)
     })
 }
 
@@ -311,6 +314,8 @@ operations! {
         item: ItemId,
         /// The home VM.
         vm: VmId,
+        /// Orders of an older generation are overtaken from now on.
+        generation: Generation,
         /// The point that the home disks now equal.
         to: PointId,
         /// Its definition: firmware variables and TPM state come home with the disks.

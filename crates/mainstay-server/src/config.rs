@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use mainstay_control::{reconcilers::ScrubPace, workflows::SHUTDOWN_TIMEOUT};
+use mainstay_control::{
+    reconcilers::{OldCopies, ScrubPace},
+    workflows::SHUTDOWN_TIMEOUT,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::smtp::SmtpConfig;
@@ -37,6 +40,8 @@ pub struct ServerConfig {
     pub scrub_interval_hours: u32,
     /// Bytes per second that such a reading takes at most, in MiB; 0 = as fast as it goes.
     pub scrub_mib_per_second: u32,
+    /// What becomes of a copy of a VM that is found running although another copy is the active one: `stop` or `report`.
+    pub old_copies: OldCopies,
     /// Directory of the programs that recovery plans may run; empty = they run none.
     pub script_dir: Option<PathBuf>,
     /// How long a guest may take to shut down in a failover or failback, in seconds.
@@ -64,6 +69,7 @@ impl Default for ServerConfig {
             store_reserve_mib: 1024,
             scrub_interval_hours: 7 * 24,
             scrub_mib_per_second: 64,
+            old_copies: OldCopies::Stop,
             script_dir: None,
             smtp: None,
             request_timeout_seconds: 60,

@@ -388,8 +388,9 @@ pub(crate) async fn open_control(
         .await
         .with_context(|| format!("replica store {}", shown.display()))?;
     let control = Control::new(db, Arc::new(store), clock);
-    // New just now: both are empty.
+    // New just now: all are empty.
     let _ = control.scrubs.pace.set(config.scrub_pace());
+    let _ = control.old_copies.set(config.old_copies);
     if let Some(scripts) = &config.script_dir {
         let scripts =
             scripts.canonicalize().with_context(|| format!("script directory {}", scripts.display()))?;

@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use mainstay_block::{
-    BLOCK_BYTES, BlockDevice, BlockHasher, HashKey,
+    BLOCK_BYTES, BlockDevice, BlockHasher, HashKey, blocks_of,
     hash_table::{Fill, HashTable},
 };
 use mainstay_model::{CaptureId, ItemId, PointId, VmId};
@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::{
     Inner, Work, check_generation,
     compare::{PIECES_IN_FLIGHT, Touched, block_error, compare, merge, pieces},
-    data_error,
+    data_error, tail,
 };
 use crate::records::{Base, ItemFile, StagingFile};
 
@@ -60,12 +60,15 @@ impl Inner {
         };
         // Prepared before, by a job that was interrupted: what was staged still counts.
         let staged = present.as_ref().and_then(|present| present.staging.clone()).filter(|_| !was_created);
-        let staging = staged.unwrap_or_else(|| StagingFile {
-            disks: order.disks.clone(),
-            is_blank: was_created || present.as_ref().is_none_or(|present| present.base.is_none()),
-            touched: vec![Vec::new(); order.disks.len()],
-            ..StagingFile::default()
-        });
+        let staging = match staged {
+            Some(staged) => staged,
+            None => StagingFile {
+                disks: if was_created { order.disks.clone() } else { self.home_sizes(&order).await? },
+                is_blank: was_created || present.as_ref().is_none_or(|present| present.base.is_none()),
+                touched: vec![Vec::new(); order.disks.len()],
+                ..StagingFile::default()
+            },
+        };
         let is_blank = staging.is_blank;
         let record = ItemFile {
             item: order.item,
@@ -84,6 +87,17 @@ impl Inner {
         let prevention = host.capabilities.iter().find(|capability| capability.name == "StartPrevention");
         let is_start_prevented = prevention.is_none_or(|capability| capability.is_available);
         Ok(HomePrepared { was_created: is_blank, is_start_prevented })
+    }
+
+    /// The disks to stage: as large as at home, where they may have grown since the recovery point, or larger.
+    async fn home_sizes(&self, order: &PrepareHome) -> Result<Vec<(String, u64)>, SiteError> {
+        let home = self.hypervisor.vm(order.vm).await?;
+        let sizes = order.disks.iter().map(|(key, point_bytes)| {
+            let size_bytes =
+                home.disks.iter().find(|disk| disk.key == *key).map_or(0, |disk| disk.size_bytes);
+            (key.clone(), size_bytes.max(*point_bytes))
+        });
+        Ok(sizes.collect())
     }
 
     /// Opens an item's staging area and keeps it open.
@@ -242,6 +256,10 @@ impl Inner {
         work: &Work,
     ) -> Result<FetchReport, SiteError> {
         work.report("Fetching what changed at the recovery site", 0, 0, 0);
+        let session = Uuid::new_v4();
+        for ((device, table), (key, point_bytes)) in touched.iter().zip(tables).zip(&order.disks) {
+            tail::clear(key, &**device, table, session, *point_bytes).await?;
+        }
         let targets = touched
             .iter()
             .zip(tables)
@@ -259,7 +277,7 @@ impl Inner {
             to: order.to.0,
             from: from.map(|point| point.0),
             difference: from.is_some(),
-            session: Uuid::new_v4(),
+            session,
             targets,
         };
         fetch(&*self.server, &job, &work.cancel).await.map_err(|error| data_error(&error))
@@ -346,7 +364,16 @@ impl Inner {
                     format!("recovery point {} has no disk '{name}'", order.to),
                 )
             })?;
-            let pieces: Vec<_> = touched.iter().flat_map(|(first, end)| pieces(*first, *end)).collect();
+            // A home disk that is larger than the point's is zeros behind it.
+            let theirs_end = blocks_of(remote.size());
+            for (first, end) in touched.iter().filter(|(_, end)| *end > theirs_end) {
+                let first = theirs_end.max(*first);
+                let different = tail::blocks_not_zero(name, &**device, first, *end).await?;
+                verified.bytes_compared += (end - first) * BLOCK_BYTES;
+                verified.bytes_different += different * BLOCK_BYTES;
+            }
+            let pieces = touched.iter().flat_map(|(first, end)| pieces(*first, theirs_end.min(*end)));
+            let pieces: Vec<_> = pieces.collect();
             let mut compared = stream::iter(pieces)
                 .map(|piece| {
                     let (device, remote) = (device.clone(), remote.clone());
@@ -388,6 +415,9 @@ impl Inner {
         if record.staging.is_none() && record.base.as_ref().map(|base| base.point) == Some(order.to) {
             return Ok(());
         }
+        // Orders of before, which may still be on their way, are overtaken by what home is about to become.
+        record.generation = record.generation.max(order.generation);
+        self.records.put_item(&record)?;
         self.close_staging(order.item).await?;
         self.hypervisor.commit_staging(order.vm).await?;
         self.hypervisor.restore_state(order.vm, &order.definition).await?;

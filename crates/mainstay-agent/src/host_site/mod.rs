@@ -8,6 +8,7 @@ mod compare;
 mod home;
 mod source;
 mod tables;
+mod tail;
 mod target;
 mod transfer;
 

@@ -133,6 +133,10 @@ impl Inner {
         let Some(mut record) = self.records.item(order.item)? else {
             return Ok(StoodDown { was_stopped: false });
         };
+        if order.generation < record.generation {
+            tracing::warn!(item = %order.item, generation = %order.generation, "an overtaken order to stand down");
+            return Ok(StoodDown { was_stopped: false });
+        }
         if order.generation > record.generation || record.is_waiting {
             record.generation = record.generation.max(order.generation);
             record.is_waiting = false;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail, ensure};
 use mainstay_lab::{DiskImage, HOME, LedgerCopy, RECOVERY};
 
-use crate::support::{World, eventually};
+use crate::support::{PATIENCE, World, eventually};
 
 const MIB: u64 = 1 << 20;
 
@@ -66,6 +66,8 @@ async fn a_protected_vm_is_backed_up_grown_renamed_and_comes_home() -> Result<()
     vm.disks = vec![DiskImage::Qcow2, DiskImage::Raw];
     world.protect(&vm).await?;
     others_are_left_alone(&world).await?;
+    snapshotted(&world).await?;
+    defined_anew(&world).await?;
 
     // Both disks grow, and what is written there arrives.
     for disk in ["vda", "vdb"] {
@@ -160,6 +162,71 @@ async fn others_are_left_alone(world: &World) -> Result<()> {
         world.virsh(HOME, &["checkpoint-delete", "vm1", "theirs"]).map(drop)
     })
     .await
+}
+
+/// How often the tracker was lost, so that hashes had to tell what differs.
+fn resynchronizations(world: &World) -> Result<usize> {
+    Ok(world.events("Resynchronized")?.len())
+}
+
+/// Somebody takes a snapshot while the VM runs, and merges it again, as backup tools do.
+async fn snapshotted(world: &World) -> Result<()> {
+    world.in_guest("vm1", LedgerCopy::Active, "echo before > /ledger0/note; sync").await?;
+    let before = world.status("vm1").await?.bytes_moved;
+    let disks = ["--diskspec", "vda,snapshot=external", "--diskspec", "vdb,snapshot=no"];
+    // Refused while a capture of ours is open.
+    eventually("somebody takes a snapshot", async || {
+        let arguments = ["snapshot-create-as", "vm1", "theirs", "--disk-only", "--no-metadata"];
+        world.virsh(HOME, &[&arguments[..], &disks[..]].concat()).map(drop)
+    })
+    .await?;
+    world.wait_point("vm1").await?;
+    world.in_guest("vm1", LedgerCopy::Active, "echo meanwhile > /ledger0/note; sync").await?;
+    world.wait_point("vm1").await?;
+    eventually("somebody merges the snapshot", async || {
+        world.virsh(HOME, &["blockcommit", "vm1", "vda", "--active", "--pivot", "--wait"]).map(drop)
+    })
+    .await?;
+    world.in_guest("vm1", LedgerCopy::Active, "echo after > /ledger0/note; sync").await?;
+    world.wait_point("vm1").await?;
+    world.wait_item("vm1", "is well", |item| item["replicationHealth"] == "Normal").await?;
+    proved_by_a_copy(world, "cat /ledger0/note", "after").await?;
+    let moved = world.status("vm1").await?.bytes_moved - before;
+    ensure!(moved < 8 * MIB, "{moved} bytes were moved, {} resynchronizations", resynchronizations(world)?);
+    Ok(())
+}
+
+/// The VM's definition is removed while it runs, and comes back.
+async fn defined_anew(world: &World) -> Result<()> {
+    let xml = world.lab.dir().join("vm1.xml");
+    std::fs::write(&xml, world.virsh(HOME, &["dumpxml", "vm1", "--inactive", "--security-info"])?)?;
+    let before = world.status("vm1").await?.bytes_moved;
+    eventually("the definition is removed", async || {
+        world.virsh(HOME, &["undefine", "vm1", "--checkpoints-metadata"]).map(drop)
+    })
+    .await?;
+    // It runs on, until it is shut down, and is replicated.
+    world.writes_on("vm1").await?;
+    world.wait_point("vm1").await?;
+    world.virsh(HOME, &["define", xml.to_str().context("a path")?])?;
+    world.in_guest("vm1", LedgerCopy::Active, "echo anew > /ledger0/note; sync").await?;
+    world.wait_point("vm1").await?;
+    world.wait_item("vm1", "is well", |item| item["replicationHealth"] == "Normal").await?;
+    proved_by_a_copy(world, "cat /ledger0/note", "anew").await?;
+    let moved = world.status("vm1").await?.bytes_moved - before;
+    ensure!(moved < 8 * MIB, "{moved} bytes were moved, {} resynchronizations", resynchronizations(world)?);
+    Ok(())
+}
+
+/// What a script says in a test copy of the newest recovery point.
+async fn proved_by_a_copy(world: &World, script: &str, expected: &str) -> Result<()> {
+    world.cli(&["test-failover", "vm1"]).expect(0);
+    let ledger = world.lab.ledger("vm1", LedgerCopy::Test, PATIENCE).await?;
+    ensure!(ledger.is_whole(), "{ledger:?}");
+    let told = world.in_guest("vm1", LedgerCopy::Test, script).await?;
+    ensure!(told == expected, "the copy says '{told}', not '{expected}'");
+    world.cli(&["cleanup-test-failover", "vm1"]).expect(0);
+    Ok(())
 }
 
 /// The VM is shut down, renamed and started again by its administrator; it stays the same item.

@@ -1,4 +1,5 @@
-//! A full recovery site: replication stops and says so, the guest does not notice, and what is there still protects.
+//! A recovery site that takes nothing more, because it is full or read-only: replication stops and says so, the guest does not
+//! notice, and what is there still protects.
 
 use std::process::Command;
 
@@ -22,7 +23,7 @@ fn a_full_recovery_site_stops_replication_and_harms_nobody() {
 #[ignore = "runs within a_full_recovery_site_stops_replication_and_harms_nobody"]
 async fn the_recovery_site_is_full() -> Result<()> {
     let mut world = World::up("space").await?;
-    let mounted = give_server_a_small_file_system(&mut world).await?;
+    let mounted = give_server_a_small_file_system(&mut world, "server").await?;
     let data = world.lab.dir().join("server");
     let vm = world.guest("vm1", "ledger.rate=20 ledger.churn_kib=256")?;
     world.protect(&vm).await?;
@@ -64,10 +65,54 @@ async fn the_recovery_site_is_full() -> Result<()> {
     world.proved()
 }
 
-/// Moves the server's data directory, store and database, to a file system of its own.
-async fn give_server_a_small_file_system(world: &mut World) -> Result<Mounted> {
+#[test]
+fn a_read_only_store_stops_replication_and_harms_nobody() {
+    mainstay_lab::run_in_own_mounts("space::the_store_is_read_only").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "runs within a_read_only_store_stops_replication_and_harms_nobody"]
+async fn the_store_is_read_only() -> Result<()> {
+    let mut world = World::up("read-only").await?;
+    let mounted = give_server_a_small_file_system(&mut world, "server/store").await?;
+    let vm = world.guest("vm1", "ledger.rate=20 ledger.churn_kib=64")?;
+    world.protect(&vm).await?;
+    world.wait_point("vm1").await?;
+
+    // Whoever writes to it has it open: only then can it be done.
+    eventually("the file system is read-only", async || mounted.set_read_only(true)).await?;
+    let item = world.wait_item("vm1", "is not well", |item| item["replicationHealth"] != "Normal").await?;
+    let errors = item["healthErrors"].to_string();
+    assert!(errors.to_lowercase().contains("read-only"), "{errors}");
+    world.writes_on("vm1").await?;
+    world.whole("vm1", HOME).await?;
+    let points = world.points("vm1")?;
+
+    // What is there can be read: a copy boots. What must be written down in the store cannot be done, and is not half done.
+    world.cli(&["scrub", "list"]).expect(0);
+    let told = world.cli(&["failover", "vm1", "--no-shutdown-source"]).expect(1);
+    assert!(told.err.to_lowercase().contains("read-only"), "{}", told.err);
+    world.wait_item("vm1", "is as before", |item| item["protectionState"] == "Protected").await?;
+    world.writes_on("vm1").await?;
+
+    mounted.set_read_only(false)?;
+    world.cli(&["resync", "vm1"]);
+    eventually("a recovery point after the outage", async || {
+        ensure!(world.points("vm1")?.iter().any(|point| !points.contains(point)));
+        Ok(())
+    })
+    .await?;
+    world.wait_item("vm1", "is well again", |item| item["replicationHealth"] == "Normal").await?;
+    world.cli(&["failover", "vm1", "--no-shutdown-source"]).expect(0);
+    world.whole("vm1", RECOVERY).await?;
+    drop(mounted);
+    world.proved()
+}
+
+/// Moves a directory of the server's (`server`: store and database) to a file system of its own.
+async fn give_server_a_small_file_system(world: &mut World, directory: &str) -> Result<Mounted> {
     world.lab.act(LabAction::Stop, "server").await?;
-    let data = world.lab.dir().join("server");
+    let data = world.lab.dir().join(directory);
     let aside = world.lab.dir().join("server-before");
     std::fs::rename(&data, &aside)?;
     std::fs::create_dir(&data)?;

@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stderr, reason = "a failed test tells what the lab's parts logged")]
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -53,10 +54,16 @@ pub(crate) struct World {
 impl World {
     /// A lab without guests.
     pub(crate) async fn up(name: &str) -> Result<Self> {
+        Self::up_with(name, None).await
+    }
+
+    /// A lab without guests, whose protected site finds the server at an address of its own.
+    pub(crate) async fn up_with(name: &str, far_server: Option<Ipv4Addr>) -> Result<Self> {
         // Not beneath a test's own directory: the lab's machines may run as another account, which must get through.
         let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
         let options = LabOptions {
             has_relays: true,
+            far_server,
             ..LabOptions::without_guests(PathBuf::from(env!("CARGO_BIN_EXE_mainstay")))?
         };
         match Lab::up(&dir, &options).await {

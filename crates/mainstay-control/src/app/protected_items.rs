@@ -112,6 +112,7 @@ impl Control {
             test_vm: None,
             failover: None,
             stand_downs: Vec::new(),
+            old_copy: None,
             scrub: ScrubRecord::default(),
             replication: ReplicationRecord::default(),
             created_ms: self.clock.now_ms(),
@@ -393,6 +394,7 @@ impl Control {
             last_error: item.replication.last_error.clone(),
             is_agent_connected: self.sites.is_connected(item.primary_provider),
             damaged_points: item.scrub.damaged_points.len(),
+            is_old_copy_running: item.old_copy.is_some(),
             is_newest_damaged: item
                 .replication
                 .last_point

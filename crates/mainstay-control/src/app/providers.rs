@@ -264,6 +264,7 @@ impl Control {
     /// Asks a host what is on it and keeps the answer.
     pub async fn refresh_provider(&self, id: ProviderId) -> Result<Discovery, ControlError> {
         let site = self.sites.get(id)?;
+        let items_before = self.db.items().await?;
         let discovery = call(&*site, Discover {}, &NoProgress).await?;
         let now_ms = self.clock.now_ms();
         let mut transaction = self.db.begin().await?;
@@ -275,6 +276,7 @@ impl Control {
             transaction.commit().await?;
         }
         self.note_changes(&discovery).await?;
+        self.note_old_copies(id, &discovery, &items_before).await?;
         Ok(discovery)
     }
 }

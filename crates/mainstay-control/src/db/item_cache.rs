@@ -139,6 +139,7 @@ mod tests {
             test_vm: None,
             failover: None,
             stand_downs: Vec::new(),
+            old_copy: None,
             scrub: ScrubRecord::default(),
             replication: ReplicationRecord::default(),
             created_ms: 0,

@@ -51,6 +51,9 @@ pub struct ItemRecord {
     /// Hosts that must be told that they are no longer the active side, one line each.
     #[serde(default)]
     pub stand_downs: Vec<StandDownRecord>,
+    /// The host on which a copy that is not the active one runs, where such a copy is reported and not stopped.
+    #[serde(default)]
+    pub old_copy: Option<ProviderId>,
     /// How replication goes.
     pub replication: ReplicationRecord,
     /// What was found when its replica was read through.
@@ -143,6 +146,9 @@ pub struct StandDownRecord {
     /// Whether the item has nothing more to do with that host: its traces go too.
     #[serde(default)]
     pub is_final: bool,
+    /// It had stood down, or had never been the active side, and its VM was found running.
+    #[serde(default)]
+    pub was_found_running: bool,
 }
 
 /// How replication goes: evidence, written by the replication reconciler alone.
@@ -245,6 +251,15 @@ impl ItemRecord {
         match self.state.phase.active_location() {
             Location::Primary => Some(self.vm),
             Location::Recovery => self.recovery_vm.map(|copy| copy.vm),
+        }
+    }
+
+    /// The copy at a host that must not run, because the active one is elsewhere.
+    pub fn inactive_vm_at(&self, provider: ProviderId) -> Option<VmId> {
+        match self.state.phase.active_location() {
+            Location::Primary if provider == self.recovery_provider => self.recovery_vm.map(|copy| copy.vm),
+            Location::Recovery if provider == self.primary_provider => Some(self.vm),
+            _ => None,
         }
     }
 

@@ -4,6 +4,7 @@
 mod health;
 mod hydration;
 mod inventory;
+mod old_copies;
 mod replication;
 mod retention;
 mod scrub;
@@ -16,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{Control, ControlError};
 
+pub use old_copies::OldCopies;
 pub use replication::Cycles;
 pub(crate) use scrub::note_replicated;
 pub use scrub::{ScrubPace, Scrubs};

@@ -26,6 +26,9 @@ impl Control {
 
     async fn stand_down(&self, item: &ItemRecord, order: StandDownRecord) -> Result<(), ControlError> {
         let Ok(site) = self.sites.get(order.provider) else { return Ok(()) };
+        if order.was_found_running && !item.may_stop_old_copy(order.provider) {
+            return self.end_stand_down(item, order).await;
+        }
         let operation = StandDown { item: item.id, generation: order.generation, stop_vm: true };
         let stood = async {
             let answer = call(&*site, operation, &NoProgress).await?;
@@ -41,11 +44,10 @@ impl Control {
                 return Ok(());
             }
         };
-        self.change_item(item.id, |item| {
-            item.stand_downs.retain(|present| *present != order);
-            Ok(())
-        })
-        .await?;
+        self.end_stand_down(item, order).await?;
+        if order.was_found_running {
+            return self.note_stopped(item, order.provider, answer.was_stopped).await;
+        }
         let (severity, done) = if answer.was_stopped {
             (Health::Warning, "its running VM was stopped")
         } else {
@@ -56,5 +58,14 @@ impl Control {
             format!("the {side} of '{}' knows that it is no longer the active one; {done}", item.vm_name);
         self.record_event(self.item_event(item, "SourceStoodDown", severity, text)).await?;
         Ok(())
+    }
+
+    async fn end_stand_down(&self, item: &ItemRecord, order: StandDownRecord) -> Result<(), ControlError> {
+        self.change_item(item.id, |item| {
+            item.stand_downs.retain(|present| *present != order);
+            Ok(())
+        })
+        .await
+        .map(drop)
     }
 }

@@ -93,7 +93,13 @@ async fn commit_failback(step: &StepContext<'_>, item: &ItemRecord) -> Result<Do
         // A home that was given up learns it when it can be reached, and not before: it may be lost for good.
         if let Some(provider) = item.former_home.take() {
             let (vm, generation) = (item.vm, item.state.generation);
-            item.order_stand_down(StandDownRecord { provider, vm, generation, is_final: true });
+            item.order_stand_down(StandDownRecord {
+                provider,
+                vm,
+                generation,
+                is_final: true,
+                was_found_running: false,
+            });
         }
     }))
 }

@@ -340,7 +340,7 @@ impl StepAction for BringHome {
         // The recovery side writes no more: what home is about to become is final.
         step.control.store.raise_generation(item.id.0, generation.0).await.map_err(ControlError::from)?;
         let (definition, _) = step.control.point_contents(item.id, point).await?;
-        let commit = CommitHome { item: item.id, vm: item.vm, to: point, definition };
+        let commit = CommitHome { item: item.id, vm: item.vm, generation, to: point, definition };
         step.call(item.primary_provider, commit, Patience::OUTAGE).await?;
         let output = BroughtHome { point, moved, bytes_compared: verified.bytes_compared };
         Ok(Done::with(&output)?.fencing())

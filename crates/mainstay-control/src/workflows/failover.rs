@@ -367,7 +367,13 @@ impl StepAction for FailOver {
             });
             item.failover = Some(record);
             let (provider, vm) = (item.primary_provider, item.vm);
-            item.order_stand_down(StandDownRecord { provider, vm, generation, is_final: false });
+            item.order_stand_down(StandDownRecord {
+                provider,
+                vm,
+                generation,
+                is_final: false,
+                was_found_running: false,
+            });
         }))
     }
 

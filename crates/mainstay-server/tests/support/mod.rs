@@ -207,6 +207,7 @@ pub(crate) async fn seed(control: &Arc<Control>) -> Seed {
         test_vm: None,
         failover: None,
         stand_downs: Vec::new(),
+        old_copy: None,
         scrub: mainstay_control::db::ScrubRecord::default(),
         replication: mainstay_control::db::ReplicationRecord::default(),
         created_ms: 0,

@@ -199,6 +199,9 @@ impl SimHypervisor {
             return Err(SiteError::new(ErrorKind::Refused, format!("'{}' does not run", machine.name)));
         }
         let disk = machine.disk(key)?;
+        if block * BLOCK_BYTES >= machine.disks[disk].size() {
+            return Err(SiteError::new(ErrorKind::Refused, format!("block {block} lies outside {key}")));
+        }
         let mut data = vec![fill; BLOCK_BYTES as usize];
         if fill != 0 {
             // Two blocks of one fill differ, so that a block in the wrong place is noticed.

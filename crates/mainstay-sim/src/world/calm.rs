@@ -111,7 +111,7 @@ impl World {
         for path in objects {
             let is_kept = matches!(
                 path.as_ref().split('/').collect::<Vec<_>>()[..],
-                [_, "catalogue", ..] | [_, _, "manifest", _]
+                [_, "catalogue" | "keyring", ..] | [_, _, "manifest", _]
             );
             if !is_kept && !read.contains(&path) {
                 unreferenced.insert(path);

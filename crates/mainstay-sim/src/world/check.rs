@@ -43,8 +43,11 @@ impl World {
         let home = self.home_of(&item).hypervisor.view(item.vm).expect("the home VM");
         let home = home.started_from.expect("the home VM was started");
         for (key, recovered) in recovered {
+            let home = &home[&key];
+            assert!(home.starts_with(&recovered), "'{name}' lost something of {key} on its way home");
             // A disk that had grown after the recovery point stays as large as it was.
-            assert!(home[&key].starts_with(&recovered), "'{name}' lost something of {key} on its way home");
+            let rest = &home[recovered.len()..];
+            assert!(rest.iter().all(|byte| *byte == 0), "'{name}' kept something of before behind {key}");
         }
     }
 

@@ -23,6 +23,7 @@ use mainstay_control::{
 };
 use mainstay_model::{Phase, ProviderId, ReplicationPolicy, VmId};
 use mainstay_provider::PowerState;
+use mainstay_store::VaultKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -54,13 +55,21 @@ pub struct WorldOptions {
     pub volatile_trackers: bool,
     /// Whether the protected site has a second host, without VMs.
     pub has_spare: bool,
+    /// Whether the store is encrypted.
+    pub is_encrypted: bool,
     /// Of what the world draws itself: what a crash leaves of the storage, and when its trouble strikes.
     pub seed: u64,
 }
 
 impl Default for WorldOptions {
     fn default() -> Self {
-        Self { vms: vec!["web".to_owned()], volatile_trackers: false, has_spare: false, seed: 0 }
+        Self {
+            vms: vec!["web".to_owned()],
+            volatile_trackers: false,
+            has_spare: false,
+            is_encrypted: false,
+            seed: 0,
+        }
     }
 }
 
@@ -93,6 +102,8 @@ pub struct World {
     pub oracle: Arc<Oracle>,
     /// What the server's store writes into.
     pub storage: SimStorage,
+    /// What the store is encrypted with, as text.
+    vault_key: Option<String>,
     network: Arc<Network>,
     server: Option<Server>,
     // Last, so that it is removed when nothing writes into it any more.
@@ -149,7 +160,10 @@ impl World {
         let network = Network::new(options.seed);
         let database = dir.path().join("database");
         std::fs::create_dir_all(&database).expect("a directory");
-        let server = start_server(database.join("db"), storage.clone(), clock.clone()).await;
+        let vault_key =
+            options.is_encrypted.then(|| VaultKey::generate().expect("random bytes for a key").to_text());
+        let server =
+            start_server(database.join("db"), storage.clone(), clock.clone(), vault_key.clone()).await;
         let control = server.control.clone();
         let has_spare = options.has_spare;
         let setup = server.process.handle().spawn(async move { set_up(&control, has_spare).await });
@@ -174,8 +188,18 @@ impl World {
             home.hypervisor.make_trackers_volatile();
             recovery.hypervisor.make_trackers_volatile();
         }
-        let mut world =
-            Self { home, spare, recovery, clock, oracle, storage, network, server: Some(server), dir };
+        let mut world = Self {
+            home,
+            spare,
+            recovery,
+            clock,
+            oracle,
+            storage,
+            vault_key,
+            network,
+            server: Some(server),
+            dir,
+        };
         for name in &options.vms {
             mainstay_provider::Hypervisor::start(&world.home.hypervisor, vm_named(name))
                 .await
@@ -282,7 +306,8 @@ impl World {
         wait_until_closed(&database).await;
         meanwhile(&database, &self.dir.path().join("backup"));
         std::fs::create_dir_all(&database).expect("a directory");
-        let server = start_server(database.join("db"), self.storage.clone(), self.clock.clone()).await;
+        let (storage, clock, vault_key) = (self.storage.clone(), self.clock.clone(), self.vault_key.clone());
+        let server = start_server(database.join("db"), storage, clock, vault_key).await;
         self.network.set_server(Some((server.process.handle().clone(), server.control.clone())));
         self.server = Some(server);
         self.ask(|control| async move { control.resume_jobs().await }).await.expect("jobs go on");
@@ -368,7 +393,7 @@ impl World {
         vm_named(name)
     }
 
-    /// The guest writes blocks wherever it runs; answers whether it runs.
+    /// The guest writes blocks wherever it runs; answers whether it runs and has them.
     pub async fn write(&self, name: &str, blocks: &[(&str, u64, u8)]) -> bool {
         let (host, vm) = self.active(name).await;
         if host.hypervisor.view(vm).is_none_or(|view| view.power != PowerState::Running) {

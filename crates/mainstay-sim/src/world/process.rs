@@ -12,7 +12,7 @@ use mainstay_control::{Control, ControlError, ManualClock, db::Db};
 use mainstay_model::ProviderId;
 use mainstay_provider::serve_site;
 use mainstay_replication::{BoxStream, Connect};
-use mainstay_store::{Store, StoreOptions};
+use mainstay_store::{Store, StoreOptions, VaultKey};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -160,13 +160,21 @@ fn store_options(storage: SimStorage) -> StoreOptions {
 }
 
 /// Starts a server; it does not take connections yet.
-pub(super) async fn start_server(database: PathBuf, storage: SimStorage, clock: Arc<ManualClock>) -> Server {
+pub(super) async fn start_server(
+    database: PathBuf,
+    storage: SimStorage,
+    clock: Arc<ManualClock>,
+    vault_key: Option<String>,
+) -> Server {
+    let vault_key = vault_key.and_then(|text| VaultKey::parse(&text)).map(Arc::new);
     for _ in 0..STARTS_MAX {
         let process = Process::start("server");
         let (database, storage, clock) = (database.clone(), storage.clone(), clock.clone());
+        let vault_key = vault_key.clone();
         let open = async move {
             let db = Db::open(&database).await.expect("the database opens");
             let store = Arc::new(Store::open(Arc::new(storage.clone()), store_options(storage)));
+            store.unlock(vault_key.as_deref(), &[]).await?;
             let control = Control::new(db, store, clock);
             control.adopt_catalogue(false).await?;
             tokio::spawn(control.clone().run_reconcilers(CancellationToken::new()));

@@ -8,7 +8,9 @@ use mainstay_control::{
 };
 use mainstay_model::{Ending, JobId, Operation, Phase, ProviderId, ReplicationPolicy};
 
-use super::{World, vm_named};
+use mainstay_provider::PowerState;
+
+use super::{Host, World, vm_named};
 
 /// How a job stands when it does not go on by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,6 +186,22 @@ impl World {
         })
         .await;
         self.settle().await;
+    }
+
+    /// Waits until no copy of a VM runs but the active one: hosts are read, and what is found there is stopped.
+    pub async fn until_old_copies_are_off(&self, name: &str) {
+        self.clock.advance_ms(31_000);
+        self.control().changed.notify_waiters();
+        self.until("old copies are off", async |world| {
+            let Some(item) = world.item(name).await else { return true };
+            let runs = |host: &Host| {
+                let vm = item.inactive_vm_at(host.provider);
+                vm.and_then(|vm| host.hypervisor.view(vm))
+                    .is_some_and(|view| view.power == PowerState::Running)
+            };
+            item.stand_downs.is_empty() && !world.hosts().any(runs)
+        })
+        .await;
     }
 
     /// Waits until no job and no cycle is at work and the former active side has stood down.

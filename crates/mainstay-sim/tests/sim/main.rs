@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may end at what it does not expect")]
 
 mod clock;
+mod copies;
 mod disks;
 mod journeys;
 mod network;

@@ -132,6 +132,14 @@ impl Run {
                 self.set_faults();
             }
             93..95 => self.world.home.hypervisor.let_guests_refuse(self.rng.random()),
+            95..97 => {
+                let (host, id) = self.world.active(vm).await;
+                let disk = *["vda", "vdb"].choose(&mut self.rng).unwrap();
+                let sectors = self.rng.random_range(1..24);
+                // Refused while the disk is in use.
+                let _ = host.hypervisor.grow_disk(id, disk, sectors * 512);
+            }
+            97..100 => self.start_inactive(vm).await,
             100..103 => self.jump(is_home),
             103..105 => self.change_policy().await,
             105..108 => self.change_disks(vm),
@@ -213,9 +221,10 @@ impl Run {
 
     async fn write(&mut self, vm: &str) {
         for _ in 0..self.rng.random_range(1..6) {
-            let (disk, blocks) = *[("vda", 64), ("vdb", 17)].choose(&mut self.rng).unwrap();
+            let (disk, blocks) = *[("vda", 68), ("vdb", 21)].choose(&mut self.rng).unwrap();
             let block = self.rng.random_range(3..blocks);
             let fill = if self.rng.random_bool(0.2) { 0 } else { self.rng.random() };
+            // The last blocks are there only when the disk has grown.
             self.world.write(vm, &[(disk, block, fill)]).await;
         }
     }
@@ -291,6 +300,43 @@ impl Run {
         }
     }
 
+    /// The administrator starts a copy that is not the active one.
+    async fn start_inactive(&mut self, vm: &str) {
+        let Some(item) = self.world.item(vm).await else { return };
+        for host in [&self.world.home, &self.world.recovery] {
+            let Some(id) = item.inactive_vm_at(host.provider) else { continue };
+            if item.state.running.is_none()
+                && let Err(error) = host.hypervisor.start(id).await
+            {
+                tracing::debug!(%error, "the administrator could not start an old copy");
+            }
+        }
+    }
+
+    /// A bit of the store turns over: that is found, and a cycle makes the newest recovery point whole.
+    async fn rot(&mut self) {
+        let folders = ["segment", "map", "definition", "manifest", "catalogue"];
+        let objects = self.world.objects(folders.choose(&mut self.rng).unwrap()).await;
+        let Some(object) = objects.choose(&mut self.rng) else { return };
+        self.world.flip(object, self.rng.random()).await;
+        // What was read before is still in the server's memory.
+        self.world.restart_server().await;
+        for vm in VMS {
+            self.world.scrub(vm).await;
+            self.world.cycle(vm).await;
+            let looked_at = async |world: &World| {
+                let scrub = world.item(vm).await.unwrap().scrub;
+                !scrub.wants_repair() && !scrub.is_recheck_due
+            };
+            self.world.until("what was sent again has been looked at", looked_at).await;
+            let legible = self.world.legible(vm).await;
+            let item = self.world.item(vm).await.unwrap();
+            let newest = item.replication.last_point.unwrap();
+            assert!(legible.whole.contains(&newest), "{object}: the newest point is damaged: {legible:?}");
+            assert_eq!(item.scrub.damaged_points, legible.damaged, "{object}: marks are not what is so");
+        }
+    }
+
     /// Ends all trouble, brings every job to its end, and checks everything.
     async fn calm(&mut self) {
         self.world.storage.set_trouble(None);
@@ -346,6 +392,9 @@ impl Run {
             self.world.until("the active VM runs", start).await;
         }
         self.world.settle().await;
+        for vm in VMS {
+            self.world.until_old_copies_are_off(vm).await;
+        }
         self.world.check().await;
         let mut has_copies = false;
         for vm in VMS {
@@ -369,6 +418,7 @@ async fn run(seed: u64) {
     let options = WorldOptions {
         vms: VMS.iter().map(|&vm| vm.to_owned()).collect(),
         volatile_trackers: rng.random_bool(0.3),
+        is_encrypted: rng.random_bool(0.3),
         seed: rng.random(),
         ..WorldOptions::default()
     };
@@ -389,6 +439,12 @@ async fn run(seed: u64) {
         finish_journey(&run.world, vm, 1).await;
     }
     run.world.check_garbage().await;
+    for vm in VMS {
+        run.world.protect(vm).await;
+        run.write(vm).await;
+        run.world.cycle(vm).await;
+    }
+    run.rot().await;
 }
 
 /// Which worlds are run.
