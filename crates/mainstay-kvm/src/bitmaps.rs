@@ -86,13 +86,14 @@ pub(crate) async fn sweep(host: &Host, vm: VmId, keep: Option<&str>) -> Result<(
 async fn sweep_live(host: &Host, vm: VmId, keep: Option<&str>) -> Result<(), SiteError> {
     let nodes = Nodes::query(&host.libvirt, vm).await?;
     let mut first_error = Ok(());
-    for node in nodes.iter() {
+    // Those of an image beneath a snapshot go when it is the top one again; they may be needed until then.
+    for node in nodes.iter().filter(|node| node.is_writable) {
         for bitmap in &node.bitmaps {
             if !bitmap.name.starts_with(PREFIX) || Some(bitmap.name.as_str()) == keep {
                 continue;
             }
             let removed = remove_live(host, vm, &node.name, &bitmap.name).await;
-            // The others go all the same: a bitmap on a read-only backing image cannot be removed now.
+            // The others go all the same.
             if first_error.is_ok() {
                 first_error = removed.doing("removing a tracker");
             }

@@ -47,6 +47,13 @@ pub(crate) async fn image_info(path: &Path, format: &str) -> Result<Value, SiteE
     serde_json::from_str(&text).map_err(|error| failed(format!("reading qemu-img's answer: {error}")))
 }
 
+/// The same of a qcow2 image and all images beneath it, nearest first.
+pub(crate) async fn image_chain(path: &Path) -> Result<Vec<Value>, SiteError> {
+    let arguments = ["info", "-U", "--output=json", "--backing-chain", "-f", "qcow2", argument(path)?];
+    let text = run("qemu-img", &arguments).await?;
+    serde_json::from_str(&text).map_err(|error| failed(format!("reading qemu-img's answer: {error}")))
+}
+
 /// The names of our bitmaps in an image, with whether each is usable.
 pub(crate) async fn image_bitmaps(path: &Path) -> Result<Vec<(String, bool)>, SiteError> {
     let info = image_info(path, "qcow2").await?;

@@ -19,6 +19,8 @@ pub(crate) struct Node {
     /// Whether bitmaps can be stored in the image.
     pub(crate) keeps_bitmaps: bool,
     pub(crate) size_bytes: u64,
+    /// Images beneath another one are not.
+    pub(crate) is_writable: bool,
     /// Newest first.
     pub(crate) bitmaps: Vec<Bitmap>,
 }
@@ -60,6 +62,11 @@ impl Nodes {
         named("format").or_else(|| named("storage"))
     }
 
+    /// The nodes of the images beneath a disk, nearest first; `None` in the place of one that QEMU does not know.
+    pub(crate) fn beneath<'a>(&'a self, disk: &'a DomainDisk) -> impl Iterator<Item = Option<&'a Node>> {
+        disk.backing.iter().map(|image| self.by_index(image.index?))
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Node> {
         self.0.iter()
     }
@@ -84,6 +91,7 @@ fn read_node(node: &Value) -> Option<Node> {
         is_qcow2,
         keeps_bitmaps: is_qcow2 && image["format-specific"]["data"]["compat"] != "0.10",
         size_bytes: image["virtual-size"].as_u64().unwrap_or(0),
+        is_writable: node["ro"] != true,
         bitmaps: bitmaps.iter().filter_map(read_bitmap).collect(),
     })
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use mainstay_lab::{DiskImage, GuestImages, LedgerVm, ledger};
-use mainstay_provider::{Changed, Consistency, ErrorKind, Hypervisor as _, PowerState, ShutdownOutcome};
+use mainstay_provider::{
+    Capture, Changed, Consistency, ErrorKind, Hypervisor as _, PowerState, ShutdownOutcome,
+};
 use rig::{PATIENCE, Rig, apply, assert_same, read_capture, request};
 
 fn busy_vm(name: &str) -> LedgerVm {
@@ -232,6 +234,77 @@ async fn a_guest_that_boots_while_a_capture_is_open_keeps_its_agent() -> Result<
     assert_eq!((capture.consistency(), capture.note()), (Consistency::Application, ""));
     capture.close().await?;
     rig.let_write(&vm, 20).await
+}
+
+fn virsh(rig: &Rig, arguments: &[&str]) {
+    let output = Command::new("virsh").args(["-q", "-c", rig.site.uri()]).args(arguments).output().unwrap();
+    assert!(output.status.success(), "virsh {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// As [`apply`]; a disk of which it is not known what changed is read whole.
+async fn apply_all(capture: &dyn Capture, copies: &mut [Vec<u8>]) -> Result<()> {
+    for (disk, copy) in capture.disks().iter().zip(copies) {
+        let whole = 0..disk.device.size();
+        let ranges = match &disk.changed {
+            Changed::Since(ranges) => ranges.clone(),
+            Changed::Unknown { .. } => vec![whole],
+        };
+        for range in ranges {
+            let bytes = disk.device.read(range.start, range.end - range.start).await?;
+            copy[range.start as usize..range.end as usize].copy_from_slice(&bytes);
+        }
+    }
+    Ok(())
+}
+
+/// A snapshot leaves the tracker with what was noted so far in the image beneath, and an empty one of the same name on top.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_of_somebodys_hides_no_change() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    rig.boot(&vm, 20).await?;
+    let first = rig.host.begin_capture(vm.id, request(None)).await?;
+    let mut copies = read_capture(first.as_ref()).await?;
+    let mut tracker = first.tracker().clone();
+    first.close().await?;
+    rig.host.confirm_tracker(vm.id, &tracker).await?;
+
+    let snapshot = |name: &str| {
+        virsh(&rig, &["snapshot-create-as", "web", name, "--disk-only", "--no-metadata"]);
+    };
+    for round in 0..6 {
+        rig.let_write(&vm, 30).await?;
+        match round {
+            0 | 3 => snapshot(&format!("theirs{round}")),
+            // Two between two captures.
+            1 => ["more", "and-more"].into_iter().for_each(snapshot),
+            2 | 4 => {
+                for disk in ["vda", "vdb"] {
+                    virsh(&rig, &["blockcommit", "web", disk, "--active", "--pivot", "--wait"]);
+                }
+            }
+            _ => {}
+        }
+        rig.let_write(&vm, 10).await?;
+        let next = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+        apply_all(next.as_ref(), &mut copies).await?;
+        assert_same(&copies, &read_capture(next.as_ref()).await?);
+        tracker = next.tracker().clone();
+        next.close().await?;
+        rig.host.confirm_tracker(vm.id, &tracker).await?;
+    }
+
+    // The same with a VM that is off by then.
+    rig.let_write(&vm, 30).await?;
+    snapshot("last");
+    rig.let_write(&vm, 10).await?;
+    let stopped = rig.host.shut_down(vm.id, PATIENCE).await?;
+    assert_eq!(stopped, ShutdownOutcome::Off);
+    let off = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+    apply_all(off.as_ref(), &mut copies).await?;
+    assert_same(&copies, &read_capture(off.as_ref()).await?);
+    off.close().await.map_err(Into::into)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

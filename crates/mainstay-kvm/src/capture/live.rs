@@ -86,7 +86,8 @@ pub(crate) async fn begin(
     for key in &request.disks {
         let disk = find_disk(&domain, key)?;
         let node = nodes.top_of(disk)?;
-        let source = MapSource::choose_live(since, node, is_overlay(host, vm, disk));
+        let beneath: Vec<_> = nodes.beneath(disk).collect();
+        let source = MapSource::choose_live(since, node, &beneath, is_overlay(host, vm, disk));
         plans.push(Plan { disk, node, source });
     }
     let limits = within_space(request.limits, &record.run)?;
@@ -223,14 +224,16 @@ async fn copy_bitmaps(host: &Host, vm: VmId, plans: &[Plan<'_>], tracker: &str) 
     let copy = format!("{tracker}{MAP_SUFFIX}");
     let mut actions: Vec<Value> = Vec::new();
     for plan in plans {
-        let MapSource::Bitmap(bitmap) = &plan.source else { continue };
+        let MapSource::Bitmap { name, beneath } = &plan.source else { continue };
         let node = &plan.node.name;
+        let others = beneath.iter().map(|node| json!({"node": node, "name": name}));
+        let bitmaps: Vec<_> = std::iter::once(json!(name)).chain(others).collect();
         actions.push(json!({"type": "block-dirty-bitmap-add", "data": {
             "node": node, "name": copy, "granularity": granularity(plan.node.size_bytes),
             "persistent": false, "disabled": true,
         }}));
         actions.push(json!({"type": "block-dirty-bitmap-merge", "data": {
-            "node": node, "target": copy, "bitmaps": [bitmap],
+            "node": node, "target": copy, "bitmaps": bitmaps,
         }}));
     }
     if actions.is_empty() {
@@ -254,7 +257,7 @@ async fn read_map(
     });
     let context = match &plan.source {
         MapSource::None(reason) => return Ok(Changed::Unknown { reason: reason.clone() }),
-        MapSource::Bitmap(_) => {
+        MapSource::Bitmap { .. } => {
             export["bitmaps"] = json!([copy]);
             bitmap_context(&copy)
         }

@@ -15,8 +15,14 @@ pub(crate) const DEPTH_CONTEXT: &str = "qemu:allocation-depth";
 /// Where the answer to "what changed since" comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum MapSource {
-    /// The dirty bitmap of this name.
-    Bitmap(String),
+    /// The dirty bitmap of this name, together with those of that name in the nodes given: a snapshot has left there what
+    /// was noted before it.
+    Bitmap {
+        /// The bitmap's name.
+        name: String,
+        /// Nodes beneath the disk's top one that have it too.
+        beneath: Vec<String>,
+    },
     /// Everything that the top image holds.
     Depth,
     /// Nowhere; the reason.
@@ -30,7 +36,7 @@ impl MapSource {
         let Some(since) = since else { return Self::None("no tracker was asked for".to_owned()) };
         let found = bitmaps.iter().find(|(name, _)| name == since);
         match found {
-            Some((_, true)) => Self::Bitmap(since.to_owned()),
+            Some((_, true)) => Self::Bitmap { name: since.to_owned(), beneath: Vec::new() },
             _ if has_overlay => Self::Depth,
             Some((_, false)) => {
                 Self::None(format!("the tracker {since} is damaged: QEMU did not end cleanly"))
@@ -41,11 +47,43 @@ impl MapSource {
         }
     }
 
-    /// The same from a live node.
-    pub(crate) fn choose_live(since: Option<&str>, node: &Node, has_overlay: bool) -> Self {
+    /// The same from live nodes: the disk's top one, and those beneath it as far as they are known.
+    ///
+    /// When somebody takes an external snapshot, libvirt gives the new top image empty bitmaps of the same names, and the old
+    /// ones keep what they have noted: only together do they tell what changed.
+    pub(crate) fn choose_live(
+        since: Option<&str>,
+        node: &Node,
+        beneath: &[Option<&Node>],
+        has_overlay: bool,
+    ) -> Self {
         let bitmaps = node.bitmaps.iter().filter(|bitmap| bitmap.name.starts_with(PREFIX));
         let bitmaps: Vec<_> = bitmaps.map(|bitmap| (bitmap.name.clone(), bitmap.is_usable)).collect();
-        Self::choose(since, &bitmaps, has_overlay)
+        let Self::Bitmap { name, .. } = Self::choose(since, &bitmaps, has_overlay) else {
+            return Self::choose(since, &bitmaps, has_overlay);
+        };
+        // A recovery VM's images are of our own making, and no tracker is older than its top one.
+        if has_overlay {
+            return Self::Bitmap { name, beneath: Vec::new() };
+        }
+        let mut nodes = Vec::new();
+        for found in beneath {
+            let Some(found) = found else {
+                return Self::None("an image beneath the disk is not known to QEMU".to_owned());
+            };
+            match found.bitmap(&name) {
+                None => {}
+                Some(bitmap) if bitmap.is_usable && found.size_bytes == node.size_bytes => {
+                    nodes.push(found.name.clone());
+                }
+                Some(_) => {
+                    return Self::None(format!(
+                        "the tracker {name} cannot be read in an image beneath the disk"
+                    ));
+                }
+            }
+        }
+        Self::Bitmap { name, beneath: nodes }
     }
 }
 
@@ -77,12 +115,52 @@ mod tests {
     fn a_missing_tracker_is_a_reason_unless_the_overlay_knows() {
         let bitmaps = [("ms-1".to_owned(), true), ("ms-2".to_owned(), false)];
         let choose = |since, overlay| MapSource::choose(since, &bitmaps, overlay);
-        assert_eq!(choose(Some("ms-1"), false), MapSource::Bitmap("ms-1".to_owned()));
-        assert_eq!(choose(Some("ms-1"), true), MapSource::Bitmap("ms-1".to_owned()));
+        let found = MapSource::Bitmap { name: "ms-1".to_owned(), beneath: Vec::new() };
+        assert_eq!(choose(Some("ms-1"), false), found);
+        assert_eq!(choose(Some("ms-1"), true), found);
         assert!(matches!(choose(Some("ms-2"), false), MapSource::None(_)));
         assert!(matches!(choose(Some("ms-3"), false), MapSource::None(_)));
         assert!(matches!(choose(None, true), MapSource::None(_)));
         assert_eq!(choose(Some("ms-2"), true), MapSource::Depth);
         assert_eq!(choose(Some("ms-creation"), true), MapSource::Depth);
+    }
+
+    fn node(name: &str, size_bytes: u64, bitmaps: &[(&str, bool)]) -> Node {
+        let bitmap = |(name, is_usable): &(&str, bool)| crate::nodes::Bitmap {
+            name: (*name).to_owned(),
+            is_usable: *is_usable,
+        };
+        Node {
+            name: name.to_owned(),
+            is_qcow2: true,
+            keeps_bitmaps: true,
+            size_bytes,
+            is_writable: true,
+            bitmaps: bitmaps.iter().map(bitmap).collect(),
+        }
+    }
+
+    #[test]
+    fn a_tracker_beneath_a_snapshot_counts_too() {
+        let top = node("top", 1 << 20, &[("ms-1", true), ("ms-2", true)]);
+        let (with, without) = (node("with", 1 << 20, &[("ms-1", true)]), node("without", 1 << 20, &[]));
+        let choose =
+            |since, beneath: &[Option<&Node>]| MapSource::choose_live(Some(since), &top, beneath, false);
+        let both = |beneath: &[&str]| MapSource::Bitmap {
+            name: "ms-1".to_owned(),
+            beneath: beneath.iter().map(|&name| name.to_owned()).collect(),
+        };
+        assert_eq!(choose("ms-1", &[]), both(&[]));
+        assert_eq!(choose("ms-1", &[Some(&without), Some(&with)]), both(&["with"]));
+        assert!(
+            matches!(choose("ms-2", &[Some(&with)]), MapSource::Bitmap { beneath, .. } if beneath.is_empty())
+        );
+        for beneath in [
+            None,
+            Some(&node("damaged", 1 << 20, &[("ms-1", false)])),
+            Some(&node("smaller", 1 << 19, &[("ms-1", true)])),
+        ] {
+            assert!(matches!(choose("ms-1", &[beneath]), MapSource::None(_)), "{beneath:?}");
+        }
     }
 }

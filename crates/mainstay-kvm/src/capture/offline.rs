@@ -1,11 +1,13 @@
 //! Capturing a VM that is off: its images, read-only, through `qemu-nbd`. The open images keep QEMU from starting the
 //! VM meanwhile, so the age limit holds here as well.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_model::VmId;
 use mainstay_provider::{CaptureRequest, CapturedDisk, Changed, Consistency, SiteError};
+use serde_json::Value;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -13,7 +15,7 @@ use super::device::{CaptureDevice, GivenUp};
 use super::map::{self, DEPTH_CONTEXT, MapSource, bitmap_context};
 use super::{CaptureRecord, Opened, now_ms};
 use crate::bitmaps::set_offline;
-use crate::command::image_bitmaps;
+use crate::command::{image_bitmaps, image_chain};
 use crate::error::failed;
 use crate::host::{Host, disk_path, find_disk};
 use crate::libvirt::XmlKind;
@@ -74,13 +76,21 @@ pub(crate) async fn begin(
         let disk = find_disk(&domain, key)?;
         let path = disk_path(disk)?;
         let bitmaps = if disk.format == "qcow2" { image_bitmaps(&path).await? } else { Vec::new() };
-        let source = MapSource::choose(since, &bitmaps, is_overlay(host, vm, disk));
+        let mut source = MapSource::choose(since, &bitmaps, is_overlay(host, vm, disk));
+        if let MapSource::Bitmap { name, .. } = &source
+            && !is_overlay(host, vm, disk)
+            && is_beneath_too(&path, name).await?
+        {
+            source = MapSource::None(format!(
+                "a snapshot has left part of the tracker {name} in the image beneath"
+            ));
+        }
         // Without a tracker the next capture compares hashes; that is no reason to fail this one.
         if let Err(error) = set_offline(disk, tracker).await {
             tracing::warn!(%vm, disk = key, %error, "no tracker can be set in an image");
         }
         let (bitmap, depth) = match &source {
-            MapSource::Bitmap(name) => (Some(name.clone()), false),
+            MapSource::Bitmap { name, .. } => (Some(name.clone()), false),
             MapSource::Depth => (None, true),
             MapSource::None(_) => (None, false),
         };
@@ -109,4 +119,15 @@ pub(crate) async fn begin(
         note,
         keeper: super::Keeper::Offline(keeper),
     })
+}
+
+/// Whether an image beneath has a bitmap of this name too: see [`MapSource::choose_live`]. The maps of several images are not
+/// put together here; hashes tell what differs.
+async fn is_beneath_too(path: &Path, bitmap: &str) -> Result<bool, SiteError> {
+    let chain = image_chain(path).await?;
+    let has = |image: &Value| {
+        let list = image["format-specific"]["data"]["bitmaps"].as_array();
+        list.is_some_and(|list| list.iter().any(|found| found["name"] == bitmap))
+    };
+    Ok(chain.iter().skip(1).any(has))
 }
