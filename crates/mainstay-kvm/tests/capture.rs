@@ -236,9 +236,11 @@ async fn a_guest_that_boots_while_a_capture_is_open_keeps_its_agent() -> Result<
     rig.let_write(&vm, 20).await
 }
 
-fn virsh(rig: &Rig, arguments: &[&str]) {
-    let output = Command::new("virsh").args(["-q", "-c", rig.site.uri()]).args(arguments).output().unwrap();
-    assert!(output.status.success(), "virsh {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+fn virsh(rig: &Rig, arguments: &[&str]) -> Result<()> {
+    let output = Command::new("virsh").args(["-q", "-c", rig.site.uri()]).args(arguments).output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "virsh {arguments:?}: {told}");
+    Ok(())
 }
 
 /// As [`apply`]; a disk of which it is not known what changed is read whole.
@@ -270,18 +272,17 @@ async fn a_snapshot_of_somebodys_hides_no_change() -> Result<()> {
     first.close().await?;
     rig.host.confirm_tracker(vm.id, &tracker).await?;
 
-    let snapshot = |name: &str| {
-        virsh(&rig, &["snapshot-create-as", "web", name, "--disk-only", "--no-metadata"]);
-    };
+    let snapshot =
+        |name: &str| virsh(&rig, &["snapshot-create-as", "web", name, "--disk-only", "--no-metadata"]);
     for round in 0..6 {
         rig.let_write(&vm, 30).await?;
         match round {
-            0 | 3 => snapshot(&format!("theirs{round}")),
+            0 | 3 => snapshot(&format!("theirs{round}"))?,
             // Two between two captures.
-            1 => ["more", "and-more"].into_iter().for_each(snapshot),
+            1 => ["more", "and-more"].into_iter().try_for_each(snapshot)?,
             2 | 4 => {
                 for disk in ["vda", "vdb"] {
-                    virsh(&rig, &["blockcommit", "web", disk, "--active", "--pivot", "--wait"]);
+                    virsh(&rig, &["blockcommit", "web", disk, "--active", "--pivot", "--wait"])?;
                 }
             }
             _ => {}
@@ -297,7 +298,7 @@ async fn a_snapshot_of_somebodys_hides_no_change() -> Result<()> {
 
     // The same with a VM that is off by then.
     rig.let_write(&vm, 30).await?;
-    snapshot("last");
+    snapshot("last")?;
     rig.let_write(&vm, 10).await?;
     let stopped = rig.host.shut_down(vm.id, PATIENCE).await?;
     assert_eq!(stopped, ShutdownOutcome::Off);

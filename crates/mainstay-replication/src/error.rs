@@ -36,6 +36,8 @@ pub enum RefusalKind {
     Invalid,
     /// Something passing: try again.
     Unavailable,
+    /// The store's medium refuses, until somebody does something about it.
+    NoAccess,
 }
 
 /// Why a session ended without its result.
@@ -123,6 +125,7 @@ impl ReplicationError {
                 | StoreError::NoDisk(_) => RefusalKind::NotFound,
                 StoreError::Damaged { .. } => RefusalKind::Damaged,
                 StoreError::NoSession(_) | StoreError::Committed(_) => RefusalKind::SessionLost,
+                StoreError::NoAccess { .. } => RefusalKind::NoAccess,
                 StoreError::Storage { .. }
                 | StoreError::Busy
                 | StoreError::Locked { .. }

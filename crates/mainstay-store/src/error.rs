@@ -80,6 +80,14 @@ pub enum StoreError {
     /// The request contradicts itself or exceeds a limit.
     #[error("invalid request: {0}")]
     Invalid(&'static str),
+    /// The medium refuses: it is mounted read-only, or the server may not touch it. Somebody must do something.
+    #[error("the store refuses access: {reason} ({key})")]
+    NoAccess {
+        /// What was to be read or written.
+        key: String,
+        /// In the operating system's words.
+        reason: String,
+    },
     /// Other writers changed the manifest again and again.
     #[error("the manifest is too busy")]
     Busy,
@@ -90,10 +98,14 @@ pub enum StoreError {
 
 impl StoreError {
     pub(crate) fn storage(key: &impl ToString, source: object_store::Error) -> Self {
-        if is_full(&source) {
-            return Self::Full;
+        use std::io::ErrorKind;
+        match io_cause(&source) {
+            Some(io) if matches!(io.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => Self::Full,
+            Some(io) if matches!(io.kind(), ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied) => {
+                Self::NoAccess { key: key.to_string(), reason: io.to_string() }
+            }
+            _ => Self::Storage { key: key.to_string(), source: Arc::new(source) },
         }
-        Self::Storage { key: key.to_string(), source: Arc::new(source) }
     }
 
     pub(crate) fn damaged(key: &impl ToString, what: impl Into<String>) -> Self {
@@ -117,16 +129,14 @@ impl From<StoreError> for mainstay_block::BlockError {
     }
 }
 
-/// Looks for "no space left on device" in the chain of causes.
-fn is_full(error: &object_store::Error) -> bool {
+/// What the operating system has said, if that is where the error comes from.
+fn io_cause(error: &object_store::Error) -> Option<&std::io::Error> {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<std::io::Error>()
-            && matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-        {
-            return true;
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return Some(io);
         }
         cause = error.source();
     }
-    false
+    None
 }

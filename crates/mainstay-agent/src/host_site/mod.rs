@@ -360,6 +360,10 @@ fn data_error(error: &ReplicationError) -> SiteError {
         ReplicationError::Refused { kind: RefusalKind::NotFound, .. } => {
             SiteError::new(ErrorKind::NotFound, text)
         }
+        ReplicationError::Refused { kind: RefusalKind::NoAccess, .. } => SiteError::new(ErrorKind::Failed, text)
+            .with_remedy(
+                "Look at the file system of the recovery site's store: it may have been mounted read-only after an error, or belong to another account. Replication then goes on by itself.",
+            ),
         _ => SiteError::new(ErrorKind::Failed, text),
     }
 }

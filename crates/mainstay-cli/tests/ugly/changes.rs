@@ -176,7 +176,7 @@ async fn snapshotted(world: &World) -> Result<()> {
     let disks = ["--diskspec", "vda,snapshot=external", "--diskspec", "vdb,snapshot=no"];
     // Refused while a capture of ours is open.
     eventually("somebody takes a snapshot", async || {
-        let arguments = ["snapshot-create-as", "vm1", "theirs", "--disk-only", "--no-metadata"];
+        let arguments = ["snapshot-create-as", "vm1", "nightly", "--disk-only", "--no-metadata"];
         world.virsh(HOME, &[&arguments[..], &disks[..]].concat()).map(drop)
     })
     .await?;
