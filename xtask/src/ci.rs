@@ -36,13 +36,17 @@ pub(crate) fn run(repository: &Path) -> Result<()> {
 /// How long a soak begins new simulated worlds, in seconds, unless `SIM_SECONDS` says otherwise: some thousands.
 const SOAK_SIM_SECONDS: &str = "7200";
 
+/// Rounds of kills in a soak, of seven or eight each, unless `MAINSTAY_ROUNDS` says otherwise: an hour or so.
+const SOAK_KILL_ROUNDS: &str = "40";
+
 /// Runs the tests that take too long for every change.
 pub(crate) fn soak(repository: &Path) -> Result<()> {
     let seconds = std::env::var("SIM_SECONDS").unwrap_or_else(|_| SOAK_SIM_SECONDS.to_owned());
     let worlds = ["test", "--workspace", "--test", "sim", "random", "--", "--nocapture"];
     cargo_with(repository, &worlds, &[("SIM_SECONDS", &seconds)])?;
     let kills = ["test", "--workspace", "--test", "kills", "--", "--ignored", "--nocapture"];
-    cargo(repository, &kills)?;
+    let rounds = std::env::var("MAINSTAY_ROUNDS").unwrap_or_else(|_| SOAK_KILL_ROUNDS.to_owned());
+    cargo_with(repository, &kills, &[("MAINSTAY_ROUNDS", &rounds)])?;
     fuzz::run(repository, &[])
 }
 

@@ -1,11 +1,11 @@
-//! Random kills of server and agents in every workflow, on real VMs. Long: `make soak` runs it.
+//! Random kills and cancels in every workflow, on real VMs. Long: `make soak` runs it.
 
 use std::path::PathBuf;
 
 use mainstay_lab::{DiskImage, GuestImages, Lab, LabOptions, kills};
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "takes about ten minutes in software emulation; part of `make soak`"]
+#[ignore = "a round takes about 100 s in software emulation; part of `make soak`"]
 async fn kills_change_nothing_but_time() {
     let seed = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let rounds = std::env::var("MAINSTAY_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);

@@ -115,7 +115,8 @@ impl Killer<'_> {
             format!("dd if=/dev/urandom of=/ledger1/content bs=1M count={CONTENT_MIB} conv=fsync 2>&1");
         crate::ledger::run_in_guest(site, vm, "/bin/sh", &["-c", &script]).await?;
         let now_ms = jiff::Timestamp::now().as_millisecond();
-        self.item.wait_points(now_ms, 1).await.map(drop)
+        // When the second is there, what the first moved has been counted.
+        self.item.wait_points(now_ms, 2).await.map(drop)
     }
 
     /// Begins an operation, breaks something at a random moment, and waits for the job's good end.
