@@ -5,7 +5,7 @@ mod rig;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use mainstay_lab::{DiskImage, GuestImages, LedgerVm, ledger};
 use mainstay_provider::{
     Capture, Changed, Consistency, ErrorKind, Hypervisor as _, PowerState, ShutdownOutcome,
@@ -306,6 +306,42 @@ async fn a_snapshot_of_somebodys_hides_no_change() -> Result<()> {
     apply_all(off.as_ref(), &mut copies).await?;
     assert_same(&copies, &read_capture(off.as_ref()).await?);
     off.close().await.map_err(Into::into)
+}
+
+/// A daemon that dies just when it has begun a backup takes it for running ever after: what it has written down by then says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_exists_in_libvirts_memory_alone_ends_with_the_vm() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    rig.boot(&vm, 20).await?;
+    let first = rig.host.begin_capture(vm.id, request(None)).await?;
+    let mut copies = read_capture(first.as_ref()).await?;
+    let tracker = first.tracker().clone();
+    first.close().await?;
+    rig.host.confirm_tracker(vm.id, &tracker).await?;
+
+    rig.site.kill().await?;
+    let status = lab.path().join("home/run/libvirt/qemu/run/web.xml");
+    let text = std::fs::read_to_string(&status)?;
+    let (before, rest) = text.split_once("  <devices>\n    <device alias").context("the VM's status")?;
+    let job = "  <job type='none' async='backup' flags='0x0'/>\n";
+    std::fs::write(&status, format!("{before}{job}  <devices>\n    <device alias{rest}"))?;
+    rig.site.start().await?;
+
+    let error = rig.host.begin_capture(vm.id, request(Some(&tracker))).await.err().context("no error")?;
+    assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+    assert!(error.message.contains("does not exist") && error.remedy.contains("libvirt's daemon"), "{error}");
+    assert_eq!(rig.host.abandon_stale_captures().await?, []);
+    assert_eq!(rig.host.shut_down(vm.id, PATIENCE).await?, ShutdownOutcome::Off);
+    // The daemon cannot start the VM again before it has been restarted itself: it waits for the end of that job.
+    rig.site.kill().await?;
+    rig.site.start().await?;
+    rig.host.start(vm.id).await?;
+    let next = rig.host.begin_capture(vm.id, request(Some(&tracker))).await?;
+    apply_all(next.as_ref(), &mut copies).await?;
+    assert_same(&copies, &read_capture(next.as_ref()).await?);
+    next.close().await.map_err(Into::into)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

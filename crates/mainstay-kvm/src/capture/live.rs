@@ -25,7 +25,7 @@ use super::map::{self, DEPTH_CONTEXT, MapSource, bitmap_context};
 use super::stale::MAP_SUFFIX;
 use super::{CREATION_TRACKER, CaptureRecord, Opened, freeze, now_ms, watchdog};
 use crate::bitmaps::{granularity, set_live, trim_live};
-use crate::error::{While as _, busy, failed};
+use crate::error::{While as _, busy, failed, refused};
 use crate::host::{Host, find_disk};
 use crate::libvirt::XmlKind;
 use crate::nodes::{Node, Nodes};
@@ -57,7 +57,14 @@ struct Plan<'a> {
 
 /// An error if a job runs that is not ours. (One of ours without a record cannot be: records come first.)
 pub(crate) async fn refuse_foreign_job(host: &Host, vm: VmId) -> Result<(), SiteError> {
-    match host.libvirt.job(vm).await?.operation {
+    let job = host.libvirt.job(vm).await.map_err(|error| match error.is_of_phantom_job() {
+        true => refused(
+            "libvirt takes a backup of the VM for running that does not exist: its daemon died when one was begun",
+            "When it suits, shut the VM down, restart libvirt's daemon, and start the VM again; nothing less ends it. Replication then goes on by itself. A failover does not need that.",
+        ),
+        false => error.into(),
+    })?;
+    match job.operation {
         None => Ok(()),
         Some(_) if super::stale::is_ours(host, vm, &host.files.run()).await? => {
             host.libvirt.abort_job(vm).await?;

@@ -70,8 +70,10 @@ pub(crate) async fn abandon_all(host: &Arc<Host>) -> Result<Vec<VmId>, SiteError
 
 /// Whether a backup job runs and is ours: only then does it serve on a socket in a directory of ours.
 pub(crate) async fn is_ours(host: &Host, vm: VmId, run: &Path) -> Result<bool, SiteError> {
-    if host.libvirt.job(vm).await?.operation.is_none() {
-        return Ok(false);
+    match host.libvirt.job(vm).await {
+        Ok(job) if job.operation.is_some() => {}
+        Err(error) if !error.is_of_phantom_job() => return Err(error.into()),
+        _ => return Ok(false),
     }
     // Fails when the job is no backup.
     let xml = host.libvirt.backup_xml(vm).await.unwrap_or_default();
@@ -81,13 +83,17 @@ pub(crate) async fn is_ours(host: &Host, vm: VmId, run: &Path) -> Result<bool, S
 /// Waits until no job runs on the VM.
 pub(crate) async fn wait_until_idle(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let deadline = Instant::now() + IDLE_TIMEOUT;
-    while host.libvirt.job(vm).await?.operation.is_some() {
+    loop {
+        match host.libvirt.job(vm).await {
+            Ok(job) if job.operation.is_some() => {}
+            Err(error) if !error.is_of_phantom_job() => return Err(error.into()),
+            _ => return Ok(()),
+        }
         if Instant::now() > deadline {
             return Err(busy("a job of the VM does not end", "See `virsh domjobinfo`."));
         }
         tokio::time::sleep(POLL).await;
     }
-    Ok(())
 }
 
 /// Removes the copies of bitmaps from which maps were read. A leftover only costs memory, until the next sweep.

@@ -28,6 +28,13 @@ impl LibvirtError {
     pub(crate) fn new(code: i32, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), is_disconnected: false }
     }
+
+    /// Whether libvirt (11.3) takes a backup for running of which it knows nothing: its daemon died just when one was begun.
+    /// Nothing runs, nothing can be aborted, and no other backup can begin, until the VM has
+    /// been off and the daemon was restarted.
+    pub(crate) fn is_of_phantom_job(&self) -> bool {
+        self.message.contains("backup job data missing")
+    }
 }
 
 impl From<LibvirtError> for SiteError {
