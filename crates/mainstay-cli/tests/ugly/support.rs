@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mainstay_api::v1::ItemStatus;
-use mainstay_lab::{HOME, Lab, LabOptions, LedgerCopy, LedgerVm, ledger};
+use mainstay_lab::{HOME, Lab, LabOptions, LedgerCopy, LedgerVm, RECOVERY, ledger};
 use serde_json::Value;
 
 /// How long anything may take. Far more than it does: the machine may be busy with other things.
@@ -219,6 +219,18 @@ impl World {
         let found = self.lab.ledger(name, LedgerCopy::Active, PATIENCE).await?;
         ensure!(found.is_whole() && found.site == site, "not whole, or not at {site}: {found:?}");
         Ok(found)
+    }
+
+    /// Brings a VM home that was failed over and committed, proves that nothing was lost on the way, and protects it again.
+    pub(crate) async fn bring_home(&self, name: &str) -> Result<()> {
+        self.cli(&["planned-failover", name, "--direction", "RecoveryToPrimary"]).expect(6);
+        let before = self.whole(name, RECOVERY).await?;
+        self.cli(&["complete-failover", name]).expect(0);
+        let home = self.whole(name, HOME).await?;
+        ensure!(home.last >= before.acknowledged, "{before:?}, {home:?}");
+        self.cli(&["commit", name]).expect(0);
+        self.cli(&["reverse-replicate", name]).expect(0);
+        self.wait_point(name).await
     }
 
     /// Waits until the guest has acknowledged some more records: it runs, and its disks take writes.

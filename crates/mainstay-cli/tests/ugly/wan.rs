@@ -51,14 +51,7 @@ async fn the_journey_over_a_bad_line() -> Result<()> {
     ensure!(moved.last >= before.acknowledged, "{before:?}, {moved:?}");
     world.cli(&["commit", "vm1"]).expect(0);
 
-    world.cli(&["planned-failover", "vm1", "--direction", "RecoveryToPrimary"]).expect(6);
-    let before = world.whole("vm1", RECOVERY).await?;
-    world.cli(&["complete-failover", "vm1"]).expect(0);
-    let home = world.whole("vm1", HOME).await?;
-    ensure!(home.last >= before.acknowledged, "{before:?}, {home:?}");
-    world.cli(&["commit", "vm1"]).expect(0);
-    world.cli(&["reverse-replicate", "vm1"]).expect(0);
-    world.wait_point("vm1").await?;
+    world.bring_home("vm1").await?;
 
     let (passed, lost) = wan.packets();
     ensure!(lost > 0 && lost * 10 < passed, "{lost} packets were lost, {passed} passed");

@@ -59,8 +59,9 @@ impl MapSource {
     ) -> Self {
         let bitmaps = node.bitmaps.iter().filter(|bitmap| bitmap.name.starts_with(PREFIX));
         let bitmaps: Vec<_> = bitmaps.map(|bitmap| (bitmap.name.clone(), bitmap.is_usable)).collect();
-        let Self::Bitmap { name, .. } = Self::choose(since, &bitmaps, has_overlay) else {
-            return Self::choose(since, &bitmaps, has_overlay);
+        let name = match Self::choose(since, &bitmaps, has_overlay) {
+            Self::Bitmap { name, .. } => name,
+            other => return other,
         };
         // A recovery VM's images are of our own making, and no tracker is older than its top one.
         if has_overlay {

@@ -83,4 +83,13 @@ impl World {
         })
         .await;
     }
+
+    /// Waits until a cycle has sent again what could not be read, and that has been looked at.
+    pub async fn until_looked_at(&self, name: &str) {
+        self.until("what was sent again has been looked at", async |world| {
+            let scrub = world.item(name).await.expect("the VM is protected").scrub;
+            !scrub.wants_repair() && !scrub.is_recheck_due
+        })
+        .await;
+    }
 }

@@ -5,12 +5,10 @@ use mainstay_model::{Health, Operation};
 use mainstay_provider::{Hypervisor as _, PowerState};
 use mainstay_sim::{Host, World, WorldOptions};
 
-use crate::{support::log, workflows::VM};
-
-async fn codes(world: &World) -> Vec<String> {
-    let events = world.ask(|control| async move { control.db.events_after(None, 1000).await.unwrap() }).await;
-    events.iter().map(|event| event.code.clone()).collect()
-}
+use crate::{
+    support::{codes, log},
+    workflows::VM,
+};
 
 async fn started(world: &World, host: &Host) {
     let vm = world.item(VM).await.unwrap().inactive_vm_at(host.provider).unwrap();

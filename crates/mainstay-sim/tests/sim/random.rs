@@ -324,11 +324,7 @@ impl Run {
         for vm in VMS {
             self.world.scrub(vm).await;
             self.world.cycle(vm).await;
-            let looked_at = async |world: &World| {
-                let scrub = world.item(vm).await.unwrap().scrub;
-                !scrub.wants_repair() && !scrub.is_recheck_due
-            };
-            self.world.until("what was sent again has been looked at", looked_at).await;
+            self.world.until_looked_at(vm).await;
             let legible = self.world.legible(vm).await;
             let item = self.world.item(vm).await.unwrap();
             let newest = item.replication.last_point.unwrap();

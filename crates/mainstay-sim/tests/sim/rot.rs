@@ -4,7 +4,10 @@ use mainstay_control::workflows::{FailoverParams, PointChoice};
 use mainstay_model::{Ending, Health, Operation, Phase, PointId};
 use mainstay_sim::{JobEnd, World, WorldOptions};
 
-use crate::{support::log, workflows::VM};
+use crate::{
+    support::{codes, log},
+    workflows::VM,
+};
 
 /// A protected VM with some points, the first of which everything else is built on.
 async fn world() -> World {
@@ -32,11 +35,6 @@ async fn damaged(world: &World) -> Vec<PointId> {
     world.item(VM).await.unwrap().scrub.damaged_points
 }
 
-async fn codes(world: &World) -> Vec<String> {
-    let events = world.ask(|control| async move { control.db.events_after(None, 1000).await.unwrap() }).await;
-    events.iter().map(|event| event.code.clone()).collect()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_cycle_heals_what_the_source_still_has_and_the_points_before_it() {
     for share in [0.2, 0.5, 0.9] {
@@ -49,12 +47,7 @@ async fn a_cycle_heals_what_the_source_still_has_and_the_points_before_it() {
         let moved = world.item(VM).await.unwrap().replication.bytes_moved;
         world.scrub(VM).await;
         world.cycle(VM).await;
-        world
-            .until("what was sent again has been looked at", async |world| {
-                let scrub = world.item(VM).await.unwrap().scrub;
-                !scrub.wants_repair() && !scrub.is_recheck_due
-            })
-            .await;
+        world.until_looked_at(VM).await;
         let after = world.legible(VM).await;
         let newest = world.item(VM).await.unwrap().replication.last_point.unwrap();
         assert!(after.whole.contains(&newest), "{share}: {after:?}");

@@ -1,8 +1,16 @@
 //! Shared by the tests of this crate.
 
+use mainstay_sim::World;
+
 /// Shows what happens when `SIM_LOG` says what of it (a filter like `debug` or `mainstay_control=info`).
 pub(crate) fn log() {
     if let Ok(filter) = std::env::var("SIM_LOG") {
         let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
     }
+}
+
+/// Codes of all events, in order.
+pub(crate) async fn codes(world: &World) -> Vec<String> {
+    let events = world.ask(|control| async move { control.db.events_after(None, 1000).await.unwrap() }).await;
+    events.iter().map(|event| event.code.clone()).collect()
 }
