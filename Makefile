@@ -26,7 +26,7 @@ demo: guest
 	@cargo build --quiet --release --package mainstay-cli
 	@target/release/mainstay demo $(DEMO_ARGS)
 
-test: setup guest
+test: guest
 	@cargo xtask ci
 
 # MAINSTAY_FUZZ_SECONDS: how long each fuzz target runs (an hour)

@@ -198,7 +198,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Alert(command) => settings::alert(&connect.open().await?, command).await,
         Command::Network(command) => settings::network(&connect.open().await?, command).await,
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "mainstay", &mut std::io::stdout());
+            output::completion(shell, &mut Arguments::command());
             Ok(Exit::Done)
         }
     }

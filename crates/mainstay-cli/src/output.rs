@@ -1,10 +1,12 @@
 //! The only place that prints: data to standard output, everything else to standard error.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the module that prints")]
+use std::io::{self, ErrorKind, Write as _};
 
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
+
+use crate::exit::Exit;
 
 /// Text that does to a terminal what text does, and no more. Much of what is shown comes from elsewhere: names of VMs, what
 /// guests and hosts say. Line ends stay; every other control character is shown as its escape, and so is what turns the
@@ -22,20 +24,44 @@ fn harmless(text: &str) -> std::borrow::Cow<'_, str> {
     shown.collect::<String>().into()
 }
 
+/// Writes to standard output. Whoever reads it may have had enough (`mainstay event list | head`): that is no failure, and
+/// what the command does goes on. Data that cannot be written, to a full disk for example, is one.
+fn print(bytes: &[u8]) {
+    match io::stdout().lock().write_all(bytes) {
+        Err(failure) if failure.kind() != ErrorKind::BrokenPipe => {
+            error(&format!("the output cannot be written: {failure}"));
+            std::process::exit(Exit::Failed as i32);
+        }
+        _ => {}
+    }
+}
+
+/// Writes to standard error. Where that fails, there is nobody to tell.
+fn tell(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
 /// Prints data.
 pub(crate) fn line(text: &str) {
-    println!("{}", harmless(text));
+    print(format!("{}\n", harmless(text)).as_bytes());
 }
 
 /// Prints a resource as it came.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    print(format!("{}\n", serde_json::to_string_pretty(value)?).as_bytes());
     Ok(())
 }
 
+/// Prints a completion script.
+pub(crate) fn completion(shell: clap_complete::Shell, command: &mut clap::Command) {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, command, "mainstay", &mut script);
+    print(&script);
+}
+
 /// Prints a piece of a download.
-pub(crate) fn piece(bytes: &[u8]) -> std::io::Result<()> {
-    std::io::Write::write_all(&mut std::io::stdout().lock(), bytes)
+pub(crate) fn piece(bytes: &[u8]) -> io::Result<()> {
+    io::stdout().lock().write_all(bytes)
 }
 
 /// Prints rows under headings.
@@ -48,22 +74,22 @@ pub(crate) fn table(headings: &[&str], rows: Vec<Vec<String>>) {
     for row in rows {
         table.add_row(row.iter().map(|cell| harmless(cell)));
     }
-    println!("{table}");
+    print(format!("{table}\n").as_bytes());
 }
 
 /// Tells what goes on.
 pub(crate) fn note(text: &str) {
-    eprintln!("{}", harmless(text));
+    tell(&harmless(text));
 }
 
 /// Tells what went wrong.
 pub(crate) fn error(text: &str) {
-    eprintln!("mainstay: {}", harmless(text));
+    tell(&format!("mainstay: {}", harmless(text)));
 }
 
 /// Tells what to do next.
 pub(crate) fn hint(text: &str) {
-    eprintln!("  → {}", harmless(text));
+    tell(&format!("  → {}", harmless(text)));
 }
 
 /// Progress of something long, on standard error.

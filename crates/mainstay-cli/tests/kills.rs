@@ -1,15 +1,34 @@
-//! Random kills and cancels in every workflow, on real VMs. Long: `make soak` runs it.
+//! Random kills and cancels in every workflow, on real VMs.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use mainstay_lab::{DiskImage, GuestImages, Lab, LabOptions, kills};
 
+/// Labs side by side: what one waits for leaves the processors to the other.
+const LABS: u64 = 2;
+
+/// One round, unless `MAINSTAY_ROUNDS` says otherwise: a few dozen kills. `MAINSTAY_SEED`: the first lab's; the next have the next.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "a round takes about 100 s in software emulation; part of `make soak`"]
 async fn kills_change_nothing_but_time() {
-    let seed = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    let rounds = std::env::var("MAINSTAY_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
-    let dir = std::env::temp_dir().join(format!("mainstay-kills-{}", std::process::id()));
+    let seed = number("MAINSTAY_SEED", 1);
+    let rounds = number("MAINSTAY_ROUNDS", 1);
+    let mut labs = tokio::task::JoinSet::new();
+    for lab in 0..LABS {
+        labs.spawn(in_a_lab(seed + lab, rounds));
+    }
+    let reports = labs.join_all().await;
+    let kills: usize = reports.iter().map(|report| report.kills.len()).sum();
+    let cancels: Vec<_> = reports.into_iter().flat_map(|report| report.cancels).collect();
+    let longest = cancels.iter().filter_map(|(_, time)| *time).max().unwrap_or(Duration::ZERO);
+    println!(
+        "{kills} kills and {} cancels with {LABS} seeds from {seed} on; the longest undisturbed cancel took {:.1} s",
+        cancels.len(),
+        longest.as_secs_f64()
+    );
+}
+
+async fn in_a_lab(seed: u64, rounds: u64) -> kills::KillReport {
+    let dir = std::env::temp_dir().join(format!("mainstay-kills-{}-{seed}", std::process::id()));
     let options = LabOptions {
         has_relays: true,
         far_server: None,
@@ -21,15 +40,13 @@ async fn kills_change_nothing_but_time() {
         images: GuestImages::find().unwrap(),
     };
     let mut lab = Lab::up(&dir, &options).await.unwrap();
-    let outcome = kills::run(&mut lab, seed, rounds, &|text| println!("{text}")).await;
+    let outcome = kills::run(&mut lab, seed, rounds, &|text| println!("{seed}: {text}")).await;
     if outcome.is_ok() {
         Lab::down(&dir).await.unwrap();
     }
-    let report = outcome.unwrap_or_else(|error| panic!("{error:#}; the lab is left in {}", dir.display()));
-    let longest = report.cancels.iter().map(|(_, time)| time.as_secs_f64()).fold(0.0, f64::max);
-    println!(
-        "{} kills and {} cancels with seed {seed}; the longest cancel took {longest:.1} s",
-        report.kills.len(),
-        report.cancels.len()
-    );
+    outcome.unwrap_or_else(|error| panic!("{error:#}; the lab is left in {}", dir.display()))
+}
+
+fn number(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).ok().map_or(otherwise, |text| text.parse().expect("a number"))
 }

@@ -9,6 +9,7 @@ use mainstay_api::{
     v1::{ItemStatus, JobStatus},
 };
 use reqwest::Method;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -190,40 +191,23 @@ impl Item {
         }
     }
 
-    /// Waits for a job as [`Self::finish`] does; `None` if it was cancelled.
-    pub async fn finish_or_cancelled(&self, name: &str) -> Result<Option<Job>> {
-        match self.finish(name).await {
-            Ok(job) => Ok(Some(job)),
-            Err(error) => {
-                let path = format!("{}/replicationJobs/{name}", self.vault);
-                let job: Resource<JobProperties> = self.client.get(&path).await?;
-                if job.properties.state == "Cancelled" { Ok(None) } else { Err(error) }
-            }
-        }
-    }
-
     /// Waits for a job, also through outages of the server.
     pub async fn finish(&self, name: &str) -> Result<Job> {
+        self.finish_or_cancelled(name).await?.with_context(|| format!("the job {name} was cancelled"))
+    }
+
+    /// Waits for a job as [`Self::finish`] does; `None` if it was cancelled.
+    pub async fn finish_or_cancelled(&self, name: &str) -> Result<Option<Job>> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            let job = self.client.get(&format!("{}/replicationJobs/{name}", self.vault)).await;
-            let job: Resource<JobProperties> = match job {
-                Err(ClientError::Unreachable { .. }) if Instant::now() < deadline => {
-                    tokio::time::sleep(POLL).await;
-                    continue;
-                }
-                job => job?,
-            };
+            let job = self.job(name, deadline).await?;
             match job.properties.state.as_str() {
-                "Succeeded" | "Suspended" => match self.client.get(&format!("/api/v1/jobs/{name}")).await {
-                    Err(ClientError::Unreachable { .. }) if Instant::now() < deadline => {
-                        tokio::time::sleep(POLL).await;
-                    }
-                    status => return Ok(Job { resource: job, status: status? }),
-                },
-                "InProgress" | "NotStarted" | "Cancelling" if Instant::now() < deadline => {
-                    tokio::time::sleep(POLL).await;
+                "Succeeded" | "Suspended" => {
+                    let status = self.ask(&format!("/api/v1/jobs/{name}"), deadline).await?;
+                    return Ok(Some(Job { resource: job, status }));
                 }
+                "Cancelled" => return Ok(None),
+                state if is_running(state) && Instant::now() < deadline => tokio::time::sleep(POLL).await,
                 state => {
                     let errors: Vec<_> = job
                         .properties
@@ -233,6 +217,27 @@ impl Item {
                         .collect();
                     bail!("the job '{}' is {state}: {}", job.properties.friendly_name, errors.join("; "));
                 }
+            }
+        }
+    }
+
+    /// Whether a job still has something to do by itself.
+    pub async fn is_running(&self, name: &str) -> Result<bool> {
+        Ok(is_running(&self.job(name, Instant::now() + TIMEOUT).await?.properties.state))
+    }
+
+    async fn job(&self, name: &str, deadline: Instant) -> Result<Resource<JobProperties>> {
+        self.ask(&format!("{}/replicationJobs/{name}", self.vault), deadline).await
+    }
+
+    /// Asks the server, also through its outages.
+    async fn ask<T: DeserializeOwned>(&self, path: &str, deadline: Instant) -> Result<T> {
+        loop {
+            match self.client.get(path).await {
+                Err(ClientError::Unreachable { .. }) if Instant::now() < deadline => {
+                    tokio::time::sleep(POLL).await;
+                }
+                answer => return Ok(answer?),
             }
         }
     }
@@ -260,6 +265,10 @@ impl Item {
             },
         }
     }
+}
+
+fn is_running(state: &str) -> bool {
+    matches!(state, "InProgress" | "NotStarted" | "Cancelling")
 }
 
 /// Whether the server was away; everything else is an answer.

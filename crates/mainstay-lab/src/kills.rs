@@ -18,8 +18,10 @@ use crate::{
 
 /// How long a guest may take to answer after a start, in software emulation on a busy machine.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(180);
-/// Longest wait before the kill: longer than any operation here takes undisturbed.
-const KILL_WITHIN_MS: u64 = 2500;
+/// Longest wait before something breaks: longer than any operation here takes undisturbed.
+const BREAK_WITHIN_MS: u64 = 2500;
+/// How often things break while one job runs, at most: the job then lasts longer, and has more moments to break in.
+const BREAKS_MAX: usize = 4;
 
 /// What may be killed, each with -9: `vm` is the active copy, which its administrator then starts again. Or the job is cancelled.
 const VICTIMS: [&str; 7] =
@@ -36,8 +38,8 @@ const POLL: Duration = Duration::from_millis(100);
 pub struct KillReport {
     /// Each kill: during which operation, of what, how long after its acceptance in milliseconds.
     pub kills: Vec<(String, String, u64)>,
-    /// Each job that was cancelled, and how long that took from the request on.
-    pub cancels: Vec<(String, Duration)>,
+    /// Each job that was cancelled, and how long that took from the request on if nothing was killed meanwhile.
+    pub cancels: Vec<(String, Option<Duration>)>,
 }
 
 struct Killer<'a> {
@@ -49,11 +51,11 @@ struct Killer<'a> {
     say: &'a (dyn Fn(&str) + Send + Sync),
 }
 
-/// Carries rounds of the journey out, with one kill in every operation.
+/// Carries rounds of the journey out, in every operation of which something breaks.
 pub async fn run(
     lab: &mut Lab,
     seed: u64,
-    rounds: usize,
+    rounds: u64,
     say: &(dyn Fn(&str) + Send + Sync),
 ) -> Result<KillReport> {
     let vm = lab.file().vms.first().context("the lab has no VM")?.name.clone();
@@ -119,7 +121,7 @@ impl Killer<'_> {
         self.item.wait_points(now_ms, 2).await.map(drop)
     }
 
-    /// Begins an operation, breaks something at a random moment, and waits for the job's good end.
+    /// Begins an operation, breaks things at random moments, and waits for the job's good end.
     async fn operation(&mut self, verb: &str, body: &Value) -> Result<Job> {
         let moved = self.item.status().await?.bytes_moved;
         let active = self.active().await?;
@@ -133,7 +135,7 @@ impl Killer<'_> {
         Ok(done)
     }
 
-    /// Completes a failback that waits for that, and breaks something meanwhile.
+    /// Completes a failback that waits for that, and breaks things meanwhile.
     async fn complete(&mut self, job: Job, home: &Value) -> Result<()> {
         let active = self.active().await?;
         let name = self.item.begin_resume(&job).await?;
@@ -151,56 +153,65 @@ impl Killer<'_> {
         Ok((site, self.lab.vm_at(self.lab.site(site)?, &self.vm).await?))
     }
 
-    /// Breaks something while a job runs; `None` if the job was cancelled. `active`: the copy that was active before the
-    /// operation, which has something to lose; not one that the operation makes.
+    /// Breaks things while a job runs, one after the other; `None` if the job was cancelled. `active`: the copy that was active
+    /// before the operation, which has something to lose; not one that the operation makes.
     async fn trouble(&mut self, verb: &str, job: &str, active: (&'static str, VmId)) -> Result<Option<Job>> {
-        let victim = *VICTIMS.choose(&mut self.random).context("a victim")?;
-        let after_ms = self.random.random_range(0..KILL_WITHIN_MS);
-        tokio::time::sleep(Duration::from_millis(after_ms)).await;
-        (self.say)(&format!("{verb}: {victim} after {after_ms} ms"));
-        let what = || format!("{verb}, {victim} after {after_ms} ms");
-        if victim == CANCEL {
-            return self.cancel(verb, job).await.with_context(what);
+        let mut broken = Vec::new();
+        let (mut cancelled_at, mut is_vm_killed) = (None, false);
+        for _ in 0..self.random.random_range(1..=BREAKS_MAX) {
+            let victim = *VICTIMS.choose(&mut self.random).context("a victim")?;
+            let after_ms = self.random.random_range(0..BREAK_WITHIN_MS);
+            tokio::time::sleep(Duration::from_millis(after_ms)).await;
+            // The first may come too late, as it does in life.
+            if !broken.is_empty() && !self.item.is_running(job).await? {
+                break;
+            }
+            (self.say)(&format!("{verb}: {victim} after {after_ms} ms"));
+            broken.push(format!("{victim} after {after_ms} ms"));
+            let what = || format!("{verb}, {}", broken.join(", "));
+            if victim == CANCEL {
+                let at = Instant::now();
+                if self.item.cancel(job).await.with_context(what)? {
+                    cancelled_at.get_or_insert((at, broken.len()));
+                }
+                continue;
+            }
+            if victim == "vm" {
+                if !self.kill_vm(active).await.with_context(what)? {
+                    continue;
+                }
+                is_vm_killed = true;
+            } else {
+                self.lab.act(LabAction::Kill, victim).await.with_context(what)?;
+                self.lab.act(LabAction::Start, victim).await.with_context(what)?;
+            }
+            self.report.kills.push((verb.to_owned(), victim.to_owned(), after_ms));
         }
-        self.report.kills.push((verb.to_owned(), victim.to_owned(), after_ms));
-        if victim == "vm" {
-            self.kill_vm(active).await?;
-        } else {
-            self.lab.act(LabAction::Kill, victim).await?;
-            self.lab.act(LabAction::Start, victim).await?;
+        let what = || format!("{verb}, {}", broken.join(", "));
+        let done = self.item.finish_or_cancelled(job).await.with_context(what)?;
+        if let (Some((at, count)), None) = (cancelled_at, &done) {
+            (self.say)(&format!("{verb}: cancelled within {:.1} s", at.elapsed().as_secs_f64()));
+            let is_undisturbed = count == broken.len();
+            self.report.cancels.push((verb.to_owned(), is_undisturbed.then(|| at.elapsed())));
         }
         for site in [HOME, RECOVERY] {
-            self.lab.wait_connected(site).await?;
+            self.lab.wait_connected(site).await.with_context(what)?;
         }
-        let done = self.item.finish(job).await.with_context(what)?;
-        if victim == "vm" {
+        if is_vm_killed {
             self.start_active().await.with_context(what)?;
         }
-        Ok(Some(done))
+        Ok(done)
     }
 
-    async fn cancel(&mut self, verb: &str, job: &str) -> Result<Option<Job>> {
-        let began = Instant::now();
-        let is_accepted = self.item.cancel(job).await?;
-        let ended = self.item.finish_or_cancelled(job).await?;
-        if is_accepted && ended.is_none() {
-            (self.say)(&format!("{verb}: cancelled within {:.1} s", began.elapsed().as_secs_f64()));
-            self.report.cancels.push((verb.to_owned(), began.elapsed()));
-        }
-        Ok(ended)
-    }
-
-    /// Kills a VM's process, unless the operation has stopped or removed the VM already.
-    async fn kill_vm(&self, (site, vm): (&str, VmId)) -> Result<()> {
+    /// Kills a VM's process; `false` if the operation has stopped or removed the VM already.
+    async fn kill_vm(&self, (site, vm): (&str, VmId)) -> Result<bool> {
         let site = self.lab.site(site)?;
-        match site.kill_vm(vm).await {
-            Err(error)
-                if site.libvirt().state(vm).await.is_ok_and(|state| state.power != PowerState::Off) =>
-            {
-                Err(error)
-            }
-            _ => Ok(()),
+        let killed = site.kill_vm(vm).await;
+        if killed.is_ok() || site.libvirt().state(vm).await.is_ok_and(|state| state.power != PowerState::Off)
+        {
+            return killed.map(|()| true);
         }
+        Ok(false)
     }
 
     /// The administrator finds the active copy off and starts it.

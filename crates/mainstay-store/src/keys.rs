@@ -45,6 +45,11 @@ pub(crate) fn keyring() -> Path {
     Path::from(format!("{ROOT}/keyring"))
 }
 
+/// Written and deleted to see whether anything can be written.
+pub(crate) fn probe() -> Path {
+    Path::from(format!("{ROOT}/probe"))
+}
+
 /// The version in a manifest's key.
 pub(crate) fn manifest_version(path: &Path) -> Option<u64> {
     path.filename()?.parse().ok()

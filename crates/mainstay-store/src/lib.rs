@@ -25,6 +25,7 @@ mod cache;
 mod catalogue;
 mod cipher;
 mod diff;
+mod direct;
 mod envelope;
 mod error;
 mod extent_map;

@@ -1,26 +1,28 @@
 //! Object storage in a local directory with real durability.
 
-use std::fs::File;
 use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    CopyOptions, Extensions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
+
+use crate::direct;
 
 /// Objects from this size on come in numbers, and are not read again soon: the segments of long transfers. The last changes of
 /// a VM, which a failover reads first, are mostly smaller.
 const BULK_BYTES: usize = 4 << 20;
 
 /// Object storage in a local directory, created if missing, in which every acknowledged put is durable: file and
-/// directory are synced. Half-written staging files of a crashed process are removed. What is written in bulk does not stay in
-/// the host's page cache.
+/// directory are synced. Half-written staging files of a crashed process are removed. What is written in bulk goes past the
+/// host's page cache.
 ///
 /// # Errors
 /// Those of creating and reading the directory.
@@ -28,7 +30,7 @@ pub fn local_storage(directory: &FilePath) -> io::Result<Arc<dyn ObjectStore>> {
     std::fs::create_dir_all(directory)?;
     remove_staging_files(directory)?;
     let files = LocalFileSystem::new_with_prefix(directory).map_err(io::Error::other)?;
-    Ok(Arc::new(LocalStorage { files: files.with_fsync(true) }))
+    Ok(Arc::new(LocalStorage { files: files.with_fsync(true), staged: AtomicU64::new(0) }))
 }
 
 /// `object_store` stages an upload as `name#number` beside its target; none of our names has a `#`.
@@ -48,6 +50,8 @@ fn remove_staging_files(directory: &FilePath) -> io::Result<()> {
 #[derive(Debug)]
 struct LocalStorage {
     files: LocalFileSystem,
+    /// Objects written past the page cache so far.
+    staged: AtomicU64,
 }
 
 impl std::fmt::Display for LocalStorage {
@@ -56,29 +60,29 @@ impl std::fmt::Display for LocalStorage {
     }
 }
 
-/// Gives the pages of a synced file back. A transfer of gigabytes would push everything else on the host out of memory, and
-/// where memory is lent to the host page by page each new one costs several times its copy.
-fn forget_pages(path: &FilePath) -> io::Result<()> {
-    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-    posix_fadvise(File::open(path)?, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
-    Ok(())
+impl LocalStorage {
+    /// Writes an object past the page cache; `false` if the file system does not do that.
+    async fn put_direct(&self, location: &Path, payload: &PutPayload) -> Result<bool> {
+        let path = self.files.path_to_filesystem(location)?;
+        // No name of ours has a `#` (see above), and none of `object_store`'s has this one.
+        let number = self.staged.fetch_add(1, Ordering::Relaxed);
+        let staging = path.with_added_extension(format!("#direct{number}"));
+        let parts = payload.clone();
+        let written =
+            tokio::task::spawn_blocking(move || direct::write(&path, &staging, parts.as_ref())).await;
+        let failed = |source| object_store::Error::Generic { store: "LocalStorage", source };
+        written.map_err(|error| failed(error.into()))?.map_err(|error| failed(error.into()))
+    }
 }
 
 #[async_trait]
 impl ObjectStore for LocalStorage {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let is_bulk = payload.content_length() >= BULK_BYTES;
-        let put = self.files.put_opts(location, payload, options).await?;
-        if is_bulk {
-            let path = self.files.path_to_filesystem(location)?;
-            // Only speed is at stake: the object is durable.
-            match tokio::task::spawn_blocking(move || forget_pages(&path)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%location, %error, "pages stay in memory"),
-                Err(error) => tracing::debug!(%location, %error, "pages stay in memory"),
-            }
+        if is_bulk && options.mode == PutMode::Overwrite && self.put_direct(location, &payload).await? {
+            return Ok(PutResult { e_tag: None, version: None, extensions: Extensions::new() });
         }
-        Ok(put)
+        self.files.put_opts(location, payload, options).await
     }
 
     async fn put_multipart_opts(

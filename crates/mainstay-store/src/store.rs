@@ -327,6 +327,17 @@ impl Store {
         self.shared.edit(replica, set).await
     }
 
+    /// Proves that storage takes writes, by one: for those who must know before they begin something that they could neither
+    /// finish nor undo without.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`], [`StoreError::NoAccess`], [`StoreError::Storage`].
+    pub async fn check_writable(&self) -> Result<(), StoreError> {
+        let (storage, key) = (&self.shared.storage, keys::probe());
+        storage.put(&key, vec![Bytes::from_static(b"probe")]).await?;
+        storage.delete(&key).await
+    }
+
     /// Takes points out of the catalogue; unknown ids are ignored. Data that only they need is freed by
     /// maintenance. The head and pinned points keep their data.
     ///

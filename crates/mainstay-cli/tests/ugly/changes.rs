@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail, ensure};
 use mainstay_lab::{DiskImage, HOME, LedgerCopy, RECOVERY};
 
-use crate::support::{PATIENCE, World, eventually};
+use crate::support::{World, eventually};
 
 const MIB: u64 = 1 << 20;
 
@@ -184,7 +184,7 @@ async fn snapshotted(world: &World) -> Result<()> {
     .await?;
     world.in_guest("vm1", LedgerCopy::Active, "echo after > /ledger0/note; sync").await?;
     world.wait_point("vm1").await?;
-    arrived(world, "after", before).await
+    world.arrived("vm1", "after", before).await
 }
 
 /// The VM's definition is removed while it runs, and comes back.
@@ -202,22 +202,7 @@ async fn defined_anew(world: &World) -> Result<()> {
     world.virsh(HOME, &["define", xml.to_str().context("a path")?])?;
     world.in_guest("vm1", LedgerCopy::Active, "echo anew > /ledger0/note; sync").await?;
     world.wait_point("vm1").await?;
-    arrived(world, "anew", before).await
-}
-
-/// The guest's note is in a test copy of the newest recovery point, and far less than everything was moved for it.
-async fn arrived(world: &World, note: &str, moved_before: u64) -> Result<()> {
-    world.wait_item("vm1", "is well", |item| item["replicationHealth"] == "Normal").await?;
-    world.cli(&["test-failover", "vm1"]).expect(0);
-    let ledger = world.lab.ledger("vm1", LedgerCopy::Test, PATIENCE).await?;
-    ensure!(ledger.is_whole(), "{ledger:?}");
-    let told = world.in_guest("vm1", LedgerCopy::Test, "cat /ledger0/note").await?;
-    ensure!(told == note, "the copy says '{told}', not '{note}'");
-    world.cli(&["cleanup-test-failover", "vm1"]).expect(0);
-    let moved = world.status("vm1").await?.bytes_moved - moved_before;
-    let resynchronizations = world.events("Resynchronized")?.len();
-    ensure!(moved < 8 * MIB, "{moved} bytes were moved, {resynchronizations} resynchronizations");
-    Ok(())
+    world.arrived("vm1", "anew", before).await
 }
 
 /// The VM is shut down, renamed and started again by its administrator; it stays the same item.

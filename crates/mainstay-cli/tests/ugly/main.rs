@@ -10,6 +10,7 @@ mod damage;
 mod disaster;
 mod firmware;
 mod isolation;
+mod migration;
 mod rescue;
 mod space;
 mod split;

@@ -88,18 +88,15 @@ async fn the_store_is_read_only() -> Result<()> {
     world.whole("vm1", HOME).await?;
     let points = world.points("vm1")?;
 
-    // A failover must write down in the store that the source is shut out. It cannot, nor can it take that back, and says so.
-    let told = world.cli(&["failover", "vm1", "--no-shutdown-source"]).expect(1);
-    assert!(told.err.to_lowercase().contains("read-only"), "{}", told.err);
-    let jobs = world.cli(&["job", "list", "--json"]).expect(0).json()?;
-    let jobs = jobs.as_array().context("a list")?;
-    let failover = jobs.iter().find(|job| job["properties"]["scenarioName"] == "UnplannedFailover");
-    let failover = failover.and_then(|job| job["name"].as_str()).context("the failover")?;
+    // A failover must write down in the store that the source is shut out. It cannot, and says so before it does anything.
+    for shutdown in ["--no-shutdown-source", "--shutdown-source"] {
+        let told = world.cli(&["failover", "vm1", shutdown]).expect(1);
+        assert!(told.err.to_lowercase().contains("read-only"), "{}", told.err);
+        world.wait_item("vm1", "is as before", |item| item["protectionState"] == "Protected").await?;
+    }
     world.writes_on("vm1").await?;
 
     mounted.set_read_only(false)?;
-    world.cli(&["job", "restart", failover]);
-    world.wait_item("vm1", "is as before", |item| item["protectionState"] == "Protected").await?;
     eventually("a recovery point after the outage", async || {
         ensure!(world.points("vm1")?.iter().any(|point| !points.contains(point)));
         Ok(())

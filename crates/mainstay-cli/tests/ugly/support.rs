@@ -15,6 +15,8 @@ use serde_json::Value;
 /// How long anything may take. Far more than it does: the machine may be busy with other things.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(100);
+/// More than the guests change within a few cycles, and far less than is on their disks.
+const DELTA_BYTES_MAX: u64 = 8 << 20;
 
 /// How a command ended.
 #[derive(Debug)]
@@ -231,6 +233,22 @@ impl World {
         self.cli(&["commit", name]).expect(0);
         self.cli(&["reverse-replicate", name]).expect(0);
         self.wait_point(name).await
+    }
+
+    /// Fails unless the guest's `/ledger0/note` is in a test copy of the newest recovery point, and far less than everything was
+    /// moved for it.
+    pub(crate) async fn arrived(&self, name: &str, note: &str, moved_before: u64) -> Result<()> {
+        self.wait_item(name, "is well", |item| item["replicationHealth"] == "Normal").await?;
+        self.cli(&["test-failover", name]).expect(0);
+        let ledger = self.lab.ledger(name, LedgerCopy::Test, PATIENCE).await?;
+        ensure!(ledger.is_whole(), "{ledger:?}");
+        let told = self.in_guest(name, LedgerCopy::Test, "cat /ledger0/note").await?;
+        ensure!(told == note, "the copy says '{told}', not '{note}'");
+        self.cli(&["cleanup-test-failover", name]).expect(0);
+        let moved = self.status(name).await?.bytes_moved - moved_before;
+        let resynchronizations = self.events("Resynchronized")?.len();
+        ensure!(moved < DELTA_BYTES_MAX, "{moved} bytes were moved, {resynchronizations} resynchronizations");
+        Ok(())
     }
 
     /// Waits until the guest has acknowledged some more records: it runs, and its disks take writes.

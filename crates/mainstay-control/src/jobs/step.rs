@@ -194,6 +194,18 @@ impl StepContext<'_> {
         Ok(self.control.item(self.job.item).await?)
     }
 
+    /// Refuses to go on where the store takes no writes, while nothing has happened yet: what comes could be neither finished
+    /// nor undone without.
+    pub(crate) async fn check_store(&self) -> Result<(), JobError> {
+        self.control.store.check_writable().await.map_err(|error| {
+            JobError::new(
+                "StoreNotWritable",
+                format!("the store takes no writes: {error}"),
+                "Nothing was changed. Make the store's file system writable again, or give it space, and start anew.",
+            )
+        })
+    }
+
     /// Whether the step was begun before: the server may have been restarted, and agents be on their way back.
     pub(crate) fn is_resumed(&self) -> bool {
         self.job.steps.get(self.index).is_some_and(|step| step.attempts > 1)

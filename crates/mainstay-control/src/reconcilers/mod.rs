@@ -10,7 +10,10 @@ mod retention;
 mod scrub;
 mod stand_down;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::future::BoxFuture;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -27,6 +30,9 @@ pub use scrub::{ScrubPace, Scrubs};
 const TICK: Duration = Duration::from_millis(500);
 /// How often retention and the store's maintenance run.
 const MAINTENANCE_TICK: Duration = Duration::from_secs(30);
+
+/// How often a reconciler that goes on failing says so.
+const REMINDER: Duration = Duration::from_secs(60);
 
 /// A pass of a reconciler.
 type Reconcile = fn(Arc<Control>) -> Pass;
@@ -62,14 +68,21 @@ impl Control {
         name: &'static str,
         reconcile: Reconcile,
     ) {
+        let mut complaint = Complaint::default();
         loop {
             let woken = self.changed.notified();
-            tokio::select! {
+            let result = tokio::select! {
                 () = stop.cancelled() => return,
-                result = reconcile(self.clone()) => if let Err(error) = result {
-                    // The next pass sees the same difference and tries again.
+                result = reconcile(self.clone()) => result,
+            };
+            match result {
+                // The next pass sees the same difference and tries again.
+                Err(error) if complaint.is_due(error.to_string(), Instant::now()) => {
                     tracing::warn!(reconciler = name, %error, "a pass failed");
-                },
+                }
+                Err(_) => {}
+                Ok(()) if complaint.ends() => tracing::info!(reconciler = name, "passes succeed again"),
+                Ok(()) => {}
             }
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -77,5 +90,44 @@ impl Control {
                 () = tokio::time::sleep(tick) => {}
             }
         }
+    }
+}
+
+/// What a reconciler last said that it cannot do. Two passes a second would fill a log with what one line tells.
+#[derive(Default)]
+struct Complaint {
+    said: Option<(String, Instant)>,
+}
+
+impl Complaint {
+    /// Whether to say this now: it is new, or was said a while ago.
+    fn is_due(&mut self, text: String, now: Instant) -> bool {
+        if self.said.as_ref().is_some_and(|(said, when)| *said == text && now < *when + REMINDER) {
+            return false;
+        }
+        self.said = Some((text, now));
+        true
+    }
+
+    /// All is well; whether it was not before.
+    fn ends(&mut self) -> bool {
+        self.said.take().is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_on_failing_is_said_when_it_changes_and_once_a_minute() {
+        let (mut complaint, begun) = (Complaint::default(), Instant::now());
+        assert!(!complaint.ends());
+        let said = (0..240).filter(|pass| complaint.is_due("it is full".to_owned(), begun + TICK * *pass));
+        assert_eq!(said.count(), 2);
+        let later = begun + TICK * 240;
+        assert!(complaint.is_due("it refuses access".to_owned(), later));
+        assert!(complaint.ends() && !complaint.ends());
+        assert!(complaint.is_due("it refuses access".to_owned(), later));
     }
 }

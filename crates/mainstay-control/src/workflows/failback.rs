@@ -270,6 +270,7 @@ impl StepAction for ShutDownRecoveryVm {
         {
             return Ok(Done::default());
         }
+        step.check_store().await?;
         let shutdown = ShutDownVm { item: item.id, vm: copy.vm, timeout_ms: params.shutdown_timeout_ms };
         match step.call(item.recovery_provider, shutdown, Patience::RESTART).await? {
             ShutdownOutcome::Off => Ok(Done::default()),

@@ -106,6 +106,7 @@ impl StepAction for CheckPrerequisites {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
         let params: FailoverParams = step.params()?;
+        step.check_store().await?;
         // Says early that the chosen point does not exist; the choice itself is made after the last delta.
         step.control.choose_point(&item, params.point).await?;
         if self.is_planned {

@@ -41,6 +41,7 @@ impl StepAction for IdentifyTarget {
                 "Disable replication and enable it again; everything is then copied anew.",
             ));
         }
+        step.check_store().await?;
         Ok(Done::default())
     }
 }

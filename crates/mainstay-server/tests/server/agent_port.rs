@@ -1,11 +1,8 @@
 //! The agents' port against those who are no agents, or not the one they should be: over the wire, with a running server.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::{io, sync::Arc};
 
+use crate::support::{Seed, Server, seed};
 use mainstay_api::v1::{RegisterAnswer, RegisterRequest, RegistrationKey};
 use mainstay_control::{Control, ManualClock, app::REGISTRATION_KEY_HOURS};
 use mainstay_model::ProviderId;
@@ -16,7 +13,6 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
 use serde_json::{Value, json};
-use support::{Seed, Server, seed};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,

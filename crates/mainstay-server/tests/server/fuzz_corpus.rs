@@ -1,7 +1,5 @@
 //! What fuzzing has kept (`fuzz/corpus`), without a fuzzer: whatever once was a problem, or leads far, is tried with every change.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
 use std::{
     io,
     path::{Path, PathBuf},

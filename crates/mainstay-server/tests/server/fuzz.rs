@@ -3,12 +3,9 @@
 //!
 //! The mutations come from a seed, the same each time; `MAINSTAY_FUZZ_SEED` chooses another, `MAINSTAY_FUZZ_ROUNDS` more of them.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::{MAC, Seed, Server, put_item, seed};
 use mainstay_control::{
     Control, SystemClock,
     app::Requester,
@@ -20,7 +17,6 @@ use proptest::{
     test_runner::{RngAlgorithm, TestRng},
 };
 use serde_json::{Value, json};
-use support::{MAC, Seed, Server, put_item, seed};
 use uuid::Uuid;
 
 /// Times that each place of a body is bent.

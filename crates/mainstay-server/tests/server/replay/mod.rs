@@ -2,8 +2,6 @@
 //! and the shape of the bodies down to the words of the API. What differs must be listed, with its reason, in
 //! `differences.json`; what is listed must differ.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
 mod compare;
 
 use std::{
@@ -255,7 +253,7 @@ async fn until<T>(what: &str, probe: impl AsyncFn() -> Option<T>) -> T {
 }
 
 fn read<T: serde::de::DeserializeOwned>(name: &str) -> T {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/server/replay").join(name);
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 

@@ -1,9 +1,5 @@
 //! Mails about what goes wrong, through a mail server that we did not write.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::{
     io::{BufRead as _, BufReader, Lines},
     path::Path,
@@ -12,11 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::support::Server;
 use mainstay_control::{Control, ManualClock};
 use mainstay_model::Health;
 use mainstay_server::{SmtpConfig, SmtpTls, run_with_clock};
 use serde_json::{Value, json};
-use support::Server;
 
 /// How long something may take that happens in a second on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(300);

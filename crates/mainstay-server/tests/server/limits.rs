@@ -1,14 +1,10 @@
 //! Clients that are too slow or send too much do no harm: they are answered or cut off, and others are served meanwhile.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::Server;
 use mainstay_control::SystemClock;
 use serde_json::Value;
-use support::Server;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,

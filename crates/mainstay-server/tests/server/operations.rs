@@ -1,17 +1,13 @@
 //! Operations of the API that need no host, over the wire.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::{MAC, Seed, Server, seed};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mainstay_api::arm::{ExportJobDetails, JobProperties, Resource};
 use mainstay_control::{ManualClock, SystemClock, app::Requester, db::EventRecord};
 use mainstay_model::Health;
 use serde_json::{Value, json};
-use support::{MAC, Seed, Server, seed};
 
 async fn ask(server: &Server, method: &str, path: &str, body: &Value) -> Value {
     let (status, text) = server.send(method, &server.at(path), Some(body.to_string().into_bytes())).await;

@@ -1,16 +1,12 @@
 //! Who may do what, asked of every operation there is: those of the official OpenAPI files and those of the server's own document,
 //! so that none can be forgotten. And names that want to be paths.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::{collections::BTreeSet, path::Path, sync::Arc};
 
+use crate::support::Server;
 use mainstay_api::v1::{ServicePrincipal, ServicePrincipalRequest, Token, TokenRequest};
 use mainstay_control::{Control, ManualClock, db::JobCondition};
 use serde_json::{Value, json};
-use support::Server;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const OFFICIAL: &str = "../mainstay-cli/tests/clients/openapi/specification";

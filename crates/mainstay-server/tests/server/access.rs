@@ -1,11 +1,8 @@
 //! Access for Azure's own clients, over the wire: service principals, access tokens, what tells clients where to sign in.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::Server;
 use base64::{
     Engine as _,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
@@ -17,7 +14,6 @@ use mainstay_api::{
 use mainstay_control::{ManualClock, SystemClock};
 use reqwest::{Response, StatusCode, header};
 use serde_json::Value;
-use support::Server;
 
 const HOUR_MS: i64 = 3_600_000;
 const PRINCIPALS: &str = "/api/v1/servicePrincipals";

@@ -1,8 +1,5 @@
 //! A server in the test's process, reached over the wire, and a vault with something in it.
 
-#![allow(dead_code, clippy::allow_attributes, reason = "each test uses its part")]
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
 use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use mainstay_api::{Client, Connection};

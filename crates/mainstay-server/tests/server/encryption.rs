@@ -1,18 +1,14 @@
 //! A replica store that is encrypted: from the first byte, only with its key, and with another one later.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use crate::support::Server;
 use mainstay_control::SystemClock;
 use mainstay_server::{ServerConfig, create_vault_key, rebuild, run_with_clock};
-use support::Server;
 
 fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().map(|entry| entry.unwrap().path());

@@ -1,18 +1,14 @@
 //! Several vaults in one server: what is in one is in no other, and a vault goes only when it is empty.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
-
-mod support;
-
 use std::{path::PathBuf, sync::Arc};
 
+use crate::support::Server;
 use mainstay_api::{
     arm::List,
     v1::{RegisterAnswer, RegistrationKey, Vault},
 };
 use mainstay_control::{SystemClock, app::HostedVaultRecord};
 use serde_json::{Value, json};
-use support::Server;
 use uuid::Uuid;
 
 const NEW: &str = r#"{"location": "westeurope", "sku": {"name": "Standard"}, "tags": {"stage": "test"}}"#;

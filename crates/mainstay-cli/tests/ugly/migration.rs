@@ -1,0 +1,76 @@
+//! A protected VM that somebody moves live to another host, which shares its disks, and back.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use mainstay_lab::{HOME, LedgerCopy, Site, ledger};
+
+use crate::support::{World, eventually};
+
+/// A host that shares the home host's disks, and has no agent.
+struct OtherHost(Site);
+
+impl OtherHost {
+    async fn start(lab: &Path) -> Result<Self> {
+        let site = Site::open(lab, "other").await?;
+        // libvirt refuses to move a VM to the host on which it is, and knows hosts by their ids.
+        let settings = "host_uuid = \"5f1c3b52-8c0e-4b0d-9a55-3e6d1f0a7c21\"\n";
+        std::fs::write(lab.join("other/conf/libvirt/libvirtd.conf"), settings)?;
+        site.start().await?;
+        Ok(Self(site))
+    }
+}
+
+impl Drop for OtherHost {
+    fn drop(&mut self) {
+        // The lab does not know of it, and takes down what it knows.
+        self.0.cut_power();
+    }
+}
+
+/// Moves the VM; while a capture is open, or a job of somebody's, libvirt refuses.
+async fn migrate(from: &str, to: &str) -> Result<()> {
+    let how = ["migrate", "vm1", to, "--live", "--unsafe", "--persistent", "--undefinesource"];
+    let how = [&["-q", "-c", from], &how[..], &["--migrateuri", "tcp://127.0.0.1"]].concat();
+    eventually("the VM moves", async || {
+        let mut command = std::process::Command::new("virsh");
+        command.args(&how);
+        let told = crate::support::run(command);
+        ensure!(told.code == 0, "{}", told.err);
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_moves_to_another_host_and_back_goes_on_with_its_changes() -> Result<()> {
+    let mut world = World::up("migration").await?;
+    // Slow: what it changes all the while shall be far less than what it has.
+    let vm = world.guest("vm1", "ledger.rate=2")?;
+    world.protect(&vm).await?;
+    let content = "dd if=/dev/urandom of=/ledger1/content bs=1M count=32 conv=fsync 2>&1";
+    world.in_guest("vm1", LedgerCopy::Active, content).await?;
+    world.wait_point("vm1").await?;
+    let before = world.status("vm1").await?.bytes_moved;
+    let known = world.points("vm1")?;
+    let (home, id) = world.lab.vm("vm1", LedgerCopy::Active).await?;
+    let home = home.uri().to_owned();
+    let other = OtherHost::start(world.lab.dir()).await?;
+
+    migrate(&home, other.0.uri()).await?;
+    // Nobody replicates it there, and that is said.
+    world.wait_item("vm1", "is missed", |item| item["replicationHealth"] == "Critical").await?;
+    let errors = world.item("vm1")?["healthErrors"].to_string();
+    ensure!(errors.contains("NotFound"), "{errors}");
+    world.writes_on("vm1").await?;
+    let script = "echo away > /ledger0/note; sync";
+    ledger::run_in_guest(&other.0, id, "/bin/sh", &["-c", script]).await?;
+    let points = world.points("vm1")?;
+    ensure!(known.iter().all(|point| points.contains(point)), "recovery points went away");
+
+    migrate(other.0.uri(), &home).await?;
+    world.wait_point("vm1").await?;
+    world.arrived("vm1", "away", before).await?;
+    world.whole("vm1", HOME).await.context("back at home")?;
+    world.proved()
+}
