@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{fuzz, tidy};
 
-/// A suite, how long it took, and the share of that in which the machine's processors had nothing to do.
+/// A suite, how long it took, and the share of that in which the machine's processors had nothing to do, not even to lint.
 struct Timed {
     name: String,
     elapsed: Duration,

@@ -120,6 +120,29 @@ pub enum FrameError {
     Payload,
 }
 
+/// An encoded frame: its bytes are those of `head` and then those of `blocks`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrameParts {
+    /// Header and run table, and the payload unless `blocks` is that.
+    pub head: Bytes,
+    /// Blocks that are stored as they are, where they were read: a copy would cost more than all else that is done with them.
+    pub blocks: Bytes,
+}
+
+impl FrameParts {
+    /// Bytes of the frame.
+    #[expect(clippy::len_without_is_empty, reason = "no frame is empty")]
+    pub fn len(&self) -> usize {
+        self.head.len() + self.blocks.len()
+    }
+}
+
+impl From<Bytes> for FrameParts {
+    fn from(head: Bytes) -> Self {
+        Self { head, blocks: Bytes::new() }
+    }
+}
+
 /// Collects runs, in order of disk and block, into one frame.
 #[derive(Debug, Default)]
 pub struct FrameBuilder {
@@ -235,6 +258,15 @@ impl FrameBuilder {
     /// # Errors
     /// [`FrameError::Malformed`] when nothing was pushed.
     pub fn finish(self, effort: Effort) -> Result<Bytes, FrameError> {
+        let FrameParts { head, blocks } = self.finish_in_parts(effort)?;
+        Ok(if blocks.is_empty() { head } else { [head, blocks].concat().into() })
+    }
+
+    /// As [`Self::finish`], without a copy of blocks that fill the frame and are not compressed.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub fn finish_in_parts(self, effort: Effort) -> Result<FrameParts, FrameError> {
         if self.runs.is_empty() {
             return Err(FrameError::Malformed("no runs"));
         }
@@ -250,7 +282,7 @@ impl FrameBuilder {
             disk = run.disk;
             end = run.block + u64::from(run.count);
         }
-        let mut out = PACKER.with_borrow_mut(|packer| {
+        let (mut head, blocks) = PACKER.with_borrow_mut(|packer| {
             let packed = packer.pack(&self.payload, effort);
             let packed = packed.filter(|packed| packed.len() <= self.payload.len() - self.payload.len() / 16);
             let codec = match (&packed, effort) {
@@ -258,23 +290,27 @@ impl FrameBuilder {
                 (Some(_), Effort::Small) => CODEC_ZSTD,
                 (Some(_), Effort::Fast) => CODEC_LZ4,
             };
-            let stored = packed.unwrap_or(&self.payload);
-            let mut out = Vec::with_capacity(FRAME_HEADER_BYTES + runs.len() + stored.len());
-            out.extend_from_slice(MAGIC);
-            out.extend_from_slice(&[VERSION, codec]);
-            out.extend_from_slice(&(self.runs.len() as u16).to_le_bytes());
-            out.extend_from_slice(&(runs.len() as u32).to_le_bytes());
-            out.extend_from_slice(&(stored.len() as u32).to_le_bytes());
-            out.extend_from_slice(&((self.payload.len() / BLOCK_LENGTH) as u16).to_le_bytes());
-            out.extend_from_slice(&[0; 2]);
-            out.extend_from_slice(&[0; 16]);
-            out.extend_from_slice(&runs);
-            out.extend_from_slice(stored);
-            out
+            let (stored, blocks) = match (packed, &self.payload) {
+                (Some(packed), _) => (packed, Bytes::new()),
+                (None, Payload::Whole(blocks)) => (&[][..], blocks.clone()),
+                (None, Payload::Copied(payload)) => (&payload[..], Bytes::new()),
+            };
+            let mut head = Vec::with_capacity(FRAME_HEADER_BYTES + runs.len() + stored.len());
+            head.extend_from_slice(MAGIC);
+            head.extend_from_slice(&[VERSION, codec]);
+            head.extend_from_slice(&(self.runs.len() as u16).to_le_bytes());
+            head.extend_from_slice(&(runs.len() as u32).to_le_bytes());
+            head.extend_from_slice(&((stored.len() + blocks.len()) as u32).to_le_bytes());
+            head.extend_from_slice(&((self.payload.len() / BLOCK_LENGTH) as u16).to_le_bytes());
+            head.extend_from_slice(&[0; 2]);
+            head.extend_from_slice(&[0; 16]);
+            head.extend_from_slice(&runs);
+            head.extend_from_slice(stored);
+            (head, blocks)
         });
-        let sum = checksum(&out);
-        out[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum);
-        Ok(Bytes::from(out))
+        let sum = checksum_of(VERSION, &[&head[..CHECKSUM_AT], &head[FRAME_HEADER_BYTES..], &blocks]);
+        head[CHECKSUM_AT..FRAME_HEADER_BYTES].copy_from_slice(&sum);
+        Ok(FrameParts { head: head.into(), blocks })
     }
 }
 
@@ -344,15 +380,23 @@ impl Packer {
 
 /// The checksum of a frame of the version that it says it has.
 pub(crate) fn checksum(frame: &[u8]) -> [u8; 16] {
-    let (head, body) = (&frame[..CHECKSUM_AT], &frame[FRAME_HEADER_BYTES..]);
+    checksum_of(frame[4], &[&frame[..CHECKSUM_AT], &frame[FRAME_HEADER_BYTES..]])
+}
+
+/// The checksum over what lies one after the other.
+fn checksum_of(version: u8, parts: &[&[u8]]) -> [u8; 16] {
     let mut sum = [0; 16];
-    if frame[4] == VERSION_BLAKE3 {
-        let hash = blake3::Hasher::new().update(head).update(body).finalize();
-        sum.copy_from_slice(&hash.as_bytes()[..16]);
+    if version == VERSION_BLAKE3 {
+        let mut hasher = blake3::Hasher::new();
+        for part in parts {
+            hasher.update(part);
+        }
+        sum.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
     } else {
         let mut hasher = HighwayHasher::new(CHECKSUM_KEY);
-        hasher.append(head);
-        hasher.append(body);
+        for part in parts {
+            hasher.append(part);
+        }
         let [low, high] = hasher.finalize128();
         sum[..8].copy_from_slice(&low.to_le_bytes());
         sum[8..].copy_from_slice(&high.to_le_bytes());

@@ -142,7 +142,10 @@ fn a_whole_frame_is_taken_without_a_copy_and_is_the_same_frame() {
         let mut whole = FrameBuilder::new();
         whole.push_zero(0, 0, 9).unwrap();
         whole.push_bytes(0, 9, data.clone()).unwrap();
-        assert_eq!(whole.finish(effort).unwrap(), expected);
+        let parts = whole.finish_in_parts(effort).unwrap();
+        assert_eq!([&parts.head[..], &parts.blocks].concat(), expected);
+        assert_eq!(parts.len(), expected.len());
+        assert_eq!(parts.blocks.as_ptr() == data.as_ptr(), effort == Effort::None);
     }
     assert_eq!(copied.finish(Effort::Small).unwrap(), whole.finish(Effort::Small).unwrap());
 }

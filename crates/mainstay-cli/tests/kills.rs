@@ -1,5 +1,11 @@
 //! Random kills and cancels in every workflow, on real VMs.
 
+#![expect(clippy::unwrap_used, reason = "a helper that fails fails its test")]
+#![expect(
+    clippy::print_stdout,
+    reason = "what is broken is told as it happens: with the seed, it is how a failure is found again"
+)]
+
 use std::{path::PathBuf, time::Duration};
 
 use mainstay_lab::{DiskImage, GuestImages, Lab, LabOptions, kills};
@@ -48,5 +54,5 @@ async fn in_a_lab(seed: u64, rounds: u64) -> kills::KillReport {
 }
 
 fn number(variable: &str, otherwise: u64) -> u64 {
-    std::env::var(variable).ok().map_or(otherwise, |text| text.parse().expect("a number"))
+    std::env::var(variable).ok().map_or(otherwise, |text| text.parse().unwrap())
 }

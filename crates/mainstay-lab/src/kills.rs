@@ -21,7 +21,9 @@ const GUEST_TIMEOUT: Duration = Duration::from_secs(180);
 /// Longest wait before something breaks: longer than any operation here takes undisturbed.
 const BREAK_WITHIN_MS: u64 = 2500;
 /// How often things break while one job runs, at most: the job then lasts longer, and has more moments to break in.
-const BREAKS_MAX: usize = 4;
+const BREAKS_MAX: usize = 5;
+/// Longest wait from one to the next.
+const BREAK_AGAIN_WITHIN_MS: u64 = 700;
 
 /// What may be killed, each with -9: `vm` is the active copy, which its administrator then starts again. Or the job is cancelled.
 const VICTIMS: [&str; 7] =
@@ -160,7 +162,8 @@ impl Killer<'_> {
         let (mut cancelled_at, mut is_vm_killed) = (None, false);
         for _ in 0..self.random.random_range(1..=BREAKS_MAX) {
             let victim = *VICTIMS.choose(&mut self.random).context("a victim")?;
-            let after_ms = self.random.random_range(0..BREAK_WITHIN_MS);
+            let within_ms = if broken.is_empty() { BREAK_WITHIN_MS } else { BREAK_AGAIN_WITHIN_MS };
+            let after_ms = self.random.random_range(0..within_ms);
             tokio::time::sleep(Duration::from_millis(after_ms)).await;
             // The first may come too late, as it does in life.
             if !broken.is_empty() && !self.item.is_running(job).await? {

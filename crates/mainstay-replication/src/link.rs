@@ -133,8 +133,7 @@ impl<'a> Link<'a> {
                 }
                 self.written = self.written.max(number);
                 let flags = if frame.is_resent { FLAG_RESENT } else { 0 };
-                let message = Message { flags, ..Message::new(Kind::Frame, number, frame.bytes) };
-                transmitter.send(&message).await?;
+                transmitter.send_frame(flags, number, &frame.frame).await?;
                 continue;
             }
             if self.ended && !committing {
@@ -173,7 +172,7 @@ impl<'a> Link<'a> {
                 output = frames.recv(), if room && !self.ended => match output {
                     Some(Output::Frame(frame)) => {
                         self.last += 1;
-                        self.buffer_bytes += frame.bytes.len();
+                        self.buffer_bytes += frame.frame.len();
                         self.buffer.push_back((self.last, frame.clone()));
                         backlog.push_back((self.last, frame));
                     }
@@ -190,7 +189,7 @@ impl<'a> Link<'a> {
     fn acknowledge(&mut self, durable: u64) {
         self.durable = self.durable.max(durable);
         while let Some((_, frame)) = self.buffer.pop_front_if(|(number, _)| *number <= self.durable) {
-            self.buffer_bytes -= frame.bytes.len();
+            self.buffer_bytes -= frame.frame.len();
         }
     }
 

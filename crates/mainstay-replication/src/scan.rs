@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
-use mainstay_block::frame::{Effort, FRAME_BLOCKS_MAX, FrameBuilder};
+use mainstay_block::frame::{Effort, FRAME_BLOCKS_MAX, FrameBuilder, FrameError, FrameParts};
 use mainstay_block::hash_table::Verdict;
 use mainstay_block::{BLOCK_BYTES, BlockHash, ExtentKind, blocks_of, is_zero};
 use tokio::sync::{mpsc, watch};
@@ -33,7 +33,7 @@ const BATCHES_COMPRESSING: usize = 2;
 /// A frame on its way.
 #[derive(Clone)]
 pub(crate) struct Sent {
-    pub(crate) bytes: Bytes,
+    pub(crate) frame: FrameParts,
     /// The replica is known to hold what is in it, and asked for it again.
     pub(crate) is_resent: bool,
 }
@@ -64,7 +64,7 @@ enum Change {
     Frames {
         first: u64,
         hashes: Vec<BlockHash>,
-        frames: Vec<(Bytes, Made)>,
+        frames: Vec<(FrameParts, Made)>,
     },
     /// Blocks one after the other, the last perhaps partial.
     Data {
@@ -92,7 +92,7 @@ enum Built {
     Frame(FrameBuilder),
     Resent(FrameBuilder),
     /// Nothing more is to be done.
-    Made(Vec<(Bytes, Made)>),
+    Made(Vec<(FrameParts, Made)>),
 }
 
 /// How hard the next frame is compressed.
@@ -113,9 +113,19 @@ impl Compression<'_> {
 }
 
 /// Encodes a frame. CPU-bound.
-fn finish(frame: FrameBuilder, effort: Effort) -> Result<(Bytes, Made), ReplicationError> {
+fn finish(frame: FrameBuilder, effort: Effort) -> Result<(FrameParts, Made), ReplicationError> {
+    // Together: blocks where they were read would keep all that was read with them, changed or not, for as long as the frame is
+    // not durable.
+    encode(frame, effort, |frame| frame.finish(effort).map(FrameParts::from))
+}
+
+fn encode(
+    frame: FrameBuilder,
+    effort: Effort,
+    work: impl FnOnce(FrameBuilder) -> Result<FrameParts, FrameError>,
+) -> Result<(FrameParts, Made), ReplicationError> {
     let plain_bytes = frame.payload_bytes() as u64;
-    let (frame, cost) = Cost::of(|| frame.finish(effort));
+    let (frame, cost) = Cost::of(|| work(frame));
     let frame = frame?;
     let made = Made { effort, plain_bytes, frame_bytes: frame.len() as u64, cost };
     Ok((frame, made))
@@ -373,11 +383,11 @@ fn whole(
     first: u64,
     data: &Bytes,
     effort: Effort,
-) -> Result<Vec<(Bytes, Made)>, ReplicationError> {
+) -> Result<Vec<(FrameParts, Made)>, ReplicationError> {
     let frames = (0..data.len()).step_by(FRAME_BYTES).map(|at| {
         let mut frame = FrameBuilder::new();
         frame.push_bytes(disk, first + at as u64 / BLOCK_BYTES, data.slice(at..at + FRAME_BYTES))?;
-        finish(frame, effort)
+        encode(frame, effort, |frame| frame.finish_in_parts(effort))
     });
     frames.collect()
 }
@@ -544,7 +554,7 @@ async fn compress(
             let bytes = made.frame_bytes;
             throttle.spend(bytes).await;
             compression.lock().record(made);
-            if compression.output.send(Output::Frame(Sent { bytes: frame, is_resent })).await.is_err() {
+            if compression.output.send(Output::Frame(Sent { frame, is_resent })).await.is_err() {
                 return Ok(());
             }
             progress.send_modify(|progress| {

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use mainstay_block::frame::FRAME_BYTES_MAX;
+use mainstay_block::frame::{FRAME_BYTES_MAX, FrameParts};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::sync::Mutex;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -208,21 +208,44 @@ pub(crate) struct Transmitter {
 
 impl Transmitter {
     pub(crate) async fn send(&self, message: &Message) -> Result<(), ReplicationError> {
-        let header = Header {
-            magic: MAGIC,
-            kind: message.kind as u8,
-            flags: message.flags,
-            reserved: [0; 2],
-            tag: U64::new(message.tag),
-            length: U32::new(message.payload.len() as u32),
-        };
-        if message.payload.len() > message.kind.limit() as usize {
+        self.write(message.kind, message.flags, message.tag, [&message.payload, &[]]).await
+    }
+
+    pub(crate) async fn send_frame(
+        &self,
+        flags: u8,
+        number: u64,
+        frame: &FrameParts,
+    ) -> Result<(), ReplicationError> {
+        self.write(Kind::Frame, flags, number, [&frame.head, &frame.blocks]).await
+    }
+
+    /// Writes a message whose payload lies in two places.
+    async fn write(
+        &self,
+        kind: Kind,
+        flags: u8,
+        tag: u64,
+        payload: [&[u8]; 2],
+    ) -> Result<(), ReplicationError> {
+        let length = payload[0].len() + payload[1].len();
+        if length > kind.limit() as usize {
             return Err(ReplicationError::Protocol("message too long to send"));
         }
+        let header = Header {
+            magic: MAGIC,
+            kind: kind as u8,
+            flags,
+            reserved: [0; 2],
+            tag: U64::new(tag),
+            length: U32::new(length as u32),
+        };
         let mut write = self.write.lock().await;
-        write_all(&mut *write, header.as_bytes(), &message.payload).await?;
-        let bytes = (HEADER_BYTES + message.payload.len()) as u64;
-        self.traffic.sent.fetch_add(bytes, Ordering::Relaxed);
+        // All in one write: with TLS each write is a record and a system call.
+        let mut parts = Buf::chain(Buf::chain(header.as_bytes(), payload[0]), payload[1]);
+        write.write_all_buf(&mut parts).await?;
+        write.flush().await?;
+        self.traffic.sent.fetch_add((HEADER_BYTES + length) as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -239,14 +262,4 @@ impl Transmitter {
             }
         }
     }
-}
-
-async fn write_all(
-    write: &mut (impl AsyncWrite + Unpin),
-    header: &[u8],
-    payload: &[u8],
-) -> std::io::Result<()> {
-    // Both in one write: with TLS each write is a record and a system call.
-    write.write_all_buf(&mut Buf::chain(header, payload)).await?;
-    write.flush().await
 }
