@@ -28,8 +28,11 @@ pub(crate) fn write(path: &Path, staging: &Path, parts: &[Bytes]) -> io::Result<
     options.write(true).create_new(true).custom_flags(OFlag::O_DIRECT.bits());
     let file = match options.open(staging) {
         Ok(file) => file,
-        // The directory is not there yet, or the file system knows only its cache.
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput) => {
+        // The directory is not there yet.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        // The file system knows only its cache; Linux says so when it has made the file already.
+        Err(error) if error.kind() == ErrorKind::InvalidInput => {
+            remove(staging)?;
             return Ok(false);
         }
         Err(error) => return Err(error),
@@ -42,10 +45,17 @@ pub(crate) fn write(path: &Path, staging: &Path, parts: &[Bytes]) -> io::Result<
         Ok(()) => Ok(true),
         Err(error) => {
             // Removed at the next start otherwise; why writing failed is what matters.
-            let _ = std::fs::remove_file(staging);
+            let _ = remove(staging);
             // Some file systems take the flag and refuse the write.
             if error.kind() == ErrorKind::InvalidInput { Ok(false) } else { Err(error) }
         }
+    }
+}
+
+fn remove(staging: &Path) -> io::Result<()> {
+    match std::fs::remove_file(staging) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

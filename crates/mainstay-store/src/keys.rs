@@ -45,9 +45,10 @@ pub(crate) fn keyring() -> Path {
     Path::from(format!("{ROOT}/keyring"))
 }
 
-/// Written and deleted to see whether anything can be written.
-pub(crate) fn probe() -> Path {
-    Path::from(format!("{ROOT}/probe"))
+/// Written and deleted to see whether anything can be written. One that a crash leaves is garbage as any other object that no
+/// manifest names.
+pub(crate) fn probe(replica: Uuid) -> Path {
+    Path::from(format!("{ROOT}/{replica}/probe"))
 }
 
 /// The version in a manifest's key.

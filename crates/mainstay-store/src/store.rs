@@ -327,13 +327,13 @@ impl Store {
         self.shared.edit(replica, set).await
     }
 
-    /// Proves that storage takes writes, by one: for those who must know before they begin something that they could neither
+    /// Proves that storage takes writes for a replica, by one: for those who must know before they begin something that they could neither
     /// finish nor undo without.
     ///
     /// # Errors
     /// [`StoreError::Full`], [`StoreError::NoAccess`], [`StoreError::Storage`].
-    pub async fn check_writable(&self) -> Result<(), StoreError> {
-        let (storage, key) = (&self.shared.storage, keys::probe());
+    pub async fn check_writable(&self, replica: Uuid) -> Result<(), StoreError> {
+        let (storage, key) = (&self.shared.storage, keys::probe(replica));
         storage.put(&key, vec![Bytes::from_static(b"probe")]).await?;
         storage.delete(&key).await
     }

@@ -197,7 +197,7 @@ impl StepContext<'_> {
     /// Refuses to go on where the store takes no writes, while nothing has happened yet: what comes could be neither finished
     /// nor undone without.
     pub(crate) async fn check_store(&self) -> Result<(), JobError> {
-        self.control.store.check_writable().await.map_err(|error| {
+        self.control.store.check_writable(self.job.item.0).await.map_err(|error| {
             JobError::new(
                 "StoreNotWritable",
                 format!("the store takes no writes: {error}"),
