@@ -62,9 +62,10 @@ fn foreign_backup(world: &World) -> Result<PathBuf> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_protected_vm_is_backed_up_grown_renamed_and_comes_home() -> Result<()> {
     let mut world = World::up("changes").await?;
-    let mut vm = world.guest("vm1", "ledger.ip=10.77.0.5/24")?;
+    let mut vm = world.guest("vm1", "ledger.ip=10.77.0.5/24 ledger.rate=5")?;
     vm.disks = vec![DiskImage::Qcow2, DiskImage::Raw];
     world.protect(&vm).await?;
+    world.write_content("vm1").await?;
     others_are_left_alone(&world).await?;
     snapshotted(&world).await?;
     defined_anew(&world).await?;

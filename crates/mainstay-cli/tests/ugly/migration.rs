@@ -48,9 +48,7 @@ async fn a_vm_that_moves_to_another_host_and_back_goes_on_with_its_changes() -> 
     // Slow: what it changes all the while shall be far less than what it has.
     let vm = world.guest("vm1", "ledger.rate=2")?;
     world.protect(&vm).await?;
-    let content = "dd if=/dev/urandom of=/ledger1/content bs=1M count=32 conv=fsync 2>&1";
-    world.in_guest("vm1", LedgerCopy::Active, content).await?;
-    world.wait_point("vm1").await?;
+    world.write_content("vm1").await?;
     let before = world.status("vm1").await?.bytes_moved;
     let known = world.points("vm1")?;
     let (home, id) = world.lab.vm("vm1", LedgerCopy::Active).await?;

@@ -15,8 +15,10 @@ use serde_json::Value;
 /// How long anything may take. Far more than it does: the machine may be busy with other things.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(100);
-/// More than the guests change within a few cycles, and far less than is on their disks.
-const DELTA_BYTES_MAX: u64 = 8 << 20;
+/// Incompressible bytes of [`World::write_content`].
+const CONTENT_MIB: u64 = 32;
+/// What moves as much has not sent everything again. Far more than slow guests change meanwhile, also on a busy machine.
+const DELTA_BYTES_MAX: u64 = 24 << 20;
 
 /// How a command ended.
 #[derive(Debug)]
@@ -232,6 +234,14 @@ impl World {
         ensure!(home.last >= before.acknowledged, "{before:?}, {home:?}");
         self.cli(&["commit", name]).expect(0);
         self.cli(&["reverse-replicate", name]).expect(0);
+        self.wait_point(name).await
+    }
+
+    /// Writes much to the second disk, so that sending everything again would be seen; answers when it is replicated.
+    pub(crate) async fn write_content(&self, name: &str) -> Result<()> {
+        let script =
+            format!("dd if=/dev/urandom of=/ledger1/content bs=1M count={CONTENT_MIB} conv=fsync 2>&1");
+        self.in_guest(name, LedgerCopy::Active, &script).await?;
         self.wait_point(name).await
     }
 
