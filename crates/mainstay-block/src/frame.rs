@@ -125,7 +125,7 @@ pub enum FrameError {
 pub struct FrameParts {
     /// Header and run table, and the payload unless `blocks` is that.
     pub head: Bytes,
-    /// Blocks that are stored as they are, where they were read: a copy would cost more than all else that is done with them.
+    /// Blocks that are stored as they are, where they were read: a first transfer consists of them, and spares a copy of each.
     pub blocks: Bytes,
 }
 

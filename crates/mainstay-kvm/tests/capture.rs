@@ -8,9 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use mainstay_lab::{DiskImage, GuestImages, LedgerVm, ledger};
 use mainstay_provider::{
-    Capture, Changed, Consistency, ErrorKind, Hypervisor as _, PowerState, ShutdownOutcome,
+    Changed, Consistency, ErrorKind, Hypervisor as _, PowerState, ShutdownOutcome, TrackerId,
 };
-use rig::{PATIENCE, Rig, apply, assert_same, read_capture, request};
+use rig::{PATIENCE, Rig, apply, apply_all, assert_same, read_capture, request};
 
 fn busy_vm(name: &str) -> LedgerVm {
     let mut vm = LedgerVm::new(name);
@@ -18,6 +18,18 @@ fn busy_vm(name: &str) -> LedgerVm {
     vm.disks = vec![DiskImage::Qcow2, DiskImage::Raw];
     vm.options = "ledger.rate=100 ledger.churn_kib=512".to_owned();
     vm
+}
+
+/// A busy VM with a recovery point: what that holds, and what is tracked since.
+async fn tracked(rig: &Rig) -> Result<(LedgerVm, Vec<Vec<u8>>, TrackerId)> {
+    let vm = busy_vm("web");
+    rig.boot(&vm, 20).await?;
+    let first = rig.host.begin_capture(vm.id, request(None)).await?;
+    let copies = read_capture(first.as_ref()).await?;
+    let tracker = first.tracker().clone();
+    first.close().await?;
+    rig.host.confirm_tracker(vm.id, &tracker).await?;
+    Ok((vm, copies, tracker))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -243,34 +255,12 @@ fn virsh(rig: &Rig, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// As [`apply`]; a disk of which it is not known what changed is read whole.
-async fn apply_all(capture: &dyn Capture, copies: &mut [Vec<u8>]) -> Result<()> {
-    for (disk, copy) in capture.disks().iter().zip(copies) {
-        let whole = 0..disk.device.size();
-        let ranges = match &disk.changed {
-            Changed::Since(ranges) => ranges.clone(),
-            Changed::Unknown { .. } => vec![whole],
-        };
-        for range in ranges {
-            let bytes = disk.device.read(range.start, range.end - range.start).await?;
-            copy[range.start as usize..range.end as usize].copy_from_slice(&bytes);
-        }
-    }
-    Ok(())
-}
-
 /// A snapshot leaves the tracker with what was noted so far in the image beneath, and an empty one of the same name on top.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_of_somebodys_hides_no_change() -> Result<()> {
     let lab = tempfile::tempdir()?;
     let rig = Rig::start(lab.path(), "home").await?;
-    let vm = busy_vm("web");
-    rig.boot(&vm, 20).await?;
-    let first = rig.host.begin_capture(vm.id, request(None)).await?;
-    let mut copies = read_capture(first.as_ref()).await?;
-    let mut tracker = first.tracker().clone();
-    first.close().await?;
-    rig.host.confirm_tracker(vm.id, &tracker).await?;
+    let (vm, mut copies, mut tracker) = tracked(&rig).await?;
 
     let snapshot =
         |name: &str| virsh(&rig, &["snapshot-create-as", "web", name, "--disk-only", "--no-metadata"]);
@@ -313,13 +303,7 @@ async fn a_snapshot_of_somebodys_hides_no_change() -> Result<()> {
 async fn a_backup_that_exists_in_libvirts_memory_alone_ends_with_the_vm() -> Result<()> {
     let lab = tempfile::tempdir()?;
     let rig = Rig::start(lab.path(), "home").await?;
-    let vm = busy_vm("web");
-    rig.boot(&vm, 20).await?;
-    let first = rig.host.begin_capture(vm.id, request(None)).await?;
-    let mut copies = read_capture(first.as_ref()).await?;
-    let tracker = first.tracker().clone();
-    first.close().await?;
-    rig.host.confirm_tracker(vm.id, &tracker).await?;
+    let (vm, mut copies, tracker) = tracked(&rig).await?;
 
     rig.site.kill().await?;
     let status = lab.path().join("home/run/libvirt/qemu/run/web.xml");

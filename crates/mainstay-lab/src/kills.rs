@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     HOME, Lab, LabAction, LedgerCopy, RECOVERY,
     item::{Item, Job},
-    ledger::Ledger,
+    ledger::{self, Ledger},
 };
 
 /// How long a guest may take to answer after a start, in software emulation on a busy machine.
@@ -115,9 +115,7 @@ impl Killer<'_> {
 
     async fn write_content(&self) -> Result<()> {
         let (site, vm) = self.lab.vm(&self.vm, LedgerCopy::Active).await?;
-        let script =
-            format!("dd if=/dev/urandom of=/ledger1/content bs=1M count={CONTENT_MIB} conv=fsync 2>&1");
-        crate::ledger::run_in_guest(site, vm, "/bin/sh", &["-c", &script]).await?;
+        ledger::write_random(site, vm, "content", CONTENT_MIB).await?;
         let now_ms = jiff::Timestamp::now().as_millisecond();
         // When the second is there, what the first moved has been counted.
         self.item.wait_points(now_ms, 2).await.map(drop)

@@ -128,6 +128,12 @@ pub async fn run_in_guest(site: &Site, vm: VmId, program: &str, arguments: &[&st
     run_in_guest_for(site, vm, program, arguments, Duration::ZERO).await
 }
 
+/// Has the guest write random bytes to a file on its second disk: nothing compresses them.
+pub async fn write_random(site: &Site, vm: VmId, file: &str, mib: u64) -> Result<()> {
+    let script = format!("dd if=/dev/urandom of=/ledger1/{file} bs=1M count={mib} conv=fsync 2>&1");
+    run_in_guest(site, vm, "/bin/sh", &["-c", &script]).await.map(drop)
+}
+
 /// As [`run_in_guest`], for a program that runs so long: the guest is left alone meanwhile.
 pub async fn run_in_guest_for(
     site: &Site,

@@ -127,13 +127,13 @@ impl<'a> Link<'a> {
         let mut flushed = false;
         let mut committing = false;
         loop {
-            if let Some((number, frame)) = backlog.pop_front() {
+            if let Some((number, sent)) = backlog.pop_front() {
                 if number <= self.written {
                     self.resent += 1;
                 }
                 self.written = self.written.max(number);
-                let flags = if frame.is_resent { FLAG_RESENT } else { 0 };
-                transmitter.send_frame(flags, number, &frame.frame).await?;
+                let flags = if sent.is_resent { FLAG_RESENT } else { 0 };
+                transmitter.send_frame(flags, number, &sent.frame).await?;
                 continue;
             }
             if self.ended && !committing {
@@ -170,11 +170,11 @@ impl<'a> Link<'a> {
                 }
                 error = &mut ping => return Err(error),
                 output = frames.recv(), if room && !self.ended => match output {
-                    Some(Output::Frame(frame)) => {
+                    Some(Output::Frame(sent)) => {
                         self.last += 1;
-                        self.buffer_bytes += frame.frame.len();
-                        self.buffer.push_back((self.last, frame.clone()));
-                        backlog.push_back((self.last, frame));
+                        self.buffer_bytes += sent.frame.len();
+                        self.buffer.push_back((self.last, sent.clone()));
+                        backlog.push_back((self.last, sent));
                     }
                     Some(Output::End { left }) => {
                         self.left = left;
@@ -188,8 +188,8 @@ impl<'a> Link<'a> {
 
     fn acknowledge(&mut self, durable: u64) {
         self.durable = self.durable.max(durable);
-        while let Some((_, frame)) = self.buffer.pop_front_if(|(number, _)| *number <= self.durable) {
-            self.buffer_bytes -= frame.frame.len();
+        while let Some((_, sent)) = self.buffer.pop_front_if(|(number, _)| *number <= self.durable) {
+            self.buffer_bytes -= sent.frame.len();
         }
     }
 

@@ -99,10 +99,15 @@ mod tests {
             let (path, staging) = (dir.path().join("object"), dir.path().join("object#1"));
             let part = |length: &usize| Bytes::from((0..*length).map(|at| (at * 31 % 251) as u8).collect::<Vec<_>>());
             let parts: Vec<Bytes> = lengths.iter().map(part).collect();
-            if write(&path, &staging, &parts).unwrap() {
+            let mut probe = OpenOptions::new();
+            probe.write(true).create(true).truncate(true).custom_flags(OFlag::O_DIRECT.bits());
+            let is_possible = probe.open(dir.path().join("probe")).is_ok();
+            prop_assert_eq!(write(&path, &staging, &parts).unwrap(), is_possible);
+            if is_possible {
                 prop_assert_eq!(std::fs::read(&path).unwrap(), parts.concat());
             }
             prop_assert!(!staging.exists());
+            prop_assert!(!write(&dir.path().join("none/object"), &dir.path().join("none/object#1"), &parts).unwrap());
         }
     }
 }

@@ -327,8 +327,8 @@ impl Store {
         self.shared.edit(replica, set).await
     }
 
-    /// Proves that storage takes writes for a replica, by one: for those who must know before they begin something that they could neither
-    /// finish nor undo without.
+    /// Proves that storage takes writes for a replica, by one: for those who must know before they begin something that they
+    /// could neither finish nor undo without.
     ///
     /// # Errors
     /// [`StoreError::Full`], [`StoreError::NoAccess`], [`StoreError::Storage`].

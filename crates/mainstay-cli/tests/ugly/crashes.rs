@@ -1,7 +1,7 @@
 //! QEMU, agents and daemons die: nothing is transferred that is there already, and the guest does not notice.
 
 use anyhow::{Result, ensure};
-use mainstay_lab::{DiskImage, HOME, LabAction, LedgerCopy};
+use mainstay_lab::{DiskImage, HOME, LabAction};
 
 use crate::support::{World, eventually};
 
@@ -10,12 +10,6 @@ const MIB: u64 = 1 << 20;
 const CONTENT_MIB: u64 = 24;
 /// What is under way when the agent dies.
 const DELTA_MIB: u64 = 8;
-
-/// Has the guest write random bytes to a file on its second disk.
-async fn write_random(world: &World, file: &str, mib: u64) -> Result<()> {
-    let script = format!("dd if=/dev/urandom of=/ledger1/{file} bs=1M count={mib} conv=fsync 2>&1");
-    world.in_guest("vm1", LedgerCopy::Active, &script).await.map(drop)
-}
 
 /// Waits until a transfer is in its middle.
 async fn wait_for_transfer(world: &World, bytes: u64) -> Result<()> {
@@ -34,7 +28,7 @@ async fn whatever_dies_only_the_difference_is_transferred() -> Result<()> {
     vm.disks = vec![DiskImage::Qcow2, DiskImage::Raw];
     vm.disk_mib = 128;
     world.protect(&vm).await?;
-    write_random(&world, "content", CONTENT_MIB).await?;
+    world.write_random("vm1", "content", CONTENT_MIB).await?;
     world.wait_point("vm1").await?;
     let moved = world.status("vm1").await?.bytes_moved;
     assert!(moved > CONTENT_MIB * MIB, "{moved} bytes were moved");
@@ -71,7 +65,7 @@ async fn agents_and_daemons_die(world: &mut World) -> Result<()> {
         let before = world.status("vm1").await?.bytes_moved;
         world.lab.slow(HOME, MIB).await?;
         world.lab.wait_connected(HOME).await?;
-        write_random(world, &format!("delta{round}"), DELTA_MIB).await?;
+        world.write_random("vm1", &format!("delta{round}"), DELTA_MIB).await?;
         wait_for_transfer(world, 2 * MIB).await?;
         for (action, victim) in &victims {
             world.lab.act(*action, victim).await?;

@@ -60,8 +60,7 @@ async fn flipped_bits_are_found_and_what_the_source_has_is_sent_again() -> Resul
     let mut vm = world.guest("vm1", "ledger.rate=20")?;
     vm.disk_mib = 128;
     world.protect(&vm).await?;
-    let script = format!("dd if=/dev/urandom of=/ledger1/content bs=1M count={CONTENT_MIB} conv=fsync 2>&1");
-    world.in_guest("vm1", LedgerCopy::Active, &script).await?;
+    world.write_random("vm1", "content", CONTENT_MIB).await?;
     let digest = world.in_guest("vm1", LedgerCopy::Active, "md5sum /ledger1/content").await?;
     world.wait_point("vm1").await?;
 

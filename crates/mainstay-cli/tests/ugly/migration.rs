@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use mainstay_lab::{HOME, LedgerCopy, Site, ledger};
 
-use crate::support::{World, eventually};
+use crate::support::{World, eventually, virsh};
 
 /// A host that shares the home host's disks, and has no agent.
 struct OtherHost(Site);
@@ -29,17 +29,10 @@ impl Drop for OtherHost {
 }
 
 /// Moves the VM; while a capture is open, or a job of somebody's, libvirt refuses.
-async fn migrate(from: &str, to: &str) -> Result<()> {
-    let how = ["migrate", "vm1", to, "--live", "--unsafe", "--persistent", "--undefinesource"];
-    let how = [&["-q", "-c", from], &how[..], &["--migrateuri", "tcp://127.0.0.1"]].concat();
-    eventually("the VM moves", async || {
-        let mut command = std::process::Command::new("virsh");
-        command.args(&how);
-        let told = crate::support::run(command);
-        ensure!(told.code == 0, "{}", told.err);
-        Ok(())
-    })
-    .await
+async fn migrate(from: &Site, to: &Site) -> Result<()> {
+    let how = ["--live", "--unsafe", "--persistent", "--undefinesource", "--migrateuri", "tcp://127.0.0.1"];
+    let arguments = [&["migrate", "vm1", to.uri()], &how[..]].concat();
+    eventually("the VM moves", async || virsh(from, &arguments).map(drop)).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -52,10 +45,9 @@ async fn a_vm_that_moves_to_another_host_and_back_goes_on_with_its_changes() -> 
     let before = world.status("vm1").await?.bytes_moved;
     let known = world.points("vm1")?;
     let (home, id) = world.lab.vm("vm1", LedgerCopy::Active).await?;
-    let home = home.uri().to_owned();
     let other = OtherHost::start(world.lab.dir()).await?;
 
-    migrate(&home, other.0.uri()).await?;
+    migrate(home, &other.0).await?;
     // Nobody replicates it there, and that is said.
     world.wait_item("vm1", "is missed", |item| item["replicationHealth"] == "Critical").await?;
     let errors = world.item("vm1")?["healthErrors"].to_string();
@@ -66,7 +58,7 @@ async fn a_vm_that_moves_to_another_host_and_back_goes_on_with_its_changes() -> 
     let points = world.points("vm1")?;
     ensure!(known.iter().all(|point| points.contains(point)), "recovery points went away");
 
-    migrate(other.0.uri(), &home).await?;
+    migrate(&other.0, home).await?;
     world.wait_point("vm1").await?;
     world.arrived("vm1", "away", before).await?;
     world.whole("vm1", HOME).await.context("back at home")?;

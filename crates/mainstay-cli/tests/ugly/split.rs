@@ -54,14 +54,10 @@ async fn what_is_older_writes_nothing_and_starts_nothing() -> Result<()> {
 
     // The agent's host is set back by some cycles: its tables tell of a point that is not the newest one any more.
     let earlier = copy_of_agent(&mut world, "agent-earlier").await?;
-    world
-        .in_guest("vm1", LedgerCopy::Active, "dd if=/dev/urandom of=/ledger1/a bs=1M count=4 conv=fsync 2>&1")
-        .await?;
+    world.write_random("vm1", "a", 4).await?;
     world.wait_point("vm1").await?;
     restore_agent(&mut world, &earlier).await?;
-    world
-        .in_guest("vm1", LedgerCopy::Active, "dd if=/dev/urandom of=/ledger1/b bs=1M count=2 conv=fsync 2>&1")
-        .await?;
+    world.write_random("vm1", "b", 2).await?;
     let digests = world.in_guest("vm1", LedgerCopy::Active, "md5sum /ledger1/a /ledger1/b").await?;
     world.wait_point("vm1").await?;
     world.wait_item("vm1", "is well", |item| item["replicationHealth"] == "Normal").await?;
@@ -76,9 +72,7 @@ async fn what_is_older_writes_nothing_and_starts_nothing() -> Result<()> {
     let before = copy_of_agent(&mut world, "agent-before").await?;
     world.lab.slow(HOME, MIB).await?;
     world.lab.wait_connected(HOME).await?;
-    world
-        .in_guest("vm1", LedgerCopy::Active, "dd if=/dev/urandom of=/ledger1/c bs=1M count=8 conv=fsync 2>&1")
-        .await?;
+    world.write_random("vm1", "c", 8).await?;
     eventually("a transfer is under way", async || {
         let cycle = world.status("vm1").await?.cycle;
         ensure!(cycle.as_ref().is_some_and(|cycle| cycle.bytes_moved > MIB), "it is {cycle:?}");

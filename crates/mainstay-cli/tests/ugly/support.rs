@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mainstay_api::v1::ItemStatus;
-use mainstay_lab::{HOME, Lab, LabOptions, LedgerCopy, LedgerVm, RECOVERY, ledger};
+use mainstay_lab::{HOME, Lab, LabOptions, LedgerCopy, LedgerVm, RECOVERY, Site, ledger};
 use serde_json::Value;
 
 /// How long anything may take. Far more than it does: the machine may be busy with other things.
@@ -139,11 +139,7 @@ impl World {
 
     /// Runs `virsh` at a site.
     pub(crate) fn virsh(&self, site: &str, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new("virsh");
-        command.args(["-q", "-c", self.lab.site(site)?.uri()]).args(arguments);
-        let told = run(command);
-        ensure!(told.code == 0, "virsh {arguments:?}: {}", told.err);
-        Ok(told.out)
+        virsh(self.lab.site(site)?, arguments)
     }
 
     /// The item's ARM properties.
@@ -237,11 +233,15 @@ impl World {
         self.wait_point(name).await
     }
 
+    /// Has the active copy write random bytes to a file on its second disk.
+    pub(crate) async fn write_random(&self, name: &str, file: &str, mib: u64) -> Result<()> {
+        let (site, vm) = self.lab.vm(name, LedgerCopy::Active).await?;
+        ledger::write_random(site, vm, file, mib).await
+    }
+
     /// Writes much to the second disk, so that sending everything again would be seen; answers when it is replicated.
     pub(crate) async fn write_content(&self, name: &str) -> Result<()> {
-        let script =
-            format!("dd if=/dev/urandom of=/ledger1/content bs=1M count={CONTENT_MIB} conv=fsync 2>&1");
-        self.in_guest(name, LedgerCopy::Active, &script).await?;
+        self.write_random(name, "content", CONTENT_MIB).await?;
         self.wait_point(name).await
     }
 
@@ -289,6 +289,15 @@ impl Drop for World {
         }
         take_down(&self.dir);
     }
+}
+
+/// Runs `virsh` at a site that the lab may not know of.
+pub(crate) fn virsh(site: &Site, arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new("virsh");
+    command.args(["-q", "-c", site.uri()]).args(arguments);
+    let told = run(command);
+    ensure!(told.code == 0, "virsh {arguments:?}: {}", told.err);
+    Ok(told.out)
 }
 
 fn take_down(dir: &std::path::Path) {

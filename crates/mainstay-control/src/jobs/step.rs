@@ -201,7 +201,7 @@ impl StepContext<'_> {
             JobError::new(
                 "StoreNotWritable",
                 format!("the store takes no writes: {error}"),
-                "Nothing was changed. Make the store's file system writable again, or give it space, and start anew.",
+                "The VM was not touched. Make the store's file system writable again, or give it space, and start anew.",
             )
         })
     }

@@ -70,10 +70,8 @@ pub(crate) async fn abandon_all(host: &Arc<Host>) -> Result<Vec<VmId>, SiteError
 
 /// Whether a backup job runs and is ours: only then does it serve on a socket in a directory of ours.
 pub(crate) async fn is_ours(host: &Host, vm: VmId, run: &Path) -> Result<bool, SiteError> {
-    match host.libvirt.job(vm).await {
-        Ok(job) if job.operation.is_some() => {}
-        Err(error) if !error.is_of_phantom_job() => return Err(error.into()),
-        _ => return Ok(false),
+    if !has_job(host, vm).await? {
+        return Ok(false);
     }
     // Fails when the job is no backup.
     let xml = host.libvirt.backup_xml(vm).await.unwrap_or_default();
@@ -83,16 +81,21 @@ pub(crate) async fn is_ours(host: &Host, vm: VmId, run: &Path) -> Result<bool, S
 /// Waits until no job runs on the VM.
 pub(crate) async fn wait_until_idle(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let deadline = Instant::now() + IDLE_TIMEOUT;
-    loop {
-        match host.libvirt.job(vm).await {
-            Ok(job) if job.operation.is_some() => {}
-            Err(error) if !error.is_of_phantom_job() => return Err(error.into()),
-            _ => return Ok(()),
-        }
+    while has_job(host, vm).await? {
         if Instant::now() > deadline {
             return Err(busy("a job of the VM does not end", "See `virsh domjobinfo`."));
         }
         tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// Whether a job runs on the VM. One that exists only in libvirt's memory does not.
+async fn has_job(host: &Host, vm: VmId) -> Result<bool, SiteError> {
+    match host.libvirt.job(vm).await {
+        Ok(job) => Ok(job.operation.is_some()),
+        Err(error) if error.is_of_phantom_job() => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

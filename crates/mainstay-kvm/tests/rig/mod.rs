@@ -156,9 +156,22 @@ pub(crate) async fn read_capture(capture: &dyn Capture) -> Result<Vec<Vec<u8>>> 
 
 /// Brings older copies of the disks up to date by reading only what the capture says has changed. Answers the bytes read.
 pub(crate) async fn apply(capture: &dyn Capture, copies: &mut [Vec<u8>]) -> Result<u64> {
+    let unknown = capture.disks().iter().find(|disk| !matches!(disk.changed, Changed::Since(_)));
+    if let Some(disk) = unknown {
+        bail!("disk {}: {:?}", disk.key, disk.changed);
+    }
+    apply_all(capture, copies).await
+}
+
+/// As [`apply`]; a disk of which it is not known what changed is read whole.
+pub(crate) async fn apply_all(capture: &dyn Capture, copies: &mut [Vec<u8>]) -> Result<u64> {
     let mut total = 0;
     for (disk, copy) in capture.disks().iter().zip(copies) {
-        let Changed::Since(ranges) = &disk.changed else { bail!("disk {}: {:?}", disk.key, disk.changed) };
+        let whole = 0..disk.device.size();
+        let ranges = match &disk.changed {
+            Changed::Since(ranges) => ranges.clone(),
+            Changed::Unknown { .. } => vec![whole],
+        };
         for range in ranges {
             let bytes = disk.device.read(range.start, range.end - range.start).await?;
             copy[range.start as usize..range.end as usize].copy_from_slice(&bytes);
