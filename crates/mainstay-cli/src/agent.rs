@@ -7,7 +7,10 @@ use clap::{Args, Subcommand};
 use mainstay_agent::{
     AgentConfig, HostOptions, HostSite, Identity, RegistrationKey, ServerLink, records::Records,
 };
-use mainstay_kvm::{KvmHost, KvmOptions};
+use mainstay_kvm::{
+    KvmHost, KvmOptions,
+    libvirt::{mend_statuses, status_directory},
+};
 use mainstay_provider::{Acceleration, Hypervisor, Network, NetworkKind, Site};
 use tokio_util::sync::CancellationToken;
 
@@ -102,6 +105,17 @@ enum AgentCommand {
         #[command(flatten)]
         logging: LogArguments,
     },
+    /// Takes back libvirt's notes of backups that were lost when its daemon died; for the daemon's unit, before each start.
+    ///
+    /// A daemon that dies in the moment in which a backup begins leaves a note that makes the next one wait for that backup for ever:
+    /// no other can begin while the VM runs. Refused while the daemon runs. VMs are not touched.
+    MendLibvirt {
+        #[command(flatten)]
+        agent: AgentArguments,
+        /// Where the daemon keeps its notes; known for qemu:///system and qemu:///session.
+        #[arg(long, value_name = "DIR")]
+        directory: Option<PathBuf>,
+    },
     /// Says what this host is and what it lacks.
     Doctor {
         #[command(flatten)]
@@ -139,6 +153,18 @@ pub(crate) async fn run(invocation: AgentInvocation) -> anyhow::Result<Exit> {
         AgentCommand::Run { agent, logging } => {
             logging.start()?;
             run_agent(&agent.config()?).await
+        }
+        AgentCommand::MendLibvirt { agent, directory } => {
+            let uri = agent.config()?.libvirt_uri;
+            let Some(directory) = directory.or_else(|| status_directory(&uri)) else {
+                return Err(
+                    UsageError(format!("{uri} does not tell where the notes are: say --directory")).into()
+                );
+            };
+            for vm in mend_statuses(&directory)? {
+                output::note(&format!("the lost backup of VM '{vm}' is taken back"));
+            }
+            Ok(Exit::Done)
         }
         AgentCommand::Doctor { agent, json } => doctor(&agent.config()?, json).await,
     }

@@ -8,10 +8,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use mainstay_kvm::libvirt::Libvirt;
+use mainstay_kvm::libvirt::{Libvirt, lock_holder, mend_statuses};
 use mainstay_model::VmId;
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc::flock;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest as _, Sha256};
@@ -112,6 +110,11 @@ impl Site {
         self.directory.join("consoles").join(format!("{name}.log"))
     }
 
+    /// What the daemon has noted of a running virtual machine.
+    pub fn status(&self, name: &str) -> PathBuf {
+        self.directory.join("run/libvirt/qemu/run").join(format!("{name}.xml"))
+    }
+
     /// Who runs the virtual machines.
     pub fn account(&self) -> &Account {
         &self.account
@@ -119,10 +122,22 @@ impl Site {
 
     /// Starts the daemon unless it runs, and waits until it answers. One that was just killed is waited for.
     pub async fn start(&self) -> Result<()> {
+        self.start_with(true).await
+    }
+
+    /// As [`Self::start`], on a host that does not run `mainstay agent mend-libvirt` before.
+    pub async fn start_unmended(&self) -> Result<()> {
+        self.start_with(false).await
+    }
+
+    async fn start_with(&self, is_mended: bool) -> Result<()> {
         let deadline = Instant::now() + START_TIMEOUT;
         let mut started = false;
         loop {
             if !started && self.daemon().is_none() {
+                if is_mended {
+                    mend_statuses(&self.directory.join("run/libvirt/qemu/run"))?;
+                }
                 self.spawn()?;
                 started = true;
             }
@@ -276,19 +291,11 @@ impl Site {
         Ok(())
     }
 
-    /// The daemon's process, if it lives: whoever holds the lock on its file. A killed process that has threads left to
-    /// end already looks like one that ended, but keeps the lock, and no other daemon can start before it is released.
+    /// The daemon's process, if it lives: whoever holds the lock on its file. No other daemon can start before that is released.
     fn daemon(&self) -> Option<Pid> {
-        let file = fs::File::open(self.directory.join("run/libvirt/libvirtd.pid")).ok()?;
-        let mut lock = flock {
-            l_type: i16::try_from(nix::libc::F_RDLCK).ok()?,
-            l_whence: i16::try_from(nix::libc::SEEK_SET).ok()?,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
-        fcntl(&file, FcntlArg::F_GETLK(&mut lock)).ok()?;
-        (i32::from(lock.l_type) != nix::libc::F_UNLCK).then(|| Pid::from_raw(lock.l_pid))
+        // The second is the driver's, which may be released a moment later.
+        let locks = ["run/libvirt/libvirtd.pid", "run/libvirt/qemu/run/driver.pid"];
+        locks.iter().find_map(|lock| lock_holder(&self.directory.join(lock)).ok().flatten())
     }
 }
 

@@ -60,7 +60,7 @@ pub(crate) async fn refuse_foreign_job(host: &Host, vm: VmId) -> Result<(), Site
     let job = host.libvirt.job(vm).await.map_err(|error| match error.is_of_phantom_job() {
         true => refused(
             "libvirt takes a backup of the VM for running that does not exist: its daemon died when one was begun",
-            "When it suits, shut the VM down, restart libvirt's daemon, and start the VM again; nothing less ends it. Replication then goes on by itself. A failover does not need that.",
+            "Stop libvirt's daemon, run `mainstay agent mend-libvirt`, and start the daemon again; the VM goes on meanwhile, and replication then goes on by itself. docs/guides/install.md says how the daemon does that at each start. A failover does not need it.",
         ),
         false => error.into(),
     })?;

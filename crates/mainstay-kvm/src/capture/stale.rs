@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use mainstay_model::VmId;
 use mainstay_provider::{ErrorKind, SiteError};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{CaptureRecord, OpenMark, end, freeze};
 use crate::error::{While as _, busy};
@@ -28,7 +28,9 @@ pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let Some(record) = read_record::<CaptureRecord>(&path)? else { return Ok(()) };
     match host.libvirt.state(vm).await.map_err(SiteError::from) {
         Ok(state) if state.power != mainstay_provider::PowerState::Off => {
-            if is_ours(host, vm, &record.run).await? {
+            if !has_job(host, vm).await? {
+                end_orphans(host, vm, &record.run).await?;
+            } else if is_ours(host, vm, &record.run).await? {
                 host.libvirt.abort_job(vm).await.doing("ending a capture")?;
                 wait_until_idle(host, vm).await?;
                 if host.libvirt.state(vm).await?.is_paused_by_io_error {
@@ -88,6 +90,42 @@ pub(crate) async fn wait_until_idle(host: &Host, vm: VmId) -> Result<(), SiteErr
         tokio::time::sleep(POLL).await;
     }
     Ok(())
+}
+
+/// Ends what QEMU still does for a capture that libvirt has forgotten: its daemon died when the capture was begun. Otherwise each
+/// write of the guest would go on being copied into the scratch file, and libvirt would begin no other backup.
+async fn end_orphans(host: &Host, vm: VmId, run: &Path) -> Result<(), SiteError> {
+    let nodes = host.libvirt.qmp(vm, "query-named-block-nodes", json!({"flat": true})).await?;
+    let is_ours = |node: &Value| node["file"].as_str().is_some_and(|file| Path::new(file).starts_with(run));
+    if !nodes.as_array().is_some_and(|nodes| nodes.iter().any(is_ours)) {
+        return Ok(());
+    }
+    tracing::warn!(%vm, "QEMU works on a capture that libvirt has forgotten; it is ended");
+    for job in backups(host, vm).await? {
+        host.libvirt.qmp(vm, "block-job-cancel", json!({"device": job, "force": true})).await?;
+    }
+    let deadline = Instant::now() + IDLE_TIMEOUT;
+    while !backups(host, vm).await?.is_empty() {
+        if Instant::now() > deadline {
+            return Err(busy(
+                "a backup of which libvirt does not know does not end",
+                "Nothing to do: it is tried again.",
+            ));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    // Refused if the daemon died before it was started.
+    if let Err(error) = host.libvirt.qmp(vm, "nbd-server-stop", Value::Null).await {
+        tracing::debug!(%vm, %error, "QEMU has no NBD server to stop");
+    }
+    Ok(())
+}
+
+/// The backups that QEMU carries out, whoever wanted them.
+async fn backups(host: &Host, vm: VmId) -> Result<Vec<Value>, SiteError> {
+    let jobs = host.libvirt.qmp(vm, "query-block-jobs", Value::Null).await?;
+    let backups = jobs.as_array().into_iter().flatten().filter(|job| job["type"] == "backup");
+    Ok(backups.map(|job| job["device"].clone()).collect())
 }
 
 /// Whether a job runs on the VM. One that exists only in libvirt's memory does not.

@@ -30,8 +30,7 @@ impl LibvirtError {
     }
 
     /// Whether libvirt (11.3) takes a backup for running of which it knows nothing: its daemon died just when one was begun.
-    /// Nothing runs, nothing can be aborted, and no other backup can begin, until the VM has
-    /// been off and the daemon was restarted.
+    /// Nothing can be aborted, and no other backup can begin, until [`super::mend_statuses`] has taken the note back.
     pub(crate) fn is_of_phantom_job(&self) -> bool {
         self.message.contains("backup job data missing")
     }

@@ -11,6 +11,7 @@ mod channel;
 mod error;
 mod ffi;
 mod raw;
+mod status;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +27,7 @@ pub use error::LibvirtError;
 pub(crate) use error::NO_DOMAIN;
 pub(crate) use raw::JobStatistics;
 use raw::{RawConnection, RawDomain};
+pub use status::{StatusError, lock_holder, mend_statuses, status_directory};
 
 /// Calls at once. libvirtd serves twenty clients' calls at once and queues the rest itself.
 const CALLS_MAX: usize = 16;
