@@ -289,6 +289,39 @@ async fn a_daemon_that_dies_when_a_capture_begins_stops_no_further_one() -> Resu
     rig.let_write(&vm, 20).await
 }
 
+/// Whatever libvirt and QEMU then say: it passes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_dies_while_a_capture_is_begun_is_captured_next_time() -> Result<()> {
+    let lab = tempfile::tempdir()?;
+    let rig = Rig::start(lab.path(), "home").await?;
+    let vm = busy_vm("web");
+    vm.create(&rig.site, &GuestImages::find()?).await?;
+    for wait_ms in [0, 15, 30, 45, 60, 80, 100, 120] {
+        rig.host.start(vm.id).await?;
+        let host = rig.host.clone();
+        let beginning = tokio::spawn(async move { host.begin_capture(vm.id, request(None)).await });
+        tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        rig.kill_qemu(vm.id, "web").await?;
+        match beginning.await? {
+            Ok(begun) => begun.close().await?,
+            Err(error) => assert_eq!(error.kind, ErrorKind::Unavailable, "after {wait_ms} ms: {error}"),
+        }
+        rig.wait_for_power(vm.id, PowerState::Off).await?;
+        let deadline = std::time::Instant::now() + PATIENCE;
+        let next = loop {
+            match rig.host.begin_capture(vm.id, request(None)).await {
+                // The first is still being ended.
+                Err(error) if error.kind == ErrorKind::Busy && std::time::Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                begun => break begun?,
+            }
+        };
+        next.close().await?;
+    }
+    Ok(())
+}
+
 /// A snapshot leaves the tracker with what was noted so far in the image beneath, and an empty one of the same name on top.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_of_somebodys_hides_no_change() -> Result<()> {

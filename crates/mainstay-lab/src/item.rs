@@ -221,6 +221,20 @@ impl Item {
         }
     }
 
+    /// The tasks of a job that were begun after a moment, in milliseconds since 1970.
+    pub async fn begun_after(&self, name: &str, at_ms: i64) -> Result<Vec<String>> {
+        let job = self.job(name, Instant::now() + TIMEOUT).await?;
+        let mut late = Vec::new();
+        for task in job.properties.tasks {
+            if let Some(start) = &task.start_time
+                && start.parse::<jiff::Timestamp>()?.as_millisecond() > at_ms
+            {
+                late.push(task.name);
+            }
+        }
+        Ok(late)
+    }
+
     /// Whether a job still has something to do by itself.
     pub async fn is_running(&self, name: &str) -> Result<bool> {
         Ok(is_running(&self.job(name, Instant::now() + TIMEOUT).await?.properties.state))

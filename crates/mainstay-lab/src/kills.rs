@@ -173,7 +173,8 @@ impl Killer<'_> {
             if victim == CANCEL {
                 let at = Instant::now();
                 if self.item.cancel(job).await.with_context(what)? {
-                    cancelled_at.get_or_insert((at, broken.len()));
+                    let accepted_ms = jiff::Timestamp::now().as_millisecond();
+                    cancelled_at.get_or_insert((at, accepted_ms, broken.len()));
                 }
                 continue;
             }
@@ -190,7 +191,9 @@ impl Killer<'_> {
         }
         let what = || format!("{verb}, {}", broken.join(", "));
         let done = self.item.finish_or_cancelled(job).await.with_context(what)?;
-        if let (Some((at, count)), None) = (cancelled_at, &done) {
+        if let (Some((at, accepted_ms, count)), None) = (cancelled_at, &done) {
+            let late = self.item.begun_after(job, accepted_ms).await.with_context(what)?;
+            ensure!(late.is_empty(), "{}: begun after the cancel was accepted: {late:?}", what());
             (self.say)(&format!("{verb}: cancelled within {:.1} s", at.elapsed().as_secs_f64()));
             let is_undisturbed = count == broken.len();
             self.report.cancels.push((verb.to_owned(), is_undisturbed.then(|| at.elapsed())));

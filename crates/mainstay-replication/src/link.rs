@@ -180,7 +180,8 @@ impl<'a> Link<'a> {
                         self.left = left;
                         self.ended = true;
                     }
-                    None => return Err(ReplicationError::Internal("the scan ended early".to_owned())),
+                    // The scan has failed, and tells why whoever waits for both.
+                    None => std::future::pending().await,
                 },
             }
         }

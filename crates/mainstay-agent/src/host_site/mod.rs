@@ -350,6 +350,8 @@ fn data_error(error: &ReplicationError) -> SiteError {
                 "Make space in the run directory of the protected host's agent; replication then goes on by itself.",
             ),
             std::io::ErrorKind::TimedOut => SiteError::new(ErrorKind::TimedOut, text),
+            // Who served the disk has ended: with the VM, or with somebody's end to the capture.
+            std::io::ErrorKind::ConnectionAborted => SiteError::new(ErrorKind::Unavailable, text),
             _ => SiteError::new(ErrorKind::Failed, text),
         },
         ReplicationError::Cancelled => SiteError::new(ErrorKind::Cancelled, text),

@@ -19,7 +19,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use mainstay_model::VmId;
 use mainstay_provider::{
-    Capture, CaptureRequest, CapturedDisk, Consistency, PowerState, SiteError, TrackerId,
+    Capture, CaptureRequest, CapturedDisk, Consistency, ErrorKind, PowerState, SiteError, TrackerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -138,7 +138,14 @@ pub(crate) async fn begin(
             if let Err(cleanup) = end(open).await {
                 tracing::warn!(%vm, error = %cleanup, "a failed capture could not be ended yet");
             }
-            Err(error)
+            Err(match host.power(vm).await {
+                Ok(now) if (now == PowerState::Off) != (power == PowerState::Off) => SiteError::new(
+                    ErrorKind::Unavailable,
+                    format!("the VM was stopped or started while a capture was begun: {}", error.message),
+                )
+                .with_remedy("Nothing to do: it is tried again."),
+                _ => error,
+            })
         }
     }
 }
