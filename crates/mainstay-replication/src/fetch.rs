@@ -137,7 +137,9 @@ impl Fetching<'_> {
             match message.kind {
                 Kind::Frame if message.tag == due => {
                     due += 1;
-                    let task = mainstay_block::elsewhere::spawn_blocking(move || Frame::decode(&message.payload)).await;
+                    let task =
+                        mainstay_block::elsewhere::spawn_blocking(move || Frame::decode(&message.payload))
+                            .await;
                     self.apply(&task.map_err(|error| ReplicationError::internal(&error))??).await?;
                 }
                 Kind::Done if message.tag + 1 == due => {

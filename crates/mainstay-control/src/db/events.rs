@@ -206,10 +206,7 @@ impl Transaction {
 
     /// Removes events and audit records older than `before_ms`.
     pub async fn trim_history(&mut self, before_ms: i64) -> Result<(), DbError> {
-        sqlx::query("DELETE FROM events WHERE time_ms < $1")
-            .bind(before_ms)
-            .execute(&mut self.inner)
-            .await?;
+        sqlx::query("DELETE FROM events WHERE time_ms < $1").bind(before_ms).execute(&mut self.inner).await?;
         sqlx::query("DELETE FROM audit WHERE time_ms < $1").bind(before_ms).execute(&mut self.inner).await?;
         Ok(())
     }
