@@ -187,6 +187,15 @@ impl SimStorage {
         }
     }
 
+    /// A bit turns over on the medium, at this share of the object's length.
+    pub(crate) fn flip(&self, path: &Path, share: f64) {
+        let state = self.lock();
+        let mut bytes = state.content(path).expect("the object is there").to_vec();
+        let at = ((bytes.len() as f64 * share) as usize).min(bytes.len() - 1);
+        bytes[at] ^= 0x40;
+        state.set(path, Some(bytes.into()));
+    }
+
     /// The names of all objects.
     pub(crate) fn objects(&self) -> Vec<Path> {
         let listed = at_once(self.lock().objects.list(None).try_collect::<Vec<_>>());

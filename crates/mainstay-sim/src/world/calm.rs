@@ -35,11 +35,25 @@ impl World {
 
     /// The moment that the newest recovery point of an item shows, by its host's clock.
     async fn last_point_taken_ms(&self, name: &str) -> i64 {
-        let item = self.item(name).await.expect("the VM is protected");
-        let last = item.replication.last_point.expect("there is a recovery point");
-        let point =
-            self.ask(move |control| async move { control.store.point(item.id.0, last.0).await }).await;
-        point.expect("the newest point is there").time_ms.cast_signed()
+        let found = std::sync::Mutex::new(None);
+        // Retention may have taken it out since a cycle put another one in its place, which the item does not show yet.
+        self.until("the newest recovery point is there", async |world| {
+            let item = world.item(name).await.expect("the VM is protected");
+            let last = item.replication.last_point.expect("there is a recovery point");
+            let read = move |control: std::sync::Arc<mainstay_control::Control>| async move {
+                control.store.point(item.id.0, last.0).await
+            };
+            let point = match world.ask(read).await {
+                Err(StoreError::NoPoint(_)) => None,
+                point => Some(point.expect("the catalogue is read")),
+            };
+            let is_there = point.is_some();
+            *found.lock().expect("nobody panics here") = point;
+            is_there
+        })
+        .await;
+        let point = found.into_inner().expect("nobody panics here").expect("it was waited for");
+        point.time_ms.cast_signed()
     }
 
     /// The alarm is raised exactly when the newest recovery point is older than three copy frequencies and half a minute.

@@ -15,6 +15,14 @@ async fn started(world: &World, host: &Host) {
     host.hypervisor.start(vm).await.unwrap();
 }
 
+/// It is told a moment after the copy was stopped, how often that happened.
+async fn until_told(world: &World, times: usize) {
+    let told = async |world: &World| {
+        codes(world).await.iter().filter(|code| *code == "OldCopyStopped").count() == times
+    };
+    world.until("it is told that a copy was stopped", told).await;
+}
+
 #[test]
 fn a_copy_that_is_not_the_active_one_is_stopped_on_either_side() {
     simulate(|| async {
@@ -25,13 +33,13 @@ fn a_copy_that_is_not_the_active_one_is_stopped_on_either_side() {
         started(&world, &world.home).await;
         world.until_old_copies_are_off(VM).await;
         world.check().await;
-        assert_eq!(codes(&world).await.iter().filter(|code| *code == "OldCopyStopped").count(), 1);
+        until_told(&world, 1).await;
         world.run(VM, Operation::Commit).await;
         world.run(VM, Operation::Failback).await;
         started(&world, &world.recovery).await;
         world.until_old_copies_are_off(VM).await;
         world.check().await;
-        assert_eq!(codes(&world).await.iter().filter(|code| *code == "OldCopyStopped").count(), 2);
+        until_told(&world, 2).await;
         // The active one was not mistaken for it.
         let (host, vm) = world.active(VM).await;
         assert_eq!(host.hypervisor.view(vm).unwrap().power, PowerState::Running);

@@ -33,7 +33,10 @@ fn the_tutorials_journey_loses_nothing() {
         let copy = world.item(VM).await.unwrap().recovery_vm.unwrap().vm;
         let home_vm = world.item(VM).await.unwrap().vm;
         let home = world.home.hypervisor.disks_by_key(home_vm).await.unwrap();
-        assert!(world.recovery.hypervisor.view(copy).unwrap().started_from == Some(home), "nothing was lost");
+        assert!(
+            world.recovery.hypervisor.view(copy).unwrap().started_from.as_deref() == Some(&home),
+            "nothing was lost"
+        );
 
         world.write(VM, &[("vda", 7, 7), ("vdb", 16, 8)]).await;
         world.run(VM, Operation::Commit).await;
@@ -44,7 +47,7 @@ fn the_tutorials_journey_loses_nothing() {
         assert_eq!(world.phase(VM).await, Some(Phase::FailbackCommitPending));
         let recovered = world.recovery.hypervisor.disks_by_key(copy).await.unwrap();
         let view = world.home.hypervisor.view(home_vm).unwrap();
-        assert!(view.started_from == Some(recovered), "home is what the recovery VM was");
+        assert!(view.started_from.as_deref() == Some(&recovered), "home is what the recovery VM was");
         assert_eq!(view.power, PowerState::Running);
 
         world.write(VM, &[("vda", 9, 10)]).await;

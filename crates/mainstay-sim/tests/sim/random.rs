@@ -321,9 +321,9 @@ impl Run {
     /// A bit of the store turns over: that is found, and a cycle makes the newest recovery point whole.
     async fn rot(&mut self) {
         let folders = ["segment", "map", "definition", "manifest", "catalogue"];
-        let objects = self.world.objects(folders.choose(&mut self.rng).unwrap()).await;
+        let objects = self.world.objects(folders.choose(&mut self.rng).unwrap());
         let Some(object) = objects.choose(&mut self.rng) else { return };
-        self.world.flip(object, self.rng.random()).await;
+        self.world.flip(object, self.rng.random());
         // What was read before is still in the server's memory.
         self.world.restart_server().await;
         for vm in VMS {

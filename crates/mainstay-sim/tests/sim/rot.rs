@@ -24,10 +24,10 @@ async fn world() -> World {
 }
 
 async fn flip_all(world: &World, folder: &str, share: f64) {
-    let keys = world.objects(folder).await;
+    let keys = world.objects(folder);
     assert!(!keys.is_empty());
     for key in keys {
-        world.flip(&key, share).await;
+        world.flip(&key, share);
     }
 }
 
@@ -62,7 +62,7 @@ fn a_cycle_heals_what_the_source_still_has_and_the_points_before_it() {
             let copy = world.item(VM).await.unwrap().recovery_vm.unwrap();
             let expected = world.oracle.disks_at(copy.taken_at_ms).unwrap();
             let started = world.recovery.hypervisor.view(copy.vm).unwrap().started_from.unwrap();
-            assert!(started.into_values().eq(expected.iter().cloned()));
+            assert!(started.values().eq(expected.iter()));
         }
     });
 }
@@ -95,15 +95,15 @@ fn a_failover_passes_damaged_points_over_and_takes_none_by_accident() {
     simulate(|| async {
         let mut world = world().await;
         // Of what the newest point alone has.
-        let newest = world.objects("segment").await;
+        let newest = world.objects("segment");
         let before = world.legible(VM).await.whole;
         for key in newest {
-            world.flip(&key, 0.5).await;
+            world.flip(&key, 0.5);
             world.restart_server().await;
             if world.legible(VM).await.damaged == [*before.last().unwrap()] {
                 break;
             }
-            world.flip(&key, 0.5).await;
+            world.flip(&key, 0.5);
         }
         world.cut(true);
         world.scrub(VM).await;
