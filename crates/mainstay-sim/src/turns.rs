@@ -233,6 +233,10 @@ pub fn simulate_traced<F: Future<Output = ()>>(
 ) -> Digest {
     let run = move || {
         chance::begin(seed);
+        // What maps and logs draw when a thread first has any is drawn before the world begins, whether it is logged or not.
+        drop(std::hash::RandomState::new());
+        tracing::info!(seed, "a world begins");
+        chance::begin(seed);
         trace::begin(trace);
         mainstay_block::elsewhere::simulate(pause);
         let rng = StdRng::seed_from_u64(seed);

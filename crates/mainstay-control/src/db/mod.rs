@@ -169,14 +169,12 @@ impl Db {
     }
 
     async fn with(connections: Connections) -> Result<Self, DbError> {
-        let mut writing = connections.begin().await?;
         sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")
-            .execute(&mut writing)
+            .execute(&connections)
             .await?;
         let row = sqlx::query("SELECT COALESCE(MAX(version), 0) AS version FROM schema_version")
-            .fetch_one(&mut writing)
+            .fetch_one(&connections)
             .await?;
-        writing.commit().await?;
         let found: i64 = row.try_get("version")?;
         let known = MIGRATIONS.len() as i64;
         if found > known {
