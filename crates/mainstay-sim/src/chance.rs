@@ -175,6 +175,7 @@ pub(crate) unsafe extern "C" fn getrandom(buffer: *mut libc::c_void, length: usi
         // SAFETY: the arguments are the caller's, who vouches for them.
         return unsafe { libc::syscall(libc::SYS_getrandom, buffer, length, flags) as isize };
     }
+    crate::trace::note(format_args!("random {length}"));
     for at in 0..length {
         // SAFETY: the caller vouches for as many bytes.
         unsafe { buffer.cast::<u8>().add(at).write((random() >> 32) as u8) };

@@ -11,7 +11,10 @@ mod wire;
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -122,8 +125,11 @@ pub(crate) fn vm_named(name: &str) -> VmId {
 /// A directory in memory where there is one: durability against power cuts is not what is simulated here.
 fn make_dir() -> TempDir {
     let memory = Path::new("/dev/shm");
+    // Nobody else's: a name that is taken would have another one drawn, which only some runs of a seed would do.
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let prefix = format!("sim-{}-{}-", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let mut builder = tempfile::Builder::new();
-    builder.prefix("sim");
+    builder.prefix(&prefix);
     match memory.is_dir() {
         true => builder.tempdir_in(memory),
         false => builder.tempdir(),
