@@ -55,7 +55,7 @@ impl FileDevice {
         work: impl FnOnce(&File) -> io::Result<T> + Send + 'static,
     ) -> Result<T, BlockError> {
         let file = Arc::clone(&self.file);
-        let done = tokio::task::spawn_blocking(move || work(&file)).await;
+        let done = crate::elsewhere::spawn_blocking(move || work(&file)).await;
         Ok(done.map_err(io::Error::other)??)
     }
 

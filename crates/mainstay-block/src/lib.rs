@@ -8,6 +8,7 @@
 
 mod device;
 pub mod durable;
+pub mod elsewhere;
 mod faulty;
 mod file;
 pub mod frame;

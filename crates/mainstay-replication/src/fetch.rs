@@ -137,7 +137,9 @@ impl Fetching<'_> {
             match message.kind {
                 Kind::Frame if message.tag == due => {
                     due += 1;
-                    let task = tokio::task::spawn_blocking(move || Frame::decode(&message.payload)).await;
+                    let task =
+                        mainstay_block::elsewhere::spawn_blocking(move || Frame::decode(&message.payload))
+                            .await;
                     self.apply(&task.map_err(|error| ReplicationError::internal(&error))??).await?;
                 }
                 Kind::Done if message.tag + 1 == due => {
@@ -167,7 +169,7 @@ impl Fetching<'_> {
             target.device.flush().await.map_err(device)?;
             if let Some(table) = &target.table {
                 let (table, session, point) = (Arc::clone(table), self.job.session, self.job.to);
-                let task = tokio::task::spawn_blocking(move || {
+                let task = mainstay_block::elsewhere::spawn_blocking(move || {
                     table.prepare(session)?;
                     table.commit(session, point)
                 });
@@ -196,7 +198,7 @@ async fn write(job: &FetchJob, run: FrameRun, data: bytes::Bytes) -> Result<(u64
     if let Some(table) = &target.table {
         let hasher = BlockHasher::new(table.key());
         let content = data.clone();
-        let task = tokio::task::spawn_blocking(move || hasher.hash_all(&content)).await;
+        let task = mainstay_block::elsewhere::spawn_blocking(move || hasher.hash_all(&content)).await;
         let hashes = task.map_err(|error| ReplicationError::internal(&error))?;
         table.stage(job.session, run.block, &hashes)?;
     }

@@ -197,8 +197,9 @@ impl<'a> Link<'a> {
     async fn prepare_tables(&self) -> Result<(), ReplicationError> {
         let tables: Vec<_> = self.job.disks.iter().map(|disk| Arc::clone(&disk.table)).collect();
         let session = self.job.session;
-        let task =
-            tokio::task::spawn_blocking(move || tables.iter().try_for_each(|table| table.prepare(session)));
+        let task = mainstay_block::elsewhere::spawn_blocking(move || {
+            tables.iter().try_for_each(|table| table.prepare(session))
+        });
         Ok(task.await.map_err(|error| ReplicationError::internal(&error))??)
     }
 }

@@ -61,7 +61,7 @@ pub async fn settle(
         let Some(session) = table.pending() else { continue };
         let outcome = session_outcome(connect, replica, session, cancel).await?;
         let table = Arc::clone(table);
-        let task = tokio::task::spawn_blocking(move || match outcome {
+        let task = mainstay_block::elsewhere::spawn_blocking(move || match outcome {
             Some(point) => table.commit(session, point),
             None => table.abandon(session),
         });
@@ -88,12 +88,12 @@ pub async fn rebuild_table(
         let count = HASHES_AT_ONCE.min(end - at);
         let hashes = disk.hashes(table.key(), at, count).await?;
         let (target, first) = (Arc::clone(table), at);
-        let task = tokio::task::spawn_blocking(move || target.stage(session, first, &hashes));
+        let task = mainstay_block::elsewhere::spawn_blocking(move || target.stage(session, first, &hashes));
         task.await.map_err(|error| ReplicationError::internal(&error))??;
         at += count;
     }
     let table = Arc::clone(table);
-    let task = tokio::task::spawn_blocking(move || {
+    let task = mainstay_block::elsewhere::spawn_blocking(move || {
         table.prepare(session)?;
         table.commit(session, point)
     });

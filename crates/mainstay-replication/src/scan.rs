@@ -402,7 +402,7 @@ async fn examine(
     let index = piece.disk;
     let again = clipped(&disk.resend, piece.first..piece.end);
     let task = if piece.zero {
-        tokio::task::spawn_blocking(move || {
+        mainstay_block::elsewhere::spawn_blocking(move || {
             let runs = table.not_zero(piece.first, piece.end - piece.first)?;
             let same = |range: Range<u64>| without(range, &runs);
             let resent = again.into_iter().flat_map(same).map(|range| Change::Resent {
@@ -425,7 +425,7 @@ async fn examine(
         let device = |source| ReplicationError::Device { disk: disk.index, source };
         let data = disk.device.read(from, to - from).await.map_err(device)?;
         let (effort, target) = (compression.effort(), disk.index);
-        tokio::task::spawn_blocking(move || {
+        mainstay_block::elsewhere::spawn_blocking(move || {
             let verdicts = table.compare(piece.first, &data)?;
             let hash = |verdict: &Verdict| match verdict {
                 Verdict::Data(hash) => Some(*hash),
@@ -543,7 +543,7 @@ async fn compress(
             if is_made {
                 return finish_all();
             }
-            let task = tokio::task::spawn_blocking(finish_all).await;
+            let task = mainstay_block::elsewhere::spawn_blocking(finish_all).await;
             task.map_err(|error| ReplicationError::internal(&error))?
         }
         .boxed()

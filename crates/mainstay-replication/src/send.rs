@@ -173,7 +173,9 @@ impl SendJob {
         work: impl Fn(&HashTable) -> Result<(), mainstay_block::hash_table::HashTableError> + Send + 'static,
     ) -> Result<(), ReplicationError> {
         let tables: Vec<_> = self.disks.iter().map(|disk| Arc::clone(&disk.table)).collect();
-        let task = tokio::task::spawn_blocking(move || tables.iter().try_for_each(|table| work(table)));
+        let task = mainstay_block::elsewhere::spawn_blocking(move || {
+            tables.iter().try_for_each(|table| work(table))
+        });
         Ok(task.await.map_err(|error| ReplicationError::internal(&error))??)
     }
 }

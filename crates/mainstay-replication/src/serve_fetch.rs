@@ -172,7 +172,7 @@ async fn encode(reader: &PointReader, piece: Piece) -> Result<Vec<Bytes>, Replic
     let device = reader.disk(disk)?;
     let from = range.start * BLOCK_BYTES;
     let data = device.read_range(from, (range.end * BLOCK_BYTES).min(device.size()) - from).await?;
-    let task = tokio::task::spawn_blocking(move || {
+    let task = mainstay_block::elsewhere::spawn_blocking(move || {
         let mut frames = Vec::new();
         let mut frame = FrameBuilder::new();
         for (block, content) in (range.start..).zip(data.chunks(BLOCK_BYTES as usize)) {

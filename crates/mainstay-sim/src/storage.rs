@@ -23,6 +23,8 @@ use object_store::{
 };
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
+use crate::{trace, turns};
+
 /// Longest delay of an answer, in milliseconds: long against everything else that happens in a world, and many of them
 /// fit into any wait.
 const DELAY_MS_MAX: u64 = 15;
@@ -185,6 +187,15 @@ impl SimStorage {
         }
     }
 
+    /// A bit turns over on the medium, at this share of the object's length.
+    pub(crate) fn flip(&self, path: &Path, share: f64) {
+        let state = self.lock();
+        let mut bytes = state.content(path).expect("the object is there").to_vec();
+        let at = ((bytes.len() as f64 * share) as usize).min(bytes.len() - 1);
+        bytes[at] ^= 0x40;
+        state.set(path, Some(bytes.into()));
+    }
+
     /// The names of all objects.
     pub(crate) fn objects(&self) -> Vec<Path> {
         let listed = at_once(self.lock().objects.list(None).try_collect::<Vec<_>>());
@@ -204,16 +215,21 @@ impl SimStorage {
     /// Carries a request out as it is planned. Whoever asked may go away in any of its delays.
     async fn carry_out<T>(
         &self,
+        request: String,
         writes: bool,
         effect: impl FnOnce(&mut State) -> Result<T> + Send,
     ) -> Result<T> {
         let plan = self.lock().plan(writes);
+        turns::pause("storage").await;
         pause(plan.delay_before).await;
+        trace::note(format_args!("storage {request}"));
         if let Some(error) = plan.fails_before {
             return Err(error);
         }
         let done = effect(&mut self.lock());
+        trace::note(format_args!("storage {request}: done {}", done.is_ok()));
         pause(plan.delay_after).await;
+        turns::pause("storage done").await;
         match plan.fails_after {
             Some(error) => done.and(Err(error)),
             None => done,
@@ -242,7 +258,11 @@ impl fmt::Display for SimStorage {
 #[async_trait]
 impl ObjectStore for SimStorage {
     async fn put_opts(&self, path: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        let put = self.carry_out(true, |state| state.put(path, payload, options)).await?;
+        let put = self
+            .carry_out(format!("put {path} {}", payload.content_length()), true, |state| {
+                state.put(path, payload.clone(), options.clone())
+            })
+            .await?;
         self.lock().make_durable(path);
         Ok(put)
     }
@@ -256,9 +276,9 @@ impl ObjectStore for SimStorage {
             if let Some(reads) = &mut state.reads {
                 reads.insert(path.clone());
             }
-            at_once(state.objects.get_opts(path, options))
+            at_once(state.objects.get_opts(path, options.clone()))
         };
-        self.carry_out(false, get).await
+        self.carry_out(format!("get {path} {:?}", options.range), false, get).await
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
@@ -267,7 +287,7 @@ impl ObjectStore for SimStorage {
             let storage = storage.clone();
             async move {
                 let path = path?;
-                storage.carry_out(false, |state| state.delete(&path)).await?;
+                storage.carry_out(format!("delete {path}"), false, |state| state.delete(&path)).await?;
                 Ok(path)
             }
         };
@@ -278,7 +298,7 @@ impl ObjectStore for SimStorage {
         let (storage, prefix) = (self.clone(), prefix.cloned());
         let list = async move {
             let listed = storage
-                .carry_out(false, |state| {
+                .carry_out(format!("list {prefix:?}"), false, |state| {
                     at_once(state.objects.list(prefix.as_ref()).try_collect::<Vec<_>>())
                 })
                 .await?;
@@ -288,7 +308,10 @@ impl ObjectStore for SimStorage {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.carry_out(false, |state| at_once(state.objects.list_with_delimiter(prefix))).await
+        self.carry_out(format!("list in {prefix:?}"), false, |state| {
+            at_once(state.objects.list_with_delimiter(prefix))
+        })
+        .await
     }
 
     async fn copy_opts(&self, _: &Path, _: &Path, _: CopyOptions) -> Result<()> {
@@ -316,53 +339,59 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn what_was_acknowledged_outlives_a_crash_and_nothing_else_must() {
-        let (mut lost, mut kept, mut came_back) = (false, false, false);
-        for seed in 0..64 {
-            let storage = SimStorage::new(seed);
-            put(&storage, "a/acknowledged", "1").await.expect("no trouble");
-            put(&storage, "b/deleted", "2").await.expect("no trouble");
-            storage.delete(&path("b/deleted")).await.expect("no trouble");
-            storage.set_trouble(Some(StorageTrouble::Flaky { one_in: 1 }));
-            // Fails each time, and sometimes after its effect.
-            put(&storage, "c/unacknowledged", "3").await.expect_err("every request fails");
-            storage.set_trouble(None);
-            let was_there = get(&storage, "c/unacknowledged").await.is_some();
-            storage.crash();
-            assert_eq!(get(&storage, "a/acknowledged").await.as_deref(), Some(&b"1"[..]));
-            let is_there = get(&storage, "c/unacknowledged").await.is_some();
-            assert!(was_there || !is_there, "something came from nowhere");
-            lost |= was_there && !is_there;
-            kept |= was_there && is_there;
-            came_back |= get(&storage, "b/deleted").await.is_some();
-        }
-        assert!(lost && kept && came_back, "{lost} {kept} {came_back}");
+    #[test]
+    fn what_was_acknowledged_outlives_a_crash_and_nothing_else_must() {
+        crate::simulate(|| async {
+            let (mut lost, mut kept, mut came_back) = (false, false, false);
+            for seed in 0..64 {
+                let storage = SimStorage::new(seed);
+                put(&storage, "a/acknowledged", "1").await.expect("no trouble");
+                put(&storage, "b/deleted", "2").await.expect("no trouble");
+                storage.delete(&path("b/deleted")).await.expect("no trouble");
+                storage.set_trouble(Some(StorageTrouble::Flaky { one_in: 1 }));
+                // Fails each time, and sometimes after its effect.
+                put(&storage, "c/unacknowledged", "3").await.expect_err("every request fails");
+                storage.set_trouble(None);
+                let was_there = get(&storage, "c/unacknowledged").await.is_some();
+                storage.crash();
+                assert_eq!(get(&storage, "a/acknowledged").await.as_deref(), Some(&b"1"[..]));
+                let is_there = get(&storage, "c/unacknowledged").await.is_some();
+                assert!(was_there || !is_there, "something came from nowhere");
+                lost |= was_there && !is_there;
+                kept |= was_there && is_there;
+                came_back |= get(&storage, "b/deleted").await.is_some();
+            }
+            assert!(lost && kept && came_back, "{lost} {kept} {came_back}");
+        });
     }
 
-    #[tokio::test]
-    async fn a_later_put_in_the_directory_makes_everything_in_it_durable() {
-        for seed in 0..32 {
-            let storage = SimStorage::new(seed);
-            storage.set_trouble(Some(StorageTrouble::Flaky { one_in: 1 }));
-            put(&storage, "a/first", "1").await.expect_err("every request fails");
-            storage.set_trouble(None);
-            let was_there = get(&storage, "a/first").await.is_some();
-            put(&storage, "a/second", "2").await.expect("no trouble");
-            storage.crash();
-            assert_eq!(get(&storage, "a/first").await.is_some(), was_there);
-        }
+    #[test]
+    fn a_later_put_in_the_directory_makes_everything_in_it_durable() {
+        crate::simulate(|| async {
+            for seed in 0..32 {
+                let storage = SimStorage::new(seed);
+                storage.set_trouble(Some(StorageTrouble::Flaky { one_in: 1 }));
+                put(&storage, "a/first", "1").await.expect_err("every request fails");
+                storage.set_trouble(None);
+                let was_there = get(&storage, "a/first").await.is_some();
+                put(&storage, "a/second", "2").await.expect("no trouble");
+                storage.crash();
+                assert_eq!(get(&storage, "a/first").await.is_some(), was_there);
+            }
+        });
     }
 
-    #[tokio::test]
-    async fn a_full_storage_can_be_read_and_emptied() {
-        let storage = SimStorage::new(0);
-        put(&storage, "a/there", "1").await.expect("no trouble");
-        storage.set_trouble(Some(StorageTrouble::Full));
-        let refused = put(&storage, "a/new", "2").await.expect_err("there is no space");
-        assert!(refused.to_string().contains("space"), "{refused}");
-        assert!(get(&storage, "a/there").await.is_some());
-        storage.delete(&path("a/there")).await.expect("deleting needs no space");
-        assert!(get(&storage, "a/there").await.is_none());
+    #[test]
+    fn a_full_storage_can_be_read_and_emptied() {
+        crate::simulate(|| async {
+            let storage = SimStorage::new(0);
+            put(&storage, "a/there", "1").await.expect("no trouble");
+            storage.set_trouble(Some(StorageTrouble::Full));
+            let refused = put(&storage, "a/new", "2").await.expect_err("there is no space");
+            assert!(refused.to_string().contains("space"), "{refused}");
+            assert!(get(&storage, "a/there").await.is_some());
+            storage.delete(&path("a/there")).await.expect("deleting needs no space");
+            assert!(get(&storage, "a/there").await.is_none());
+        });
     }
 }

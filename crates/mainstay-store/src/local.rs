@@ -69,7 +69,8 @@ impl LocalStorage {
         let staging = path.with_added_extension(format!("#direct{number}"));
         let parts = payload.clone();
         let written =
-            tokio::task::spawn_blocking(move || direct::write(&path, &staging, parts.as_ref())).await;
+            mainstay_block::elsewhere::spawn_blocking(move || direct::write(&path, &staging, parts.as_ref()))
+                .await;
         let failed = |source| object_store::Error::Generic { store: "LocalStorage", source };
         written.map_err(|error| failed(error.into()))?.map_err(|error| failed(error.into()))
     }

@@ -126,7 +126,7 @@ impl Shared {
                 return Err(StoreError::damaged(&key, "frame length"));
             }
             let bytes = self.storage.get_range(&key, u64::from(at.offset), u64::from(at.length)).await?;
-            let decoded = tokio::task::spawn_blocking(move || Frame::decode(&bytes)).await;
+            let decoded = mainstay_block::elsewhere::spawn_blocking(move || Frame::decode(&bytes)).await;
             let decoded = decoded.map_err(StoreError::internal)?;
             decoded.map_err(|error| {
                 StoreError::damaged(&key, format!("frame at {} of {} bytes: {error}", at.offset, at.length))
@@ -304,7 +304,7 @@ impl PointDisk {
         let start = from * BLOCK_BYTES;
         let data = self.read_range(start, (to * BLOCK_BYTES).min(self.bytes) - start).await?;
         let hasher = *hasher;
-        let hashes = tokio::task::spawn_blocking(move || hasher.hash_all(&data)).await;
+        let hashes = mainstay_block::elsewhere::spawn_blocking(move || hasher.hash_all(&data)).await;
         hashes.map_err(StoreError::internal)
     }
 }

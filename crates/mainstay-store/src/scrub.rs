@@ -307,7 +307,8 @@ impl Scrub<'_> {
         let Some(object) = object else { return Ok(Some(("the object is missing".to_owned(), None))) };
         let (object, is_current) = (object.bytes, object.is_current);
         let (replica, id, whole) = (self.replica, used.id, object.clone());
-        let found = tokio::task::spawn_blocking(move || segment::verify(&whole, replica, id)).await;
+        let found =
+            mainstay_block::elsewhere::spawn_blocking(move || segment::verify(&whole, replica, id)).await;
         let what = match found.map_err(StoreError::internal)? {
             Ok(frames) if frames.is_empty() => {
                 if !is_current {
@@ -329,7 +330,7 @@ impl Scrub<'_> {
                 places.extend(place.map(|place| (place.offset, place.length)));
             }
         }
-        let found = tokio::task::spawn_blocking(move || {
+        let found = mainstay_block::elsewhere::spawn_blocking(move || {
             let bad = places.into_iter().filter(|place| !segment::is_sound(&object, *place));
             bad.map(|(offset, _)| offset).collect()
         });

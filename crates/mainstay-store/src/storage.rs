@@ -182,7 +182,7 @@ impl Storage {
         };
         let Some(copy) = open_copy(keys, header, key) else { return Ok((Bytes::new(), false)) };
         let open = move || copy.unseal(0, &raw[HEADER_BYTES..]).0.freeze();
-        let bytes = tokio::task::spawn_blocking(open).await.map_err(StoreError::internal)?;
+        let bytes = mainstay_block::elsewhere::spawn_blocking(open).await.map_err(StoreError::internal)?;
         Ok((bytes, header.key() == keys.active.id))
     }
 
@@ -234,7 +234,7 @@ impl Storage {
         let open = move || copy.unseal(first, &sealed);
         let (plain, bad) = match length <= SEALED_INLINE_BYTES {
             true => open(),
-            false => tokio::task::spawn_blocking(open).await.map_err(StoreError::internal)?,
+            false => mainstay_block::elsewhere::spawn_blocking(open).await.map_err(StoreError::internal)?,
         };
         let at = (from - first * CHUNK_BYTES as u64) as usize;
         if bad > 0 || plain.len() < at + length as usize {
@@ -272,7 +272,7 @@ impl Storage {
         let Some(keys) = self.keys() else { return Ok(plain.into_iter().collect()) };
         let (name, salt) = (key.to_string(), DataKeys::salt()?);
         let seal = move || cipher::seal(&keys.active, &name, salt, &plain);
-        let sealed = tokio::task::spawn_blocking(seal).await.map_err(StoreError::internal)?;
+        let sealed = mainstay_block::elsewhere::spawn_blocking(seal).await.map_err(StoreError::internal)?;
         sealed.map(PutPayload::from).ok_or_else(|| StoreError::Internal("sealing failed".to_owned()))
     }
 

@@ -67,7 +67,7 @@ async fn compare_piece(
         return Ok((blocks, found.into_iter().map(|(first, count)| (first, first + count)).collect()));
     }
     let data = disk.device.read(offset, length).await.map_err(block_error(&disk.key))?;
-    let compared = tokio::task::spawn_blocking(move || {
+    let compared = mainstay_block::elsewhere::spawn_blocking(move || {
         table.compare(piece.start, &data).map(|verdicts| (piece, verdicts))
     })
     .await

@@ -385,7 +385,7 @@ impl Inner {
                             .hashes(key, piece.start, piece.end - piece.start)
                             .await
                             .map_err(|error| data_error(&error))?;
-                        let ours = tokio::task::spawn_blocking(move || hasher.hash_all(&data))
+                        let ours = mainstay_block::elsewhere::spawn_blocking(move || hasher.hash_all(&data))
                             .await
                             .map_err(|error| SiteError::new(ErrorKind::Failed, error.to_string()))?;
                         let different =

@@ -28,7 +28,7 @@ pub(super) async fn clear(
     let start = first * BLOCK_BYTES;
     device.write_zeroes(start, device.size() - start).await.map_err(block_error(key))?;
     let table = table.clone();
-    tokio::task::spawn_blocking(move || table.stage_zeros(session, first, blocks))
+    mainstay_block::elsewhere::spawn_blocking(move || table.stage_zeros(session, first, blocks))
         .await
         .map_err(|error| SiteError::new(ErrorKind::Failed, error.to_string()))?
         .map_err(|error| table_error(&error))

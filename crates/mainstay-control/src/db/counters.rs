@@ -72,7 +72,7 @@ impl Db {
                     (SELECT value FROM counters WHERE name = 'item-removals') AS item_removals,
                     (SELECT value FROM counters WHERE name = 'resource-writes') AS resource_writes",
         )
-        .fetch_one(&self.pool)
+        .fetch_one(&self.connections)
         .await?;
         let counts = Counts {
             item_writes: row.try_get("item_writes")?,
@@ -89,7 +89,7 @@ impl Db {
 pub(super) async fn count(transaction: &mut Transaction, name: &str) -> Result<i64, DbError> {
     let row = sqlx::query("UPDATE counters SET value = value + 1 WHERE name = $1 RETURNING value")
         .bind(name)
-        .fetch_one(&mut *transaction.inner)
+        .fetch_one(&mut transaction.inner)
         .await?;
     Ok(row.try_get("value")?)
 }
@@ -99,7 +99,7 @@ pub(super) async fn raise(transaction: &mut Transaction, name: &str, value: i64)
     sqlx::query("UPDATE counters SET value = $1 WHERE name = $2 AND value < $1")
         .bind(value)
         .bind(name)
-        .execute(&mut *transaction.inner)
+        .execute(&mut transaction.inner)
         .await?;
     Ok(())
 }

@@ -83,7 +83,7 @@ impl Db {
     pub async fn event(&self, id: &str) -> Result<Option<EventRecord>, DbError> {
         let row = sqlx::query("SELECT id, document FROM events WHERE id = $1")
             .bind(id.to_lowercase())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.connections)
             .await?;
         row.map(|row| decode("event", row.try_get("id")?, row.try_get("document")?)).transpose()
     }
@@ -103,7 +103,7 @@ impl Db {
         .bind(place.time_ms)
         .bind(&place.id)
         .bind(i64::try_from(count).unwrap_or(i64::MAX))
-        .fetch_all(&self.pool)
+        .fetch_all(&self.connections)
         .await?;
         rows.iter().map(|row| decode("event", row.try_get("id")?, row.try_get("document")?)).collect()
     }
@@ -112,7 +112,7 @@ impl Db {
     pub async fn audit_trail(&self) -> Result<Vec<AuditRecord>, DbError> {
         let rows = sqlx::query("SELECT id, document FROM audit ORDER BY time_ms DESC, id DESC LIMIT $1")
             .bind(LIST_MAX)
-            .fetch_all(&self.pool)
+            .fetch_all(&self.connections)
             .await?;
         rows.iter().map(|row| decode("audit record", row.try_get("id")?, row.try_get("document")?)).collect()
     }
@@ -123,7 +123,7 @@ impl Db {
     pub async fn owed_alerts(&self) -> Result<i64, DbError> {
         let row = sqlx::query("SELECT COUNT(*) AS count FROM events WHERE alert > $1")
             .bind(SETTLED)
-            .fetch_one(&self.pool)
+            .fetch_one(&self.connections)
             .await?;
         Ok(row.try_get("count")?)
     }
@@ -143,12 +143,12 @@ impl Db {
                 .bind(to)
                 .bind(from)
                 .bind(before_ms)
-                .execute(&mut *transaction.inner)
+                .execute(&mut transaction.inner)
                 .await?;
         }
         let count: i64 = sqlx::query("SELECT COUNT(*) AS count FROM events WHERE alert = $1")
             .bind(CLAIMED)
-            .fetch_one(&mut *transaction.inner)
+            .fetch_one(&mut transaction.inner)
             .await?
             .try_get("count")?;
         let rows = sqlx::query(
@@ -156,7 +156,7 @@ impl Db {
         )
         .bind(CLAIMED)
         .bind(i64::try_from(count_max).unwrap_or(i64::MAX))
-        .fetch_all(&mut *transaction.inner)
+        .fetch_all(&mut transaction.inner)
         .await?;
         transaction.commit().await?;
         let newest = rows
@@ -172,7 +172,7 @@ impl Db {
         sqlx::query("UPDATE events SET alert = $1 WHERE alert = $2")
             .bind(SETTLED)
             .bind(CLAIMED)
-            .execute(&mut *transaction.inner)
+            .execute(&mut transaction.inner)
             .await?;
         transaction.commit().await
     }
@@ -188,7 +188,7 @@ impl Transaction {
             .bind(&event.affected_object)
             .bind(encode("event", &event.id, event)?)
             .bind(if is_owed { OWED } else { SETTLED })
-            .execute(&mut *self.inner)
+            .execute(&mut self.inner)
             .await?;
         Ok(())
     }
@@ -199,18 +199,15 @@ impl Transaction {
             .bind(&record.id)
             .bind(record.time_ms)
             .bind(encode("audit record", &record.id, record)?)
-            .execute(&mut *self.inner)
+            .execute(&mut self.inner)
             .await?;
         Ok(())
     }
 
     /// Removes events and audit records older than `before_ms`.
     pub async fn trim_history(&mut self, before_ms: i64) -> Result<(), DbError> {
-        sqlx::query("DELETE FROM events WHERE time_ms < $1")
-            .bind(before_ms)
-            .execute(&mut *self.inner)
-            .await?;
-        sqlx::query("DELETE FROM audit WHERE time_ms < $1").bind(before_ms).execute(&mut *self.inner).await?;
+        sqlx::query("DELETE FROM events WHERE time_ms < $1").bind(before_ms).execute(&mut self.inner).await?;
+        sqlx::query("DELETE FROM audit WHERE time_ms < $1").bind(before_ms).execute(&mut self.inner).await?;
         Ok(())
     }
 }

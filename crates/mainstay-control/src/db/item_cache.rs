@@ -84,7 +84,7 @@ impl Db {
     async fn changed_since(&self, mut items: Items, writes: i64) -> Result<Items, DbError> {
         let rows = sqlx::query("SELECT id, version, document FROM items WHERE written > $1")
             .bind(writes)
-            .fetch_all(&self.pool)
+            .fetch_all(&self.connections)
             .await?;
         let list = Arc::make_mut(&mut items);
         for row in &rows {
@@ -99,7 +99,7 @@ impl Db {
 
     async fn read_items(&self) -> Result<Vec<Arc<ItemRecord>>, DbError> {
         let rows = sqlx::query("SELECT id, version, document FROM items ORDER BY fabric, name")
-            .fetch_all(&self.pool)
+            .fetch_all(&self.connections)
             .await?;
         rows.iter().map(|row| read(row).map(Arc::new)).collect()
     }

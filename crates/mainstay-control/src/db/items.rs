@@ -274,7 +274,7 @@ impl Db {
     pub async fn item(&self, id: ItemId) -> Result<Option<ItemRecord>, DbError> {
         let row = sqlx::query("SELECT id, version, document FROM items WHERE id = $1")
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.connections)
             .await?;
         row.map(|row| read(&row)).transpose()
     }
@@ -285,7 +285,7 @@ impl Transaction {
     pub async fn item(&mut self, id: ItemId) -> Result<Option<ItemRecord>, DbError> {
         let row = sqlx::query("SELECT id, version, document FROM items WHERE id = $1")
             .bind(id.to_string())
-            .fetch_optional(&mut *self.inner)
+            .fetch_optional(&mut self.inner)
             .await?;
         row.map(|row| read(&row)).transpose()
     }
@@ -303,7 +303,7 @@ impl Transaction {
         .bind(item.vm.to_string())
         .bind(encode("item", &item.name, item)?)
         .bind(written)
-        .execute(&mut *self.inner)
+        .execute(&mut self.inner)
         .await?;
         if result.rows_affected() == 0 {
             return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
@@ -321,7 +321,7 @@ impl Transaction {
         .bind(written)
         .bind(item.id.to_string())
         .bind(item.version)
-        .execute(&mut *self.inner)
+        .execute(&mut self.inner)
         .await?;
         if result.rows_affected() == 0 {
             return Err(DbError::Conflict { kind: "item", key: item.name.clone() });
@@ -336,7 +336,7 @@ impl Transaction {
         sqlx::query("UPDATE items SET version = $1 WHERE id = $2")
             .bind(version)
             .bind(item.id.to_string())
-            .execute(&mut *self.inner)
+            .execute(&mut self.inner)
             .await?;
         Ok(())
     }
@@ -344,7 +344,7 @@ impl Transaction {
     /// Removes an item.
     pub async fn remove_item(&mut self, id: ItemId) -> Result<(), DbError> {
         self.count_item_removal().await?;
-        sqlx::query("DELETE FROM items WHERE id = $1").bind(id.to_string()).execute(&mut *self.inner).await?;
+        sqlx::query("DELETE FROM items WHERE id = $1").bind(id.to_string()).execute(&mut self.inner).await?;
         Ok(())
     }
 }

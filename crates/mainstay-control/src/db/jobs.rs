@@ -273,7 +273,7 @@ impl Db {
     pub async fn job(&self, id: JobId) -> Result<Option<JobRecord>, DbError> {
         let row = sqlx::query("SELECT id, document FROM jobs WHERE id = $1")
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.connections)
             .await?;
         row.map(|row| read(&row)).transpose()
     }
@@ -282,7 +282,7 @@ impl Db {
     pub async fn open_jobs(&self) -> Result<Vec<JobRecord>, DbError> {
         let rows =
             sqlx::query("SELECT id, document FROM jobs WHERE state IN ('InProgress', 'Suspended', 'Cancelling') ORDER BY created_ms, id")
-                .fetch_all(&self.pool)
+                .fetch_all(&self.connections)
                 .await?;
         rows.iter().map(read).collect()
     }
@@ -293,7 +293,7 @@ impl Db {
     pub async fn job_entry(&self, id: JobId) -> Result<Option<JobEntry>, DbError> {
         let row = sqlx::query("SELECT id, kind, document FROM jobs WHERE id = $1")
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.connections)
             .await?;
         row.map(|row| read_entry(&row)).transpose()
     }
@@ -315,7 +315,7 @@ impl Db {
         }
         query.push(" ORDER BY created_ms DESC, id DESC LIMIT ");
         query.push_bind(i64::try_from(count).unwrap_or(i64::MAX));
-        let rows = query.build().fetch_all(&self.pool).await?;
+        let rows = query.build().fetch_all(&self.connections).await?;
         rows.iter().map(read_entry).collect()
     }
 }
@@ -332,7 +332,7 @@ impl Transaction {
         .bind(&job.object)
         .bind(job.time_ms)
         .bind(encode("job", &job.id.to_string(), job)?)
-        .execute(&mut *self.inner)
+        .execute(&mut self.inner)
         .await?;
         Ok(())
     }
@@ -341,7 +341,7 @@ impl Transaction {
     pub async fn job(&mut self, id: JobId) -> Result<Option<JobRecord>, DbError> {
         let row = sqlx::query("SELECT id, document FROM jobs WHERE id = $1")
             .bind(id.to_string())
-            .fetch_optional(&mut *self.inner)
+            .fetch_optional(&mut self.inner)
             .await?;
         row.map(|row| read(&row)).transpose()
     }
@@ -360,7 +360,7 @@ impl Transaction {
         .bind(&job.vm_name)
         .bind(job.created_ms)
         .bind(encode("job", &job.id.to_string(), job)?)
-        .execute(&mut *self.inner)
+        .execute(&mut self.inner)
         .await?;
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! conditional on the version that was read, so that two writers never overwrite each other. Placeholders
 //! are `$1`, types are `TEXT` and `BIGINT`: the text is the same for SQLite and PostgreSQL.
 
+mod connections;
 mod counters;
 mod counts;
 mod events;
@@ -16,10 +17,11 @@ mod resources;
 use std::{path::Path, sync::Arc, time::Duration};
 
 use sqlx::{
-    Row as _, SqlitePool,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+    Connection as _, Row as _, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
 
+use connections::{Connections, Writing};
 use counters::Commits;
 pub use counters::asking_once;
 use item_cache::ItemCache;
@@ -76,7 +78,7 @@ pub enum DbError {
 /// The control plane's database.
 #[derive(Clone)]
 pub struct Db {
-    pool: SqlitePool,
+    connections: Connections,
     commits: Arc<Commits>,
     item_cache: Arc<ItemCache>,
     resource_cache: Arc<ResourceCache>,
@@ -84,7 +86,7 @@ pub struct Db {
 
 /// A transaction; dropped without [`Transaction::commit`] it never was.
 pub struct Transaction {
-    inner: sqlx::Transaction<'static, sqlx::Sqlite>,
+    inner: Writing,
     commits: Arc<Commits>,
     /// Its number among those that write items, when it has written one.
     item_write: Option<i64>,
@@ -145,39 +147,33 @@ impl Db {
             // What was answered to a client survives a power cut.
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(Duration::from_secs(10));
-        let pool = SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
-        Self::with(pool).await
+        Self::with(Connections::open(options, true).await?).await
     }
 
     /// Copies a database file whole, also while another process writes into it. `to` must not be there.
     pub async fn copy(from: &Path, to: &Path) -> Result<(), DbError> {
         let options = SqliteConnectOptions::new().filename(from).busy_timeout(Duration::from_secs(10));
-        let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await?;
-        let copied =
-            sqlx::query("VACUUM INTO $1").bind(to.to_string_lossy().into_owned()).execute(&pool).await;
-        pool.close().await;
+        let mut connection = SqliteConnection::connect_with(&options).await?;
+        let copied = sqlx::query("VACUUM INTO $1")
+            .bind(to.to_string_lossy().into_owned())
+            .execute(&mut connection)
+            .await;
+        connection.close().await?;
         Ok(copied.map(|_| ())?)
     }
 
     /// A database in memory, for tests and simulations.
     pub async fn in_memory() -> Result<Self, DbError> {
         let options = SqliteConnectOptions::new().in_memory(true);
-        // One connection: each connection to memory is a database of its own.
-        let pool = SqlitePoolOptions::new()
-            .max_connections(1)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .connect_with(options)
-            .await?;
-        Self::with(pool).await
+        Self::with(Connections::open(options, false).await?).await
     }
 
-    async fn with(pool: SqlitePool) -> Result<Self, DbError> {
+    async fn with(connections: Connections) -> Result<Self, DbError> {
         sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)")
-            .execute(&pool)
+            .execute(&connections)
             .await?;
         let row = sqlx::query("SELECT COALESCE(MAX(version), 0) AS version FROM schema_version")
-            .fetch_one(&pool)
+            .fetch_one(&connections)
             .await?;
         let found: i64 = row.try_get("version")?;
         let known = MIGRATIONS.len() as i64;
@@ -185,22 +181,26 @@ impl Db {
             return Err(DbError::TooNew { found, known });
         }
         for (index, migration) in MIGRATIONS.iter().enumerate().skip(found as usize) {
-            let mut transaction = pool.begin().await?;
-            sqlx::raw_sql(*migration).execute(&mut *transaction).await?;
+            let mut writing = connections.begin().await?;
+            sqlx::raw_sql(*migration).execute(&mut writing).await?;
             sqlx::query("INSERT INTO schema_version (version) VALUES ($1)")
                 .bind(index as i64 + 1)
-                .execute(&mut *transaction)
+                .execute(&mut writing)
                 .await?;
-            transaction.commit().await?;
+            writing.commit().await?;
         }
-        Ok(Self { pool, commits: Arc::default(), item_cache: Arc::default(), resource_cache: Arc::default() })
+        Ok(Self {
+            connections,
+            commits: Arc::default(),
+            item_cache: Arc::default(),
+            resource_cache: Arc::default(),
+        })
     }
 
     /// Begins a transaction.
     pub async fn begin(&self) -> Result<Transaction, DbError> {
-        // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another one wrote.
         Ok(Transaction {
-            inner: self.pool.begin_with("BEGIN IMMEDIATE").await?,
+            inner: self.connections.begin().await?,
             commits: self.commits.clone(),
             item_write: None,
             has_counted_resources: false,
@@ -209,7 +209,7 @@ impl Db {
 
     /// Closes all connections; what was committed is on disk.
     pub async fn close(&self) {
-        self.pool.close().await;
+        self.connections.close().await;
     }
 }
 

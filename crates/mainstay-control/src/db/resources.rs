@@ -149,7 +149,7 @@ impl Db {
         }
         let rows = sqlx::query("SELECT name, document FROM resources WHERE kind = $1 ORDER BY name")
             .bind(kind)
-            .fetch_all(&self.pool)
+            .fetch_all(&self.connections)
             .await?;
         let read = rows
             .iter()
@@ -165,7 +165,7 @@ impl Db {
     /// Everything that the catalogue has of resources.
     pub async fn catalogued_resources(&self) -> Result<Vec<StoredResource>, DbError> {
         let rows = sqlx::query("SELECT kind, name, document FROM resources ORDER BY kind, name")
-            .fetch_all(&self.pool)
+            .fetch_all(&self.connections)
             .await?;
         let mut found = Vec::new();
         for row in rows {
@@ -192,7 +192,7 @@ impl Transaction {
         for kind in CATALOGUED {
             sqlx::query("DELETE FROM resources WHERE kind = $1")
                 .bind(kind.key())
-                .execute(&mut *self.inner)
+                .execute(&mut self.inner)
                 .await?;
         }
         for resource in resources {
@@ -201,7 +201,7 @@ impl Transaction {
                 .bind(kind.key())
                 .bind(&resource.name)
                 .bind(encode(kind.key(), &resource.name, &resource.document)?)
-                .execute(&mut *self.inner)
+                .execute(&mut self.inner)
                 .await?;
         }
         raise(self, "resource-writes", writes).await
@@ -212,7 +212,7 @@ impl Transaction {
         let kind = R::KIND.key();
         let rows = sqlx::query("SELECT name, document FROM resources WHERE kind = $1 ORDER BY name")
             .bind(kind)
-            .fetch_all(&mut *self.inner)
+            .fetch_all(&mut self.inner)
             .await?;
         rows.iter().map(|row| decode(kind, row.try_get("name")?, row.try_get("document")?)).collect()
     }
@@ -223,7 +223,7 @@ impl Transaction {
         let row = sqlx::query("SELECT document FROM resources WHERE kind = $1 AND name = $2")
             .bind(kind)
             .bind(name.to_lowercase())
-            .fetch_optional(&mut *self.inner)
+            .fetch_optional(&mut self.inner)
             .await?;
         row.map(|row| decode(kind, name, row.try_get("document")?)).transpose()
     }
@@ -247,7 +247,7 @@ impl Transaction {
         .bind(kind)
         .bind(name.to_lowercase())
         .bind(encode(kind, &name, resource)?)
-        .execute(&mut *self.inner)
+        .execute(&mut self.inner)
         .await?;
         Ok(())
     }
@@ -258,7 +258,7 @@ impl Transaction {
         let result = sqlx::query("DELETE FROM resources WHERE kind = $1 AND name = $2")
             .bind(R::KIND.key())
             .bind(name.to_lowercase())
-            .execute(&mut *self.inner)
+            .execute(&mut self.inner)
             .await?;
         Ok(result.rows_affected() > 0)
     }

@@ -8,6 +8,8 @@ use std::{
 use mainstay_provider::{ErrorKind, SiteError};
 use tokio::sync::Semaphore;
 
+use crate::{trace, turns};
+
 /// What happens to a call.
 #[derive(Clone, Debug)]
 pub enum HostFault {
@@ -56,6 +58,19 @@ impl FaultPlan {
 
     /// Carries a call out, or what is planned instead.
     pub(super) async fn around<T>(
+        &self,
+        method: &'static str,
+        call: impl Future<Output = Result<T, SiteError>>,
+    ) -> Result<T, SiteError> {
+        turns::pause(method).await;
+        let done = self.carry_out(method, call).await;
+        let failed = done.as_ref().err();
+        trace::note(format_args!("{method}: {:?}", failed.map(|error| (error.kind, &error.message))));
+        turns::pause(method).await;
+        done
+    }
+
+    async fn carry_out<T>(
         &self,
         method: &'static str,
         call: impl Future<Output = Result<T, SiteError>>,

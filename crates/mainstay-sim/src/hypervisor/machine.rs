@@ -60,7 +60,7 @@ pub(super) struct Machine {
     /// Whether it was made for a failback that has not filled it yet.
     pub(super) is_made: bool,
     /// What its disks held when it was last started from being off.
-    pub(super) started_from: Option<BTreeMap<String, Vec<u8>>>,
+    pub(super) started_from: Option<Arc<BTreeMap<String, Vec<u8>>>>,
     pub(super) addresses: Vec<(String, String)>,
 }
 

@@ -107,7 +107,7 @@ pub struct VmView {
     /// Whether changes are staged over its disks.
     pub is_staged: bool,
     /// What its disks held when it was last started, by their keys.
-    pub started_from: Option<BTreeMap<String, Vec<u8>>>,
+    pub started_from: Option<Arc<BTreeMap<String, Vec<u8>>>>,
 }
 
 // What a test does to a host.
@@ -318,7 +318,7 @@ impl SimHypervisor {
                 if let Some(tracker) = tracker {
                     machine.set_tracker(tracker);
                 }
-                machine.started_from = Some(content);
+                machine.started_from = Some(Arc::new(content));
                 machine.power = PowerState::Running;
                 machine.shape.boots += 1;
                 machine.write_block(0, BOOT_BLOCK.0, &mark(BOOT_BLOCK.1));

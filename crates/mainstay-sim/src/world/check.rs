@@ -61,7 +61,7 @@ impl World {
         let included: BTreeSet<_> =
             item.disks.iter().filter(|disk| disk.is_included).map(|disk| &disk.key).collect();
         assert_eq!(recovered.keys().collect::<BTreeSet<_>>(), included, "the disks of '{name}'");
-        for (key, recovered) in &recovered {
+        for (key, recovered) in &*recovered {
             assert!(home[key] == *recovered, "'{name}' lost something of {key} in a planned failover");
         }
     }

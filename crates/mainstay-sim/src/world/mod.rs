@@ -11,7 +11,10 @@ mod wire;
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -27,9 +30,9 @@ use mainstay_store::VaultKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::{Oracle, SimHypervisor, SimStorage};
+use crate::{Oracle, SimHypervisor, SimStorage, turns::Process};
 use network::Network;
-use process::{Process, Server, start_agent, start_server, wait_until_closed};
+use process::{Server, start_agent, start_server, wait_until_closed};
 
 pub use rot::Legible;
 pub use snapshot::Snapshot;
@@ -39,10 +42,10 @@ pub use wire::Direction;
 
 /// The disks of every simulated VM: one of whole blocks, and one whose last block is a piece.
 pub(crate) const DISKS: [(&str, u64); 2] = [("vda", 64 * 4096), ("vdb", 16 * 4096 + 512)];
-/// How long anything that is waited for may take.
-const WAIT_MAX: Duration = Duration::from_secs(30);
-/// How often a condition is looked at when nothing says that it may have changed.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// How long anything that is waited for may take, by the clock of the runtimes.
+const WAIT_MAX: Duration = Duration::from_secs(600);
+/// How often a condition is looked at when nothing says that it may have changed: a few of the steps that anything takes.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Where the clock begins: a plausible day, so that differences of times make sense.
 const CLOCK_START_MS: i64 = 1_750_000_000_000;
 
@@ -122,8 +125,11 @@ pub(crate) fn vm_named(name: &str) -> VmId {
 /// A directory in memory where there is one: durability against power cuts is not what is simulated here.
 fn make_dir() -> TempDir {
     let memory = Path::new("/dev/shm");
+    // Nobody else's: a name that is taken would have another one drawn, which only some runs of a seed would do.
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let prefix = format!("sim-{}-{}-", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let mut builder = tempfile::Builder::new();
-    builder.prefix("sim");
+    builder.prefix(&prefix);
     match memory.is_dir() {
         true => builder.tempdir_in(memory),
         false => builder.tempdir(),
@@ -303,7 +309,7 @@ impl World {
         process.kill().await;
         self.storage.crash();
         let database = self.dir.path().join("database");
-        wait_until_closed(&database).await;
+        wait_until_closed(&database);
         meanwhile(&database, &self.dir.path().join("backup"));
         std::fs::create_dir_all(&database).expect("a directory");
         let (storage, clock, vault_key) = (self.storage.clone(), self.clock.clone(), self.vault_key.clone());

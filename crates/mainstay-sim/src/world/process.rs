@@ -1,4 +1,4 @@
-//! Agents and servers as processes: a runtime each, whose end is a crash.
+//! Agents and servers as processes.
 
 use std::{
     path::{Path, PathBuf},
@@ -13,55 +13,14 @@ use mainstay_model::ProviderId;
 use mainstay_provider::serve_site;
 use mainstay_replication::{BoxStream, Connect};
 use mainstay_store::{Store, StoreOptions, VaultKey};
-use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
-use crate::SimStorage;
+use crate::{SimStorage, turns::Process};
 
 use super::{
     Host,
     network::{Network, Protocol},
 };
-
-/// How long what a process has handed to blocking threads may take to end. Nothing of it takes long.
-const END_MAX: Duration = Duration::from_secs(10);
-
-/// A process.
-pub(super) struct Process {
-    runtime: Option<Runtime>,
-}
-
-impl Process {
-    fn start(name: &str) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name(name)
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        Self { runtime: Some(runtime) }
-    }
-
-    pub(super) fn handle(&self) -> &tokio::runtime::Handle {
-        self.runtime.as_ref().expect("the process runs").handle()
-    }
-
-    /// Ends it where it is; returns when nothing of it is at work any more.
-    pub(super) async fn kill(mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            let ended = tokio::task::spawn_blocking(move || runtime.shutdown_timeout(END_MAX));
-            ended.await.expect("a runtime ends");
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
 
 struct DataLink {
     network: Arc<Network>,
@@ -123,19 +82,24 @@ pub(super) struct Server {
     pub(super) control: Arc<Control>,
 }
 
-/// Waits until nothing of ours has a file of a directory open. A killed server's database is closed by a thread of its own,
-/// which removes the log when it is done.
-pub(super) async fn wait_until_closed(dir: &Path) {
+/// How often the files of a directory are looked at, a millisecond apart, until they are closed. Nothing takes long there.
+const CLOSED_LOOKS_MAX: u32 = 60_000;
+
+/// Waits until nothing of ours has a file of a directory open. A killed server's database is closed by threads of its own, the
+/// last of which removes the log: the world stands still until that is so.
+pub(super) fn wait_until_closed(dir: &Path) {
     let is_open = || {
         let open = std::fs::read_dir("/proc/self/fd").expect("the open files").flatten();
         // A descriptor may be closed meanwhile.
         open.filter_map(|entry| std::fs::read_link(entry.path()).ok()).any(|path| path.starts_with(dir))
     };
-    let deadline = tokio::time::Instant::now() + END_MAX;
-    while is_open() {
-        assert!(tokio::time::Instant::now() < deadline, "{} is not closed", dir.display());
-        tokio::time::sleep(Duration::from_millis(1)).await;
+    for _ in 0..CLOSED_LOOKS_MAX {
+        if !is_open() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
+    panic!("{} is not closed", dir.display());
 }
 
 /// How often a server that does not start is started again, as its service manager does.

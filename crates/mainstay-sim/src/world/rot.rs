@@ -1,9 +1,8 @@
 //! A store's medium that does not keep what was written to it.
 
-use futures::TryStreamExt as _;
 use mainstay_model::PointId;
 use mainstay_store::StoreError;
-use object_store::{ObjectStore as _, ObjectStoreExt as _, PutPayload, path::Path};
+use object_store::path::Path;
 
 use super::World;
 
@@ -18,21 +17,16 @@ pub struct Legible {
 
 impl World {
     /// Keys of the stored objects in a folder, in order.
-    pub async fn objects(&self, folder: &str) -> Vec<Path> {
-        let listed: Vec<_> = self.storage.list(None).try_collect().await.expect("objects are listed");
-        let inside = listed.into_iter().map(|object| object.location);
+    pub fn objects(&self, folder: &str) -> Vec<Path> {
+        let inside = self.storage.objects().into_iter();
         let mut keys: Vec<_> = inside.filter(|key| key.parts().any(|part| part.as_ref() == folder)).collect();
         keys.sort_unstable();
         keys
     }
 
     /// Flips a bit of a stored object, at this share of its length.
-    pub async fn flip(&self, key: &Path, share: f64) {
-        let object = self.storage.get(key).await.expect("the object is there");
-        let mut bytes = object.bytes().await.expect("the object is read").to_vec();
-        let at = ((bytes.len() as f64 * share) as usize).min(bytes.len() - 1);
-        bytes[at] ^= 0x40;
-        self.storage.put(key, PutPayload::from(bytes)).await.expect("the object is written");
+    pub fn flip(&self, key: &Path, share: f64) {
+        self.storage.flip(key, share);
     }
 
     /// Reads all recovery points of a VM; none may be wrong.
@@ -42,6 +36,10 @@ impl World {
             let mut found = Vec::new();
             for point in control.store.points(item.id.0).await.expect("the catalogue is read") {
                 let reader = control.store.open_point(item.id.0, point.id).await;
+                // Retention has taken it out in between.
+                if matches!(reader, Err(StoreError::NoPoint(_))) {
+                    continue;
+                }
                 let disks = async {
                     let reader = reader?;
                     let mut disks = Vec::new();

@@ -11,6 +11,7 @@ use mainstay_model::{Ending, JobId, Operation, Phase, ProviderId, ReplicationPol
 use mainstay_provider::PowerState;
 
 use super::{Host, World, vm_named};
+use crate::trace;
 
 /// How a job stands when it does not go on by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +141,9 @@ impl World {
             JobState::InProgress | JobState::Cancelling => None,
         };
         self.until("the job is over", async |world| ended(&world.job(job).await).is_some()).await;
-        ended(&self.job(job).await).expect("a job that is over stays so")
+        let end = ended(&self.job(job).await).expect("a job that is over stays so");
+        trace::note(format_args!("job {job}: {end:?}"));
+        end
     }
 
     /// Waits for a job's end, and says *Complete failover* when it asks.

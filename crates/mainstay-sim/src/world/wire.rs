@@ -18,6 +18,8 @@ use tokio::{
     sync::watch,
 };
 
+use crate::turns;
+
 /// Bytes in flight in each direction.
 const STREAM_BYTES: usize = 32 << 10;
 /// Bytes that travel together: less than most messages, so that a break falls into one.
@@ -105,6 +107,7 @@ impl Wires {
             if is_slow {
                 tokio::time::sleep(Duration::from_millis(self.draw(0..DELAY_MS_MAX + 1))).await;
             }
+            turns::pause("wire").await;
             to.write_all(&chunk[..count]).await?;
         }
     }
@@ -133,65 +136,71 @@ pub(super) fn connect(wires: Arc<Wires>) -> (DuplexStream, DuplexStream, impl Fu
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn bytes_arrive_in_order_however_slowly_and_a_hang_up_is_seen() {
-        let wires = Arc::new(Wires::new(1));
-        wires.change(|weather| weather.is_slow = true);
-        let (mut agent, mut server, carry) = connect(wires);
-        let carrying = tokio::spawn(carry);
-        let sent: Vec<u8> = (0..100_000_u32).map(|number| number as u8).collect();
-        let expected = sent.clone();
-        let sending = tokio::spawn(async move {
-            agent.write_all(&sent).await.expect("bytes are taken");
-            agent.shutdown().await.expect("a hang-up");
-            let mut answer = Vec::new();
-            agent.read_to_end(&mut answer).await.expect("an answer");
-            answer
+    #[test]
+    fn bytes_arrive_in_order_however_slowly_and_a_hang_up_is_seen() {
+        crate::simulate(|| async {
+            let wires = Arc::new(Wires::new(1));
+            wires.change(|weather| weather.is_slow = true);
+            let (mut agent, mut server, carry) = connect(wires);
+            let carrying = tokio::spawn(carry);
+            let sent: Vec<u8> = (0..100_000_u32).map(|number| number as u8).collect();
+            let expected = sent.clone();
+            let sending = tokio::spawn(async move {
+                agent.write_all(&sent).await.expect("bytes are taken");
+                agent.shutdown().await.expect("a hang-up");
+                let mut answer = Vec::new();
+                agent.read_to_end(&mut answer).await.expect("an answer");
+                answer
+            });
+            let mut arrived = Vec::new();
+            server.read_to_end(&mut arrived).await.expect("bytes arrive");
+            assert!(arrived == expected);
+            server.write_all(b"thanks").await.expect("the other direction is open");
+            drop(server);
+            assert_eq!(sending.await.expect("the agent ends"), b"thanks");
+            carrying.await.expect("the wire ends");
         });
-        let mut arrived = Vec::new();
-        server.read_to_end(&mut arrived).await.expect("bytes arrive");
-        assert!(arrived == expected);
-        server.write_all(b"thanks").await.expect("the other direction is open");
-        drop(server);
-        assert_eq!(sending.await.expect("the agent ends"), b"thanks");
-        carrying.await.expect("the wire ends");
     }
 
-    #[tokio::test]
-    async fn a_cut_in_one_direction_holds_bytes_up_and_the_other_direction_works() {
-        let wires = Arc::new(Wires::new(1));
-        let (mut agent, mut server, carry) = connect(wires.clone());
-        tokio::spawn(carry);
-        wires.change(|weather| weather.stalls = Some(Direction::ToServer));
-        agent.write_all(b"late").await.expect("bytes are taken");
-        server.write_all(b"here").await.expect("bytes are taken");
-        let mut word = [0; 4];
-        agent.read_exact(&mut word).await.expect("this direction works");
-        assert_eq!(&word, b"here");
-        let mut arrives = tokio::spawn(async move {
+    #[test]
+    fn a_cut_in_one_direction_holds_bytes_up_and_the_other_direction_works() {
+        crate::simulate(|| async {
+            let wires = Arc::new(Wires::new(1));
+            let (mut agent, mut server, carry) = connect(wires.clone());
+            tokio::spawn(carry);
+            wires.change(|weather| weather.stalls = Some(Direction::ToServer));
+            agent.write_all(b"late").await.expect("bytes are taken");
+            server.write_all(b"here").await.expect("bytes are taken");
             let mut word = [0; 4];
-            server.read_exact(&mut word).await.expect("the cut ends");
-            word
+            agent.read_exact(&mut word).await.expect("this direction works");
+            assert_eq!(&word, b"here");
+            let mut arrives = tokio::spawn(async move {
+                let mut word = [0; 4];
+                server.read_exact(&mut word).await.expect("the cut ends");
+                word
+            });
+            tokio::select! {
+                _ = &mut arrives => panic!("something came through the cut"),
+                () = async { for _ in 0..100 { tokio::task::yield_now().await } } => {}
+            }
+            wires.change(|weather| weather.stalls = None);
+            assert_eq!(&arrives.await.expect("bytes arrive"), b"late");
         });
-        tokio::select! {
-            _ = &mut arrives => panic!("something came through the cut"),
-            () = async { for _ in 0..100 { tokio::task::yield_now().await } } => {}
-        }
-        wires.change(|weather| weather.stalls = None);
-        assert_eq!(&arrives.await.expect("bytes arrive"), b"late");
     }
 
-    #[tokio::test]
-    async fn a_connection_breaks_within_a_message_and_only_one_does() {
-        let wires = Arc::new(Wires::new(1));
-        let (mut agent, mut server, carry) = connect(wires.clone());
-        tokio::spawn(carry);
-        wires.change(|weather| weather.breaks = Some(Direction::ToServer));
-        agent.write_all(b"a message").await.expect("bytes are taken");
-        let mut arrived = Vec::new();
-        // In memory a reset is an end.
-        server.read_to_end(&mut arrived).await.expect("the connection ends");
-        assert!(arrived.len() < 9 && b"a message".starts_with(&arrived));
-        assert_eq!(wires.weather().breaks, None);
+    #[test]
+    fn a_connection_breaks_within_a_message_and_only_one_does() {
+        crate::simulate(|| async {
+            let wires = Arc::new(Wires::new(1));
+            let (mut agent, mut server, carry) = connect(wires.clone());
+            tokio::spawn(carry);
+            wires.change(|weather| weather.breaks = Some(Direction::ToServer));
+            agent.write_all(b"a message").await.expect("bytes are taken");
+            let mut arrived = Vec::new();
+            // In memory a reset is an end.
+            server.read_to_end(&mut arrived).await.expect("the connection ends");
+            assert!(arrived.len() < 9 && b"a message".starts_with(&arrived));
+            assert_eq!(wires.weather().breaks, None);
+        });
     }
 }

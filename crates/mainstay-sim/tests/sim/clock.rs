@@ -1,7 +1,7 @@
 //! Clocks that are wrong, and set.
 
 use mainstay_provider::ErrorKind;
-use mainstay_sim::{HostFault, World, WorldOptions};
+use mainstay_sim::{HostFault, World, WorldOptions, simulate};
 
 use crate::{support::log, workflows::VM};
 
@@ -18,76 +18,84 @@ async fn wait_for_a_newer_point(world: &World) {
     world.settle().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn replication_goes_on_when_the_clock_was_set_back() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.protect(VM).await;
-    world.clock.advance_ms(3 * HOUR_MS);
-    world.cycle(VM).await;
-    world.write(VM, &[("vda", 9, 9)]).await;
-    world.clock.advance_ms(-3 * HOUR_MS);
-    wait_for_a_newer_point(&world).await;
-    world.check().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_pause_after_failures_ends_when_the_clock_was_set_back() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.protect(VM).await;
-    world.clock.advance_ms(3 * HOUR_MS);
-    world.home.hypervisor.inject("begin_capture", HostFault::Fail(ErrorKind::Failed), 1);
-    world.control().changed.notify_waiters();
-    world
-        .until("a cycle has failed", async |world| {
-            world.item(VM).await.unwrap().replication.not_before_ms.is_some()
-        })
-        .await;
-    world.clock.advance_ms(-3 * HOUR_MS);
-    wait_for_a_newer_point(&world).await;
-    world.check().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn the_alarm_does_not_depend_on_the_clock_of_the_host() {
-    log();
-    for offset_ms in [0, 2 * HOUR_MS, -2 * HOUR_MS] {
+#[test]
+fn replication_goes_on_when_the_clock_was_set_back() {
+    simulate(|| async {
+        log();
         let world = World::new(WorldOptions::default()).await;
         world.protect(VM).await;
-        world.home.hypervisor.set_clock_offset_ms(offset_ms);
-        world.check_alarm(VM).await;
+        world.clock.advance_ms(3 * HOUR_MS);
+        world.cycle(VM).await;
+        world.write(VM, &[("vda", 9, 9)]).await;
+        world.clock.advance_ms(-3 * HOUR_MS);
+        wait_for_a_newer_point(&world).await;
         world.check().await;
-    }
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn the_newest_point_stays_when_the_clock_was_set_back_and_an_older_one_seems_newer() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.protect(VM).await;
-    world.home.hypervisor.set_clock_offset_ms(2 * HOUR_MS);
-    world.write(VM, &[("vda", 8, 8)]).await;
-    world.cycle(VM).await;
-    world.home.hypervisor.set_clock_offset_ms(0);
-    world.write(VM, &[("vda", 9, 9)]).await;
-    world.cycle(VM).await;
-    let newest = world.item(VM).await.unwrap().replication.last_point.unwrap();
-    // Nothing newer replaces it while the site is away.
-    world.cut(true);
-    let item = world.item(VM).await.unwrap();
-    let before =
-        world.ask(move |control| async move { control.store.points(item.id.0).await.unwrap() }).await;
-    world.clock.advance_ms(30 * HOUR_MS);
-    world.control().changed.notify_waiters();
-    let id = world.item(VM).await.unwrap().id.0;
-    world
-        .until("points have expired", async |world| {
-            let points =
-                world.ask(move |control| async move { control.store.points(id).await.unwrap() }).await;
-            points.len() < before.len()
-        })
-        .await;
-    let points = world.ask(move |control| async move { control.store.points(id).await.unwrap() }).await;
-    assert!(points.iter().any(|point| point.id == newest.0), "{points:?}");
+#[test]
+fn a_pause_after_failures_ends_when_the_clock_was_set_back() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.clock.advance_ms(3 * HOUR_MS);
+        world.home.hypervisor.inject("begin_capture", HostFault::Fail(ErrorKind::Failed), 1);
+        world.control().changed.notify_waiters();
+        world
+            .until("a cycle has failed", async |world| {
+                world.item(VM).await.unwrap().replication.not_before_ms.is_some()
+            })
+            .await;
+        world.clock.advance_ms(-3 * HOUR_MS);
+        wait_for_a_newer_point(&world).await;
+        world.check().await;
+    });
+}
+
+#[test]
+fn the_alarm_does_not_depend_on_the_clock_of_the_host() {
+    simulate(|| async {
+        log();
+        for offset_ms in [0, 2 * HOUR_MS, -2 * HOUR_MS] {
+            let world = World::new(WorldOptions::default()).await;
+            world.protect(VM).await;
+            world.home.hypervisor.set_clock_offset_ms(offset_ms);
+            world.check_alarm(VM).await;
+            world.check().await;
+        }
+    });
+}
+
+#[test]
+fn the_newest_point_stays_when_the_clock_was_set_back_and_an_older_one_seems_newer() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.home.hypervisor.set_clock_offset_ms(2 * HOUR_MS);
+        world.write(VM, &[("vda", 8, 8)]).await;
+        world.cycle(VM).await;
+        world.home.hypervisor.set_clock_offset_ms(0);
+        world.write(VM, &[("vda", 9, 9)]).await;
+        world.cycle(VM).await;
+        let newest = world.item(VM).await.unwrap().replication.last_point.unwrap();
+        // Nothing newer replaces it while the site is away.
+        world.cut(true);
+        let item = world.item(VM).await.unwrap();
+        let before =
+            world.ask(move |control| async move { control.store.points(item.id.0).await.unwrap() }).await;
+        world.clock.advance_ms(30 * HOUR_MS);
+        world.control().changed.notify_waiters();
+        let id = world.item(VM).await.unwrap().id.0;
+        world
+            .until("points have expired", async |world| {
+                let points =
+                    world.ask(move |control| async move { control.store.points(id).await.unwrap() }).await;
+                points.len() < before.len()
+            })
+            .await;
+        let points = world.ask(move |control| async move { control.store.points(id).await.unwrap() }).await;
+        assert!(points.iter().any(|point| point.id == newest.0), "{points:?}");
+    });
 }

@@ -3,7 +3,7 @@
 use mainstay_control::reconcilers::OldCopies;
 use mainstay_model::{Health, Operation};
 use mainstay_provider::{Hypervisor as _, PowerState};
-use mainstay_sim::{Host, World, WorldOptions};
+use mainstay_sim::{Host, World, WorldOptions, simulate};
 
 use crate::{
     support::{codes, log},
@@ -15,61 +15,73 @@ async fn started(world: &World, host: &Host) {
     host.hypervisor.start(vm).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_copy_that_is_not_the_active_one_is_stopped_on_either_side() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.protect(VM).await;
-    world.run(VM, Operation::UnplannedFailover).await;
-    started(&world, &world.home).await;
-    world.until_old_copies_are_off(VM).await;
-    world.check().await;
-    assert_eq!(codes(&world).await.iter().filter(|code| *code == "OldCopyStopped").count(), 1);
-    world.run(VM, Operation::Commit).await;
-    world.run(VM, Operation::Failback).await;
-    started(&world, &world.recovery).await;
-    world.until_old_copies_are_off(VM).await;
-    world.check().await;
-    assert_eq!(codes(&world).await.iter().filter(|code| *code == "OldCopyStopped").count(), 2);
-    // The active one was not mistaken for it.
-    let (host, vm) = world.active(VM).await;
-    assert_eq!(host.hypervisor.view(vm).unwrap().power, PowerState::Running);
-    world.run(VM, Operation::Commit).await;
-    world.check().await;
+/// It is told a moment after the copy was stopped, how often that happened.
+async fn until_told(world: &World, times: usize) {
+    let told = async |world: &World| {
+        codes(world).await.iter().filter(|code| *code == "OldCopyStopped").count() == times
+    };
+    world.until("it is told that a copy was stopped", told).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn where_copies_are_reported_they_run_on() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.control().old_copies.set(OldCopies::Report).unwrap();
-    world.protect(VM).await;
-    world.run(VM, Operation::UnplannedFailover).await;
-    started(&world, &world.home).await;
-    let health = async || {
-        world
-            .ask(|control| async move {
-                let item = control.db.items().await.unwrap()[0].clone();
-                control.item_health(&item).await.unwrap()
-            })
-            .await
-    };
-    let reported = async |is_running: bool| {
-        world.clock.advance_ms(31_000);
-        world.control().changed.notify_waiters();
-        let noted = async |world: &World| world.item(VM).await.unwrap().old_copy.is_some() == is_running;
-        world.until("the copy was reported", noted).await;
-    };
-    reported(true).await;
-    let (level, errors, _) = health().await;
-    assert_eq!((level, errors[0].code.as_str()), (Health::Critical, "OldCopyRuns"));
-    let vm = world.home_vm(VM);
-    assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Running);
-    world.home.hypervisor.power_off(vm).await.unwrap();
-    reported(false).await;
-    assert_eq!(health().await.0, Health::Normal);
-    let codes = codes(&world).await;
-    for code in ["OldCopyRuns", "OldCopyOff"] {
-        assert!(codes.iter().any(|found| found == code), "{codes:?}");
-    }
+#[test]
+fn a_copy_that_is_not_the_active_one_is_stopped_on_either_side() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.run(VM, Operation::UnplannedFailover).await;
+        started(&world, &world.home).await;
+        world.until_old_copies_are_off(VM).await;
+        world.check().await;
+        until_told(&world, 1).await;
+        world.run(VM, Operation::Commit).await;
+        world.run(VM, Operation::Failback).await;
+        started(&world, &world.recovery).await;
+        world.until_old_copies_are_off(VM).await;
+        world.check().await;
+        until_told(&world, 2).await;
+        // The active one was not mistaken for it.
+        let (host, vm) = world.active(VM).await;
+        assert_eq!(host.hypervisor.view(vm).unwrap().power, PowerState::Running);
+        world.run(VM, Operation::Commit).await;
+        world.check().await;
+    });
+}
+
+#[test]
+fn where_copies_are_reported_they_run_on() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.control().old_copies.set(OldCopies::Report).unwrap();
+        world.protect(VM).await;
+        world.run(VM, Operation::UnplannedFailover).await;
+        started(&world, &world.home).await;
+        let health = async || {
+            world
+                .ask(|control| async move {
+                    let item = control.db.items().await.unwrap()[0].clone();
+                    control.item_health(&item).await.unwrap()
+                })
+                .await
+        };
+        let reported = async |is_running: bool| {
+            world.clock.advance_ms(31_000);
+            world.control().changed.notify_waiters();
+            let noted = async |world: &World| world.item(VM).await.unwrap().old_copy.is_some() == is_running;
+            world.until("the copy was reported", noted).await;
+        };
+        reported(true).await;
+        let (level, errors, _) = health().await;
+        assert_eq!((level, errors[0].code.as_str()), (Health::Critical, "OldCopyRuns"));
+        let vm = world.home_vm(VM);
+        assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Running);
+        world.home.hypervisor.power_off(vm).await.unwrap();
+        reported(false).await;
+        assert_eq!(health().await.0, Health::Normal);
+        let codes = codes(&world).await;
+        for code in ["OldCopyRuns", "OldCopyOff"] {
+            assert!(codes.iter().any(|found| found == code), "{codes:?}");
+        }
+    });
 }

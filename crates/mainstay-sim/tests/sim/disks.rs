@@ -2,7 +2,7 @@
 
 use mainstay_control::workflows::{FailoverParams, PointChoice};
 use mainstay_model::{Ending, Operation};
-use mainstay_sim::{World, WorldOptions};
+use mainstay_sim::{World, WorldOptions, simulate};
 
 use crate::{support::log, workflows::VM};
 
@@ -16,65 +16,69 @@ async fn grow(world: &World) {
     world.until("the disk has grown", grown).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_disk_grows_on_either_side_and_nothing_is_lost_on_the_way() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.write(VM, &[("vdb", 16, 1)]).await;
-    world.protect(VM).await;
-    grow(&world).await;
-    world.cycle(VM).await;
-    world.check().await;
-    world.write(VM, &[("vdb", 17, 2)]).await;
-    world.cycle(VM).await;
-    world.check().await;
-    world.run(VM, Operation::PlannedFailover).await;
-    world.check().await;
-    world.check_planned_failover(VM).await;
-    world.run(VM, Operation::Commit).await;
-    grow(&world).await;
-    world.write(VM, &[("vdb", 18, 3), ("vda", 5, 4)]).await;
-    world.run(VM, Operation::Failback).await;
-    world.check().await;
-    world.check_failback(VM).await;
-    world.run(VM, Operation::Commit).await;
-    world.run(VM, Operation::ReverseReplicate).await;
-    world.write(VM, &[("vdb", 18, 5)]).await;
-    world.cycle(VM).await;
-    world.check().await;
-}
-
-/// Home is larger than the point that was failed over to, and holds something behind it: in the replica, and not yet in it.
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_disk_that_has_grown_since_the_recovery_point_comes_home() {
-    log();
-    for (synchronize_before, is_replicated) in [(true, true), (true, false), (false, true)] {
+#[test]
+fn a_disk_grows_on_either_side_and_nothing_is_lost_on_the_way() {
+    simulate(|| async {
+        log();
         let world = World::new(WorldOptions::default()).await;
         world.write(VM, &[("vdb", 16, 1)]).await;
         world.protect(VM).await;
-        let before = world.item(VM).await.unwrap().replication.last_point.unwrap();
         grow(&world).await;
-        assert!(world.write(VM, &[("vdb", 17, 2), ("vdb", 2, 3)]).await, "the disk has a block more");
-        if is_replicated {
-            world.cycle(VM).await;
-        }
-        let point = PointChoice::Point(before);
-        let params = FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
-        let job = world.fail_over(VM, params).await.unwrap();
-        assert_eq!(world.complete(job.id).await, Ending::Succeeded);
-        world.settle().await;
+        world.cycle(VM).await;
+        world.check().await;
+        world.write(VM, &[("vdb", 17, 2)]).await;
+        world.cycle(VM).await;
+        world.check().await;
+        world.run(VM, Operation::PlannedFailover).await;
+        world.check().await;
+        world.check_planned_failover(VM).await;
         world.run(VM, Operation::Commit).await;
-        world.write(VM, &[("vdb", 3, 4), ("vda", 5, 4)]).await;
-        let job = world.fail_back(VM, synchronize_before).await.unwrap();
-        assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
-        world.settle().await;
+        grow(&world).await;
+        world.write(VM, &[("vdb", 18, 3), ("vda", 5, 4)]).await;
+        world.run(VM, Operation::Failback).await;
         world.check().await;
         world.check_failback(VM).await;
         world.run(VM, Operation::Commit).await;
         world.run(VM, Operation::ReverseReplicate).await;
-        // What was there before must not be taken for replicated.
-        assert!(world.write(VM, &[("vdb", 17, 2)]).await, "the disk has kept its size");
+        world.write(VM, &[("vdb", 18, 5)]).await;
         world.cycle(VM).await;
         world.check().await;
-    }
+    });
+}
+
+/// Home is larger than the point that was failed over to, and holds something behind it: in the replica, and not yet in it.
+#[test]
+fn a_disk_that_has_grown_since_the_recovery_point_comes_home() {
+    simulate(|| async {
+        log();
+        for (synchronize_before, is_replicated) in [(true, true), (true, false), (false, true)] {
+            let world = World::new(WorldOptions::default()).await;
+            world.write(VM, &[("vdb", 16, 1)]).await;
+            world.protect(VM).await;
+            let before = world.item(VM).await.unwrap().replication.last_point.unwrap();
+            grow(&world).await;
+            assert!(world.write(VM, &[("vdb", 17, 2), ("vdb", 2, 3)]).await, "the disk has a block more");
+            if is_replicated {
+                world.cycle(VM).await;
+            }
+            let point = PointChoice::Point(before);
+            let params = FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
+            let job = world.fail_over(VM, params).await.unwrap();
+            assert_eq!(world.complete(job.id).await, Ending::Succeeded);
+            world.settle().await;
+            world.run(VM, Operation::Commit).await;
+            world.write(VM, &[("vdb", 3, 4), ("vda", 5, 4)]).await;
+            let job = world.fail_back(VM, synchronize_before).await.unwrap();
+            assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+            world.settle().await;
+            world.check().await;
+            world.check_failback(VM).await;
+            world.run(VM, Operation::Commit).await;
+            world.run(VM, Operation::ReverseReplicate).await;
+            // What was there before must not be taken for replicated.
+            assert!(world.write(VM, &[("vdb", 17, 2)]).await, "the disk has kept its size");
+            world.cycle(VM).await;
+            world.check().await;
+        }
+    });
 }

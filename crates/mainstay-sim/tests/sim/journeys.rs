@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mainstay_model::{Ending, Operation, Phase};
 use mainstay_provider::{ErrorKind, PowerState};
-use mainstay_sim::{HostFault, JobEnd, World, WorldOptions};
+use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
 use tokio::sync::Semaphore;
 
 use crate::{
@@ -12,53 +12,58 @@ use crate::{
     workflows::{VM, Workflow, finish_journey},
 };
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn the_tutorials_journey_loses_nothing() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.write(VM, &[("vda", 5, 1), ("vda", 60, 2), ("vdb", 16, 3)]).await;
-    world.protect(VM).await;
-    world.check().await;
-    world.write(VM, &[("vda", 6, 4), ("vdb", 0, 5)]).await;
-    world.cycle(VM).await;
-    world.check().await;
-    for operation in [Operation::TestFailover, Operation::TestFailoverCleanup] {
-        world.run(VM, operation).await;
+#[test]
+fn the_tutorials_journey_loses_nothing() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.write(VM, &[("vda", 5, 1), ("vda", 60, 2), ("vdb", 16, 3)]).await;
+        world.protect(VM).await;
         world.check().await;
-    }
-    world.write(VM, &[("vda", 7, 6)]).await;
-    world.run(VM, Operation::PlannedFailover).await;
-    world.check().await;
-    let copy = world.item(VM).await.unwrap().recovery_vm.unwrap().vm;
-    let home_vm = world.item(VM).await.unwrap().vm;
-    let home = world.home.hypervisor.disks_by_key(home_vm).await.unwrap();
-    assert!(world.recovery.hypervisor.view(copy).unwrap().started_from == Some(home), "nothing was lost");
+        world.write(VM, &[("vda", 6, 4), ("vdb", 0, 5)]).await;
+        world.cycle(VM).await;
+        world.check().await;
+        for operation in [Operation::TestFailover, Operation::TestFailoverCleanup] {
+            world.run(VM, operation).await;
+            world.check().await;
+        }
+        world.write(VM, &[("vda", 7, 6)]).await;
+        world.run(VM, Operation::PlannedFailover).await;
+        world.check().await;
+        let copy = world.item(VM).await.unwrap().recovery_vm.unwrap().vm;
+        let home_vm = world.item(VM).await.unwrap().vm;
+        let home = world.home.hypervisor.disks_by_key(home_vm).await.unwrap();
+        assert!(
+            world.recovery.hypervisor.view(copy).unwrap().started_from.as_deref() == Some(&home),
+            "nothing was lost"
+        );
 
-    world.write(VM, &[("vda", 7, 7), ("vdb", 16, 8)]).await;
-    world.run(VM, Operation::Commit).await;
-    world.check().await;
-    world.write(VM, &[("vda", 8, 9)]).await;
-    world.run(VM, Operation::Failback).await;
-    world.check().await;
-    assert_eq!(world.phase(VM).await, Some(Phase::FailbackCommitPending));
-    let recovered = world.recovery.hypervisor.disks_by_key(copy).await.unwrap();
-    let view = world.home.hypervisor.view(home_vm).unwrap();
-    assert!(view.started_from == Some(recovered), "home is what the recovery VM was");
-    assert_eq!(view.power, PowerState::Running);
+        world.write(VM, &[("vda", 7, 7), ("vdb", 16, 8)]).await;
+        world.run(VM, Operation::Commit).await;
+        world.check().await;
+        world.write(VM, &[("vda", 8, 9)]).await;
+        world.run(VM, Operation::Failback).await;
+        world.check().await;
+        assert_eq!(world.phase(VM).await, Some(Phase::FailbackCommitPending));
+        let recovered = world.recovery.hypervisor.disks_by_key(copy).await.unwrap();
+        let view = world.home.hypervisor.view(home_vm).unwrap();
+        assert!(view.started_from.as_deref() == Some(&recovered), "home is what the recovery VM was");
+        assert_eq!(view.power, PowerState::Running);
 
-    world.write(VM, &[("vda", 9, 10)]).await;
-    world.run(VM, Operation::Commit).await;
-    world.check().await;
-    world.write(VM, &[("vda", 10, 11)]).await;
-    world.run(VM, Operation::ReverseReplicate).await;
-    world.check().await;
-    assert_eq!(world.phase(VM).await, Some(Phase::Protected));
-    world.write(VM, &[("vda", 11, 12)]).await;
-    world.cycle(VM).await;
-    world.check().await;
-    world.run(VM, Operation::DisableProtection).await;
-    world.check().await;
-    assert_eq!(world.phase(VM).await, None);
+        world.write(VM, &[("vda", 9, 10)]).await;
+        world.run(VM, Operation::Commit).await;
+        world.check().await;
+        world.write(VM, &[("vda", 10, 11)]).await;
+        world.run(VM, Operation::ReverseReplicate).await;
+        world.check().await;
+        assert_eq!(world.phase(VM).await, Some(Phase::Protected));
+        world.write(VM, &[("vda", 11, 12)]).await;
+        world.cycle(VM).await;
+        world.check().await;
+        world.run(VM, Operation::DisableProtection).await;
+        world.check().await;
+        assert_eq!(world.phase(VM).await, None);
+    });
 }
 
 /// Kills an agent while a call of its hypervisor is under way, and again after one was carried out and before anybody
@@ -94,163 +99,188 @@ async fn kill_agent_within(workflow: Workflow, is_home: bool, methods: &[&'stati
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn home_agents_may_die_within_a_failback() {
-    let methods = ["open_staging", "begin_capture", "commit_staging", "remove_trackers", "start_tracked"];
-    kill_agent_within(Workflow::FailbackSynchronizedBefore, true, &methods).await;
+#[test]
+fn home_agents_may_die_within_a_failback() {
+    simulate(|| async {
+        let methods = ["open_staging", "begin_capture", "commit_staging", "remove_trackers", "start_tracked"];
+        kill_agent_within(Workflow::FailbackSynchronizedBefore, true, &methods).await;
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn recovery_agents_may_die_within_a_failback() {
-    let methods = ["begin_capture", "confirm_tracker", "shut_down"];
-    kill_agent_within(Workflow::FailbackSynchronizedBefore, false, &methods).await;
+#[test]
+fn recovery_agents_may_die_within_a_failback() {
+    simulate(|| async {
+        let methods = ["begin_capture", "confirm_tracker", "shut_down"];
+        kill_agent_within(Workflow::FailbackSynchronizedBefore, false, &methods).await;
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn agents_may_die_within_a_planned_failover() {
-    kill_agent_within(Workflow::PlannedFailover, true, &["begin_capture", "confirm_tracker", "shut_down"])
+#[test]
+fn agents_may_die_within_a_planned_failover() {
+    simulate(|| async {
+        kill_agent_within(
+            Workflow::PlannedFailover,
+            true,
+            &["begin_capture", "confirm_tracker", "shut_down"],
+        )
         .await;
-    kill_agent_within(Workflow::PlannedFailover, false, &["create_recovery_vm", "start"]).await;
+        kill_agent_within(Workflow::PlannedFailover, false, &["create_recovery_vm", "start"]).await;
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn agents_may_die_within_a_commit() {
-    kill_agent_within(Workflow::CommitFailback, false, &["power_off", "remove_recovery_vm"]).await;
+#[test]
+fn agents_may_die_within_a_commit() {
+    simulate(|| async {
+        kill_agent_within(Workflow::CommitFailback, false, &["power_off", "remove_recovery_vm"]).await;
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_home_disk_that_somebody_changed_stops_the_failback() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    Workflow::FailbackSynchronizedBefore.prepare(&world).await;
-    let job = world.fail_back(VM, true).await.unwrap();
-    assert_eq!(world.end(job.id).await, JobEnd::Suspended);
-    let vm = world.item(VM).await.unwrap().vm;
-    world.home.hypervisor.tamper(vm, "vda", 40, 77).unwrap();
-    assert_eq!(world.complete(job.id).await, Ending::Failed);
-    assert!(world.tell(job.id).await.contains("were changed while"), "{}", world.tell(job.id).await);
-    world.settle().await;
-    world.check().await;
-    // What was changed is found by comparing, and overwritten.
-    finish_journey(&world, VM, 1).await;
+#[test]
+fn a_home_disk_that_somebody_changed_stops_the_failback() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        Workflow::FailbackSynchronizedBefore.prepare(&world).await;
+        let job = world.fail_back(VM, true).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Suspended);
+        let vm = world.item(VM).await.unwrap().vm;
+        world.home.hypervisor.tamper(vm, "vda", 40, 77).unwrap();
+        assert_eq!(world.complete(job.id).await, Ending::Failed);
+        assert!(world.tell(job.id).await.contains("were changed while"), "{}", world.tell(job.id).await);
+        world.settle().await;
+        world.check().await;
+        // What was changed is found by comparing, and overwritten.
+        finish_journey(&world, VM, 1).await;
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_home_vm_that_is_gone_is_made_anew() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    Workflow::FailbackSynchronizedBefore.prepare(&world).await;
-    let vm = world.item(VM).await.unwrap().vm;
-    world.home.hypervisor.destroy_vm(vm);
-    world.run(VM, Operation::Failback).await;
-    world.check_failback(VM).await;
-    finish_journey(&world, VM, 1).await;
+#[test]
+fn a_home_vm_that_is_gone_is_made_anew() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        Workflow::FailbackSynchronizedBefore.prepare(&world).await;
+        let vm = world.item(VM).await.unwrap().vm;
+        world.home.hypervisor.destroy_vm(vm);
+        world.run(VM, Operation::Failback).await;
+        world.check_failback(VM).await;
+        finish_journey(&world, VM, 1).await;
+    });
 }
 
 /// libvirt would start a VM before any agent could ask: while it is protected only the agent starts it, and only when the
 /// server says that it is the active copy.
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn after_a_boot_only_the_active_copy_is_started() {
-    log();
-    let mut world = World::new(WorldOptions::default()).await;
-    world.protect(VM).await;
-    let vm = world.item(VM).await.unwrap().vm;
-    world.reboot(true).await;
-    world.until("home runs again", async |world| world.write(VM, &[("vda", 9, 1)]).await).await;
-    world.cycle(VM).await;
-    world.check().await;
+#[test]
+fn after_a_boot_only_the_active_copy_is_started() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let vm = world.item(VM).await.unwrap().vm;
+        world.reboot(true).await;
+        world.until("home runs again", async |world| world.write(VM, &[("vda", 9, 1)]).await).await;
+        world.cycle(VM).await;
+        world.check().await;
 
-    world.cut(true);
-    let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
-    assert_eq!(world.complete(job.id).await, Ending::Succeeded);
-    world.run(VM, Operation::Commit).await;
-    world.reboot(true).await;
-    world.reboot(false).await;
-    world.until("the recovery VM runs again", async |world| world.write(VM, &[("vda", 9, 2)]).await).await;
-    assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Off);
-    world.mend(true);
-    world.settle().await;
-    world.check().await;
-    assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Off);
-    let events = world.ask(|control| async move { control.db.events_after(None, 1000).await }).await.unwrap();
-    let started = events.iter().filter(|event| event.code == "StartedAfterBoot").count();
-    assert_eq!(started, 2, "{events:#?}");
+        world.cut(true);
+        let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
+        assert_eq!(world.complete(job.id).await, Ending::Succeeded);
+        world.run(VM, Operation::Commit).await;
+        world.reboot(true).await;
+        world.reboot(false).await;
+        world
+            .until("the recovery VM runs again", async |world| world.write(VM, &[("vda", 9, 2)]).await)
+            .await;
+        assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Off);
+        world.mend(true);
+        world.settle().await;
+        world.check().await;
+        assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Off);
+        let events =
+            world.ask(|control| async move { control.db.events_after(None, 1000).await }).await.unwrap();
+        let started = events.iter().filter(|event| event.code == "StartedAfterBoot").count();
+        assert_eq!(started, 2, "{events:#?}");
 
-    // Nobody is asked again about the boot of then.
-    world.run(VM, Operation::Failback).await;
-    world.run(VM, Operation::Commit).await;
-    world.run(VM, Operation::ReverseReplicate).await;
-    world.run(VM, Operation::DisableProtection).await;
-    world.check().await;
-    assert!(world.home.hypervisor.view(vm).unwrap().autostart, "as it was before protection");
+        // Nobody is asked again about the boot of then.
+        world.run(VM, Operation::Failback).await;
+        world.run(VM, Operation::Commit).await;
+        world.run(VM, Operation::ReverseReplicate).await;
+        world.run(VM, Operation::DisableProtection).await;
+        world.check().await;
+        assert!(world.home.hypervisor.view(vm).unwrap().autostart, "as it was before protection");
+    });
 }
 
 /// Home is lost with its host. The VM returns to another one; cancelled at first, which leaves nothing there.
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_vm_returns_to_another_host() {
-    log();
-    let world = World::new(WorldOptions { has_spare: true, ..WorldOptions::default() }).await;
-    world.protect(VM).await;
-    let item = world.item(VM).await.unwrap();
-    let (home, spare) = (world.home.provider, world.spare.as_ref().unwrap().provider);
-    world.cut(true);
-    let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
-    assert_eq!(world.complete(job.id).await, Ending::Succeeded);
-    world.run(VM, Operation::Commit).await;
-    world.write(VM, &[("vda", 11, 7)]).await;
+#[test]
+fn a_vm_returns_to_another_host() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions { has_spare: true, ..WorldOptions::default() }).await;
+        world.protect(VM).await;
+        let item = world.item(VM).await.unwrap();
+        let (home, spare) = (world.home.provider, world.spare.as_ref().unwrap().provider);
+        world.cut(true);
+        let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
+        assert_eq!(world.complete(job.id).await, Ending::Succeeded);
+        world.run(VM, Operation::Commit).await;
+        world.write(VM, &[("vda", 11, 7)]).await;
 
-    let job = world.fail_back_to(VM, true, Some(spare)).await.unwrap();
-    assert_eq!(world.end(job.id).await, JobEnd::Suspended);
-    assert_eq!(world.item(VM).await.unwrap().primary_provider, spare);
-    world.ask(move |control| async move { control.cancel_job(job.id).await }).await.unwrap();
-    assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Cancelled));
-    let cancelled = world.item(VM).await.unwrap();
-    assert_eq!((cancelled.primary_provider, cancelled.former_home), (home, None));
-    assert!(world.spare.as_ref().unwrap().hypervisor.views().is_empty(), "the VM made for it is gone");
-    world.check().await;
+        let job = world.fail_back_to(VM, true, Some(spare)).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Suspended);
+        assert_eq!(world.item(VM).await.unwrap().primary_provider, spare);
+        world.ask(move |control| async move { control.cancel_job(job.id).await }).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Cancelled));
+        let cancelled = world.item(VM).await.unwrap();
+        assert_eq!((cancelled.primary_provider, cancelled.former_home), (home, None));
+        assert!(world.spare.as_ref().unwrap().hypervisor.views().is_empty(), "the VM made for it is gone");
+        world.check().await;
 
-    let job = world.fail_back_to(VM, true, Some(spare)).await.unwrap();
-    assert_eq!(world.complete(job.id).await, Ending::Succeeded);
-    world.check_failback(VM).await;
-    world.run(VM, Operation::Commit).await;
-    assert!(!world.home.hypervisor.view(item.vm).unwrap().autostart);
-    // The old host is back, with a copy that runs still: it was only cut off.
-    assert_eq!(world.home.hypervisor.view(item.vm).unwrap().power, PowerState::Running);
-    world.mend(true);
-    world
-        .until("the old host has let go", async |world| {
-            world.item(VM).await.is_some_and(|item| item.stand_downs.is_empty())
-        })
-        .await;
-    let old = world.home.hypervisor.view(item.vm).unwrap();
-    assert_eq!((old.power, old.autostart, old.trackers), (PowerState::Off, false, 0));
-    world.run(VM, Operation::ReverseReplicate).await;
-    world.write(VM, &[("vda", 12, 8)]).await;
-    world.run(VM, Operation::PlannedFailover).await;
-    world.run(VM, Operation::Commit).await;
-    world.check().await;
+        let job = world.fail_back_to(VM, true, Some(spare)).await.unwrap();
+        assert_eq!(world.complete(job.id).await, Ending::Succeeded);
+        world.check_failback(VM).await;
+        world.run(VM, Operation::Commit).await;
+        assert!(!world.home.hypervisor.view(item.vm).unwrap().autostart);
+        // The old host is back, with a copy that runs still: it was only cut off.
+        assert_eq!(world.home.hypervisor.view(item.vm).unwrap().power, PowerState::Running);
+        world.mend(true);
+        world
+            .until("the old host has let go", async |world| {
+                world.item(VM).await.is_some_and(|item| item.stand_downs.is_empty())
+            })
+            .await;
+        let old = world.home.hypervisor.view(item.vm).unwrap();
+        assert_eq!((old.power, old.autostart, old.trackers), (PowerState::Off, false, 0));
+        world.run(VM, Operation::ReverseReplicate).await;
+        world.write(VM, &[("vda", 12, 8)]).await;
+        world.run(VM, Operation::PlannedFailover).await;
+        world.run(VM, Operation::Commit).await;
+        world.check().await;
+    });
 }
 
 /// The recovery VM is off and its disks are still in the store, which is about to forget them.
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn disabling_waits_for_the_disks_of_a_vm_that_is_off() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.protect(VM).await;
-    world.recovery.hypervisor.inject("hydrate", HostFault::Fail(ErrorKind::Failed), 1_000);
-    world.run(VM, Operation::UnplannedFailover).await;
-    let item = world.item(VM).await.unwrap();
-    let copy = item.recovery_vm.unwrap().vm;
-    let expected = world.recovery.hypervisor.disks(copy).await.unwrap();
-    world.recovery.hypervisor.crash_vm(copy).unwrap();
-    world.recovery.hypervisor.clear_faults();
-    world.run(VM, Operation::DisableProtection).await;
-    world.check().await;
-    assert!(
-        world.recovery.hypervisor.disks(copy).await.unwrap() == expected,
-        "all bytes are there without a store"
-    );
-    let home = world.home.hypervisor.view(item.vm).unwrap();
-    assert!(!home.autostart, "the old copy must not come up beside the active one");
-    assert!(world.recovery.hypervisor.view(copy).unwrap().autostart, "as it was at home");
+#[test]
+fn disabling_waits_for_the_disks_of_a_vm_that_is_off() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.recovery.hypervisor.inject("hydrate", HostFault::Fail(ErrorKind::Failed), 1_000);
+        world.run(VM, Operation::UnplannedFailover).await;
+        let item = world.item(VM).await.unwrap();
+        let copy = item.recovery_vm.unwrap().vm;
+        let expected = world.recovery.hypervisor.disks(copy).await.unwrap();
+        world.recovery.hypervisor.crash_vm(copy).unwrap();
+        world.recovery.hypervisor.clear_faults();
+        world.run(VM, Operation::DisableProtection).await;
+        world.check().await;
+        assert!(
+            world.recovery.hypervisor.disks(copy).await.unwrap() == expected,
+            "all bytes are there without a store"
+        );
+        let home = world.home.hypervisor.view(item.vm).unwrap();
+        assert!(!home.autostart, "the old copy must not come up beside the active one");
+        assert!(world.recovery.hypervisor.view(copy).unwrap().autostart, "as it was at home");
+    });
 }

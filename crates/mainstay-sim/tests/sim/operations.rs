@@ -9,7 +9,7 @@ use mainstay_control::{
 };
 use mainstay_model::{Ending, Operation, Phase};
 use mainstay_provider::Hypervisor as _;
-use mainstay_sim::{HostFault, JobEnd, World, WorldOptions};
+use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
 use tokio::sync::Semaphore;
 
 use crate::{support::log, workflows::VM};
@@ -43,65 +43,74 @@ async fn networks(world: &World) -> Vec<String> {
     vm.nics.into_iter().map(|nic| nic.network).collect()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_vm_is_recovered_in_the_network_that_its_own_is_mapped_to() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    map(&world, "island").await;
-    world.protect(VM).await;
-    assert_eq!(world.item(VM).await.unwrap().target.nics[0].network.as_deref(), Some("island"));
-    world.run(VM, Operation::UnplannedFailover).await;
-    assert_eq!(networks(&world).await, ["island"]);
-    world.check().await;
+#[test]
+fn a_vm_is_recovered_in_the_network_that_its_own_is_mapped_to() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        map(&world, "island").await;
+        world.protect(VM).await;
+        assert_eq!(world.item(VM).await.unwrap().target.nics[0].network.as_deref(), Some("island"));
+        world.run(VM, Operation::UnplannedFailover).await;
+        assert_eq!(networks(&world).await, ["island"]);
+        world.check().await;
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_mapping_counts_where_no_network_was_chosen_and_only_there() {
-    log();
-    for chosen in [None, Some("lan")] {
+#[test]
+fn a_mapping_counts_where_no_network_was_chosen_and_only_there() {
+    simulate(|| async {
+        log();
+        for chosen in [None, Some("lan")] {
+            let world = World::new(WorldOptions::default()).await;
+            world.protect(VM).await;
+            let item = world.item(VM).await.unwrap();
+            assert_eq!(item.target.nics[0].network.as_deref(), Some("lan"));
+            let mut target = item.target.clone();
+            target.nics[0].network = chosen.map(str::to_owned);
+            let job =
+                world
+                    .ask(move |control| async move {
+                        control.update_item_target(&item, target, by()).await.unwrap()
+                    })
+                    .await;
+            assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+            map(&world, "island").await;
+            world.run(VM, Operation::PlannedFailover).await;
+            assert_eq!(networks(&world).await, [chosen.unwrap_or("island")]);
+            world.check().await;
+        }
+    });
+}
+
+#[test]
+fn a_failover_is_cancelled_while_it_runs_and_not_when_it_is_done() {
+    simulate(|| async {
+        log();
         let world = World::new(WorldOptions::default()).await;
         world.protect(VM).await;
+        let gate = Arc::new(Semaphore::new(0));
+        world.home.hypervisor.inject("shut_down", HostFault::Hang(gate.clone()), 1);
+        let params =
+            FailoverParams { point: PointChoice::Latest, shutdown_source: true, shutdown_timeout_ms: 1_000 };
+        let job = world.fail_over(VM, params).await.unwrap();
+        world.home.hypervisor.wait_for_hang().await;
         let item = world.item(VM).await.unwrap();
-        assert_eq!(item.target.nics[0].network.as_deref(), Some("lan"));
-        let mut target = item.target.clone();
-        target.nics[0].network = chosen.map(str::to_owned);
-        let job = world
-            .ask(move |control| async move { control.update_item_target(&item, target, by()).await.unwrap() })
-            .await;
-        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
-        map(&world, "island").await;
-        world.run(VM, Operation::PlannedFailover).await;
-        assert_eq!(networks(&world).await, [chosen.unwrap_or("island")]);
+        let cancelled =
+            world.ask(move |control| async move { control.cancel_failover(&item).await }).await.unwrap();
+        assert_eq!(cancelled.id, job.id);
+        gate.add_permits(1);
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Cancelled));
+        assert_eq!(world.phase(VM).await, Some(Phase::Protected));
         world.check().await;
-    }
-}
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_failover_is_cancelled_while_it_runs_and_not_when_it_is_done() {
-    log();
-    let world = World::new(WorldOptions::default()).await;
-    world.protect(VM).await;
-    let gate = Arc::new(Semaphore::new(0));
-    world.home.hypervisor.inject("shut_down", HostFault::Hang(gate.clone()), 1);
-    let params =
-        FailoverParams { point: PointChoice::Latest, shutdown_source: true, shutdown_timeout_ms: 1_000 };
-    let job = world.fail_over(VM, params).await.unwrap();
-    world.home.hypervisor.wait_for_hang().await;
-    let item = world.item(VM).await.unwrap();
-    let cancelled =
-        world.ask(move |control| async move { control.cancel_failover(&item).await }).await.unwrap();
-    assert_eq!(cancelled.id, job.id);
-    gate.add_permits(1);
-    assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Cancelled));
-    assert_eq!(world.phase(VM).await, Some(Phase::Protected));
-    world.check().await;
-
-    world.run(VM, Operation::UnplannedFailover).await;
-    let item = world.item(VM).await.unwrap();
-    let refused =
-        world.ask(move |control| async move { control.cancel_failover(&item).await }).await.unwrap_err();
-    let ControlError::NotAllowed { reason, allowed } = refused else { panic!("{refused}") };
-    assert!(reason.contains("no failover"), "{reason}");
-    assert!(allowed.contains(&Operation::Commit) && allowed.contains(&Operation::ChangeRecoveryPoint));
-    world.check().await;
+        world.run(VM, Operation::UnplannedFailover).await;
+        let item = world.item(VM).await.unwrap();
+        let refused =
+            world.ask(move |control| async move { control.cancel_failover(&item).await }).await.unwrap_err();
+        let ControlError::NotAllowed { reason, allowed } = refused else { panic!("{refused}") };
+        assert!(reason.contains("no failover"), "{reason}");
+        assert!(allowed.contains(&Operation::Commit) && allowed.contains(&Operation::ChangeRecoveryPoint));
+        world.check().await;
+    });
 }

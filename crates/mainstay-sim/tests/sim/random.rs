@@ -1,16 +1,18 @@
-//! Random worlds: verbs, writes, crashes, cuts and faults in any order; one seed replays the decisions of a run.
+//! Random worlds: verbs, writes, crashes, cuts and faults in any order; one seed is one run, event for event.
 //!
 //! An ordinary run takes a fixed set of seeds, and then fresh ones for `SIM_SECONDS` seconds. `SIM_SEEDS=100` runs so many from
-//! `SIM_FIRST_SEED` on and no fresh ones; `SIM_SEED=7` only that one.
+//! `SIM_FIRST_SEED` on and no fresh ones. Each world has a process of its own, so that whatever a process counts begins alike, and
+//! all processors are busy with them. `SIM_SEED=7` runs that world here; it writes what happens, line by line, into
+//! the file that `SIM_TRACE` names.
 
 use std::{
+    fs::File,
     io::Write as _,
-    panic::AssertUnwindSafe,
+    process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use futures::FutureExt as _;
 use mainstay_control::{
     db::{JobRecord, JobState},
     jobs::{Fault, Faults},
@@ -18,7 +20,7 @@ use mainstay_control::{
 };
 use mainstay_model::{Ending, ItemId, Location, Operation, Phase, ReplicationPolicy};
 use mainstay_provider::{ErrorKind, Hypervisor as _};
-use mainstay_sim::{Direction, HostFault, StorageTrouble, World, WorldOptions};
+use mainstay_sim::{Direction, HostFault, StorageTrouble, World, WorldOptions, note, simulate_traced};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use crate::{support::log, workflows::finish_journey};
@@ -28,8 +30,7 @@ const VMS: [&str; 2] = ["web", "db"];
 const SEEDS: u64 = 12;
 /// Seeds that have failed once.
 const REGRESSIONS: [u64; 4] = [20, 21, 31, 318];
-/// How long new worlds are begun after that in an ordinary run, counted from its beginning. The other tests of this crate take
-/// about as long beside it.
+/// How long new worlds are begun after that in an ordinary run, counted from its beginning.
 const FRESH_SECONDS: u64 = 100;
 /// Things that happen between two calms.
 const ACTIONS: usize = 14;
@@ -62,7 +63,8 @@ struct RandomFaults {
 }
 
 impl Faults for RandomFaults {
-    fn fault(&self, _: &JobRecord, _: usize, is_undo: bool) -> Fault {
+    fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {
+        note(format_args!("job {}: step {step}, undone {is_undo}", job.id));
         let mut rng = self.rng.lock().unwrap();
         if rng.random_range(0..self.one_in) > 0 {
             return Fault::None;
@@ -89,6 +91,7 @@ impl Run {
         let is_home = self.rng.random_bool(0.5);
         let action = self.rng.random_range(0..112);
         tracing::info!(vm, is_home, action, "action");
+        note(format_args!("action {action} {vm} {is_home}"));
         match action {
             0..17 => self.write(vm).await,
             17..20 => self.trouble_storage(),
@@ -161,9 +164,8 @@ impl Run {
             }
         }
         // Lets what was begun come to a different point each time.
-        for _ in 0..self.rng.random_range(0..40) {
-            self.world.ask(|_| async { tokio::task::yield_now().await }).await;
-        }
+        let ms = if self.rng.random_bool(0.8) { 0..40 } else { 0..400 };
+        tokio::time::sleep(Duration::from_millis(self.rng.random_range(ms))).await;
     }
 
     /// The server's clock is set, or a host's.
@@ -245,6 +247,7 @@ impl Run {
         }
         let Some(operation) = allowed.choose(&mut self.rng).copied() else { return };
         tracing::info!(vm, ?operation, "begin");
+        note(format_args!("begin {operation:?}"));
         let points = [PointChoice::Latest, PointChoice::LatestProcessed];
         let point = match self.some_point(item.id).await {
             Some(point) if self.rng.random_bool(0.4) => point,
@@ -316,9 +319,9 @@ impl Run {
     /// A bit of the store turns over: that is found, and a cycle makes the newest recovery point whole.
     async fn rot(&mut self) {
         let folders = ["segment", "map", "definition", "manifest", "catalogue"];
-        let objects = self.world.objects(folders.choose(&mut self.rng).unwrap()).await;
+        let objects = self.world.objects(folders.choose(&mut self.rng).unwrap());
         let Some(object) = objects.choose(&mut self.rng) else { return };
-        self.world.flip(object, self.rng.random()).await;
+        self.world.flip(object, self.rng.random());
         // What was read before is still in the server's memory.
         self.world.restart_server().await;
         for vm in VMS {
@@ -446,25 +449,26 @@ async fn run(seed: u64) {
 /// Which worlds are run.
 struct Seeds {
     /// In any case.
-    fixed: std::ops::Range<u64>,
+    fixed: Vec<u64>,
     /// And then, from this one on, as many as can be begun within some time.
     fresh: Option<(u64, Duration)>,
 }
 
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
 impl Seeds {
     fn of_environment() -> Self {
-        let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-        if let Some(seed) = number("SIM_SEED") {
-            return Self { fixed: seed..seed + 1, fresh: None };
-        }
         let first = number("SIM_FIRST_SEED").unwrap_or(0);
         if let Some(seeds) = number("SIM_SEEDS") {
-            return Self { fixed: first..first + seeds, fresh: None };
+            return Self { fixed: (first..first + seeds).collect(), fresh: None };
         }
         // Different ones each time, and far from those that people count.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let seconds = number("SIM_SECONDS").unwrap_or(FRESH_SECONDS);
-        Self { fixed: first..first + SEEDS, fresh: Some((now.as_secs() << 16, Duration::from_secs(seconds))) }
+        let fixed = (first..first + SEEDS).chain(REGRESSIONS).collect();
+        Self { fixed, fresh: Some((now.as_secs() << 16, Duration::from_secs(seconds))) }
     }
 }
 
@@ -474,31 +478,124 @@ fn tell(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-async fn run_one(seed: u64) {
-    // What it panicked with has been printed by then.
-    let ended = AssertUnwindSafe(run(seed)).catch_unwind().await;
-    assert!(
-        ended.is_ok(),
-        "seed {seed} failed: `SIM_SEED={seed} cargo test --workspace --test sim random` repeats it"
-    );
+/// What a world's process says last.
+const CAME_TO: &str = "came to ";
+
+/// Runs a world in this process.
+fn run_here(seed: u64) {
+    let trace = std::env::var_os("SIM_TRACE").map(|path| File::create(path).unwrap());
+    let digest = simulate_traced(seed, trace, move || run(seed));
+    tell(&format!("seed {seed} {CAME_TO}{digest}"));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn random_worlds_keep_every_promise() {
+/// A world in a process of its own.
+struct Running {
+    seed: u64,
+    process: Child,
+    output: File,
+    began: Instant,
+}
+
+/// Real time that a world may take, also on a machine that is busy; one takes a second.
+const REAL_MAX: Duration = Duration::from_secs(240);
+
+impl Running {
+    fn start(seed: u64) -> Self {
+        let output = tempfile::tempfile().unwrap();
+        let process = Command::new(std::env::current_exe().unwrap())
+            .args(["random::random_worlds_keep_every_promise", "--exact", "--nocapture", "--test-threads=1"])
+            .env("SIM_SEED", seed.to_string())
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        Self { seed, process, output, began: Instant::now() }
+    }
+
+    /// What it said, once it has ended.
+    fn poll(&mut self) -> Option<String> {
+        let is_late = self.began.elapsed() > REAL_MAX;
+        if is_late {
+            self.process.kill().unwrap();
+        }
+        let status = if is_late { self.process.wait().unwrap() } else { self.process.try_wait().unwrap()? };
+        let mut said = String::new();
+        std::io::Seek::rewind(&mut self.output).unwrap();
+        std::io::Read::read_to_string(&mut self.output, &mut said).unwrap();
+        if !status.success() {
+            tell(&said);
+            let seed = self.seed;
+            let how = if is_late { "did not end" } else { "failed" };
+            panic!(
+                "seed {seed} {how}: `SIM_SEED={seed} cargo test --workspace --test sim random` repeats it"
+            );
+        }
+        Some(said)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Those beside one that failed; one that has ended is not there any more.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Worlds at a time for each processor: one waits for its database's threads for a third of its time.
+const WORLDS_PER_PROCESSOR: usize = 2;
+
+/// Runs worlds side by side, as long as there are seeds.
+fn run_all(mut seeds: impl Iterator<Item = u64>, mut ended: impl FnMut(u64, String)) {
+    let at_once = WORLDS_PER_PROCESSOR * std::thread::available_parallelism().map_or(1, usize::from);
+    let mut running: Vec<Running> = Vec::new();
+    loop {
+        while running.len() < at_once
+            && let Some(seed) = seeds.next()
+        {
+            running.push(Running::start(seed));
+        }
+        if running.is_empty() {
+            return;
+        }
+        running.retain_mut(|world| match world.poll() {
+            Some(said) => {
+                ended(world.seed, said);
+                false
+            }
+            None => true,
+        });
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn random_worlds_keep_every_promise() {
     log();
+    if let Some(seed) = number("SIM_SEED") {
+        return run_here(seed);
+    }
     let began = Instant::now();
     let Seeds { fixed, fresh } = Seeds::of_environment();
-    for seed in fixed {
-        run_one(seed).await;
-    }
+    run_all(fixed.into_iter(), |_, _| {});
     let Some((first, time)) = fresh else { return };
-    for seed in REGRESSIONS {
-        run_one(seed).await;
+    let mut count = 0;
+    run_all((first..).take_while(|_| began.elapsed() < time), |_, _| count += 1);
+    tell(&format!("random worlds: {count} fresh seeds from {first} on"));
+}
+
+#[test]
+fn a_seed_replays_exactly_however_busy_the_machine_is() {
+    if number("SIM_SEED").is_some() {
+        return;
     }
-    let mut seed = first;
-    while began.elapsed() < time {
-        run_one(seed).await;
-        seed += 1;
-    }
-    tell(&format!("random worlds: {} fresh seeds from {first} on", seed - first));
+    let mut digests = std::collections::BTreeMap::new();
+    // More than once at a time, and beside whatever other tests run.
+    run_all([3, 4, 3, 4, 3, 4].into_iter(), |seed, said| {
+        let came_to = said.lines().find_map(|line| line.split_once(CAME_TO)).unwrap().1.to_owned();
+        let before = digests.entry(seed).or_insert_with(|| came_to.clone());
+        assert_eq!(*before, came_to, "seed {seed} came to something else than before");
+    });
+    assert_ne!(digests[&3], digests[&4]);
 }

@@ -2,7 +2,7 @@
 
 use mainstay_control::workflows::{FailoverParams, PointChoice};
 use mainstay_model::{Ending, Health, Operation, Phase, PointId};
-use mainstay_sim::{JobEnd, World, WorldOptions};
+use mainstay_sim::{JobEnd, World, WorldOptions, simulate};
 
 use crate::{
     support::{codes, log},
@@ -24,10 +24,10 @@ async fn world() -> World {
 }
 
 async fn flip_all(world: &World, folder: &str, share: f64) {
-    let keys = world.objects(folder).await;
+    let keys = world.objects(folder);
     assert!(!keys.is_empty());
     for key in keys {
-        world.flip(&key, share).await;
+        world.flip(&key, share);
     }
 }
 
@@ -35,105 +35,113 @@ async fn damaged(world: &World) -> Vec<PointId> {
     world.item(VM).await.unwrap().scrub.damaged_points
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_cycle_heals_what_the_source_still_has_and_the_points_before_it() {
-    for share in [0.2, 0.5, 0.9] {
+#[test]
+fn a_cycle_heals_what_the_source_still_has_and_the_points_before_it() {
+    simulate(|| async {
+        for share in [0.2, 0.5, 0.9] {
+            let mut world = world().await;
+            flip_all(&world, "segment", share).await;
+            // What was read before is still in its memory.
+            world.restart_server().await;
+            let before = world.legible(VM).await;
+            assert!(!before.damaged.is_empty(), "{share}");
+            let moved = world.item(VM).await.unwrap().replication.bytes_moved;
+            world.scrub(VM).await;
+            world.cycle(VM).await;
+            world.until_looked_at(VM).await;
+            let after = world.legible(VM).await;
+            let newest = world.item(VM).await.unwrap().replication.last_point.unwrap();
+            assert!(after.whole.contains(&newest), "{share}: {after:?}");
+            assert!(after.damaged.len() < before.damaged.len(), "{share}: nothing was healed");
+            assert_eq!(damaged(&world).await, after.damaged, "{share}: marks are not what is so");
+            let moved = world.item(VM).await.unwrap().replication.bytes_moved - moved;
+            assert!(moved < 80 * 4096, "{share}: {moved} bytes moved");
+            let codes = codes(&world).await;
+            assert!(codes.iter().any(|code| code == "ReplicaDamaged"), "{codes:?}");
+            world.run(VM, Operation::UnplannedFailover).await;
+            let copy = world.item(VM).await.unwrap().recovery_vm.unwrap();
+            let expected = world.oracle.disks_at(copy.taken_at_ms).unwrap();
+            let started = world.recovery.hypervisor.view(copy.vm).unwrap().started_from.unwrap();
+            assert!(started.values().eq(expected.iter()));
+        }
+    });
+}
+
+#[test]
+fn what_describes_data_bears_a_flip() {
+    simulate(|| async {
+        for folder in ["map", "definition", "manifest", "catalogue"] {
+            let mut world = world().await;
+            flip_all(&world, folder, 0.3).await;
+            world.restart_server().await;
+            let legible = world.legible(VM).await;
+            assert!(legible.damaged.is_empty(), "{folder}: {legible:?}");
+            world.scrub(VM).await;
+            let item = world.item(VM).await.unwrap();
+            assert!(item.scrub.damage.is_empty(), "{folder}: {:?}", item.scrub);
+            if folder == "definition" {
+                assert!(item.scrub.mended > 0);
+            }
+            world.lose_database().await;
+            world.settle().await;
+            assert_eq!(world.phase(VM).await, Some(Phase::Protected), "{folder}");
+            world.check().await;
+        }
+    });
+}
+
+#[test]
+fn a_failover_passes_damaged_points_over_and_takes_none_by_accident() {
+    simulate(|| async {
         let mut world = world().await;
-        flip_all(&world, "segment", share).await;
-        // What was read before is still in its memory.
-        world.restart_server().await;
-        let before = world.legible(VM).await;
-        assert!(!before.damaged.is_empty(), "{share}");
-        let moved = world.item(VM).await.unwrap().replication.bytes_moved;
+        // Of what the newest point alone has.
+        let newest = world.objects("segment");
+        let before = world.legible(VM).await.whole;
+        for key in newest {
+            world.flip(&key, 0.5);
+            world.restart_server().await;
+            if world.legible(VM).await.damaged == [*before.last().unwrap()] {
+                break;
+            }
+            world.flip(&key, 0.5);
+        }
+        world.cut(true);
         world.scrub(VM).await;
-        world.cycle(VM).await;
-        world.until_looked_at(VM).await;
-        let after = world.legible(VM).await;
-        let newest = world.item(VM).await.unwrap().replication.last_point.unwrap();
-        assert!(after.whole.contains(&newest), "{share}: {after:?}");
-        assert!(after.damaged.len() < before.damaged.len(), "{share}: nothing was healed");
-        assert_eq!(damaged(&world).await, after.damaged, "{share}: marks are not what is so");
-        let moved = world.item(VM).await.unwrap().replication.bytes_moved - moved;
-        assert!(moved < 80 * 4096, "{share}: {moved} bytes moved");
-        let codes = codes(&world).await;
-        assert!(codes.iter().any(|code| code == "ReplicaDamaged"), "{codes:?}");
-        world.run(VM, Operation::UnplannedFailover).await;
+        assert_eq!(damaged(&world).await, [*before.last().unwrap()]);
+        let health = world
+            .ask(|control| async move {
+                let item = control.db.items().await.unwrap()[0].clone();
+                control.item_health(&item).await.unwrap().0
+            })
+            .await;
+        assert_eq!(health, Health::Critical);
+        let params = |point| FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
+        let job = world.fail_over(VM, params(PointChoice::Latest)).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
         let copy = world.item(VM).await.unwrap().recovery_vm.unwrap();
-        let expected = world.oracle.disks_at(copy.taken_at_ms).unwrap();
-        let started = world.recovery.hypervisor.view(copy.vm).unwrap().started_from.unwrap();
-        assert!(started.into_values().eq(expected.iter().cloned()));
-    }
+        assert_eq!(Some(&copy.point), before.iter().rev().nth(1));
+        assert!(codes(&world).await.iter().any(|code| code == "RecoveryPointDamaged"));
+    });
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn what_describes_data_bears_a_flip() {
-    for folder in ["map", "definition", "manifest", "catalogue"] {
+#[test]
+fn when_every_point_is_damaged_one_must_be_named() {
+    simulate(|| async {
         let mut world = world().await;
-        flip_all(&world, folder, 0.3).await;
+        flip_all(&world, "segment", 0.5).await;
         world.restart_server().await;
-        let legible = world.legible(VM).await;
-        assert!(legible.damaged.is_empty(), "{folder}: {legible:?}");
+        world.cut(true);
         world.scrub(VM).await;
-        let item = world.item(VM).await.unwrap();
-        assert!(item.scrub.damage.is_empty(), "{folder}: {:?}", item.scrub);
-        if folder == "definition" {
-            assert!(item.scrub.mended > 0);
+        let all = damaged(&world).await;
+        assert_eq!(all, world.legible(VM).await.damaged);
+        let params = |point| FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
+        if world.legible(VM).await.whole.is_empty() {
+            let job = world.fail_over(VM, params(PointChoice::LatestProcessed)).await.unwrap();
+            assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Failed));
+            assert!(world.tell(job.id).await.contains("have blocks that the store cannot read"));
+            assert_eq!(world.phase(VM).await, Some(Phase::Protected));
+        } else {
+            panic!("the first segment is in every point");
         }
-        world.lose_database().await;
-        world.settle().await;
-        assert_eq!(world.phase(VM).await, Some(Phase::Protected), "{folder}");
-        world.check().await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_failover_passes_damaged_points_over_and_takes_none_by_accident() {
-    let mut world = world().await;
-    // Of what the newest point alone has.
-    let newest = world.objects("segment").await;
-    let before = world.legible(VM).await.whole;
-    for key in newest {
-        world.flip(&key, 0.5).await;
-        world.restart_server().await;
-        if world.legible(VM).await.damaged == [*before.last().unwrap()] {
-            break;
-        }
-        world.flip(&key, 0.5).await;
-    }
-    world.cut(true);
-    world.scrub(VM).await;
-    assert_eq!(damaged(&world).await, [*before.last().unwrap()]);
-    let health = world
-        .ask(|control| async move {
-            let item = control.db.items().await.unwrap()[0].clone();
-            control.item_health(&item).await.unwrap().0
-        })
-        .await;
-    assert_eq!(health, Health::Critical);
-    let params = |point| FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
-    let job = world.fail_over(VM, params(PointChoice::Latest)).await.unwrap();
-    assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
-    let copy = world.item(VM).await.unwrap().recovery_vm.unwrap();
-    assert_eq!(Some(&copy.point), before.iter().rev().nth(1));
-    assert!(codes(&world).await.iter().any(|code| code == "RecoveryPointDamaged"));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn when_every_point_is_damaged_one_must_be_named() {
-    let mut world = world().await;
-    flip_all(&world, "segment", 0.5).await;
-    world.restart_server().await;
-    world.cut(true);
-    world.scrub(VM).await;
-    let all = damaged(&world).await;
-    assert_eq!(all, world.legible(VM).await.damaged);
-    let params = |point| FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 1_000 };
-    if world.legible(VM).await.whole.is_empty() {
-        let job = world.fail_over(VM, params(PointChoice::LatestProcessed)).await.unwrap();
-        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Failed));
-        assert!(world.tell(job.id).await.contains("have blocks that the store cannot read"));
-        assert_eq!(world.phase(VM).await, Some(Phase::Protected));
-    } else {
-        panic!("the first segment is in every point");
-    }
+    });
 }

@@ -12,7 +12,7 @@ use mainstay_control::{
 };
 use mainstay_model::{Ending, JobId, Operation, Phase, VmId};
 use mainstay_provider::PowerState;
-use mainstay_sim::{Snapshot, World, WorldOptions};
+use mainstay_sim::{Snapshot, World, WorldOptions, simulate};
 
 use crate::{
     support::log,
@@ -270,9 +270,9 @@ async fn four_questions(workflow: Workflow) {
 macro_rules! four_questions {
     ($($name:ident: $workflow:ident,)*) => {
         $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-            async fn $name() {
-                four_questions(Workflow::$workflow).await;
+            #[test]
+            fn $name() {
+                simulate(|| four_questions(Workflow::$workflow));
             }
         )*
     };

@@ -196,7 +196,7 @@ impl<'a> Rewrite<'a> {
         if frame.is_empty() {
             return Ok(());
         }
-        let bytes = tokio::task::spawn_blocking(move || frame.finish(Effort::Small)).await;
+        let bytes = mainstay_block::elsewhere::spawn_blocking(move || frame.finish(Effort::Small)).await;
         let bytes = bytes.map_err(StoreError::internal)??;
         let runs = inspect(&bytes)?;
         let shared = &self.store.shared;
