@@ -210,10 +210,14 @@ impl Killer<'_> {
     /// Kills a VM's process; `false` if the operation has stopped or removed the VM already.
     async fn kill_vm(&self, (site, vm): (&str, VmId)) -> Result<bool> {
         let site = self.lab.site(site)?;
-        let killed = site.kill_vm(vm).await;
-        if killed.is_ok() || site.libvirt().state(vm).await.is_ok_and(|state| state.power != PowerState::Off)
-        {
-            return killed.map(|()| true);
+        let Err(error) = site.kill_vm(vm).await else { return Ok(true) };
+        // One whose process has ended is off a moment later; one that was removed has no state.
+        let deadline = Instant::now() + START_TIMEOUT;
+        while site.libvirt().state(vm).await.is_ok_and(|state| state.power != PowerState::Off) {
+            if Instant::now() > deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(POLL).await;
         }
         Ok(false)
     }

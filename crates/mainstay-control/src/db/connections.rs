@@ -91,10 +91,14 @@ impl Connections {
         let mut writing = self.writer().await?;
         // Before it is asked for: whoever goes away meanwhile leaves none open.
         writing.is_open = true;
-        // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another process wrote.
-        let begin = Some("BEGIN IMMEDIATE".into_sql_str());
-        answer(SqliteTransactionManager::begin(&mut writing, begin)).await?;
-        Ok(writing)
+        let begun = begin_in(&mut writing).await;
+        if let (Err(Error::WorkerCrashed), Some(options)) = (&begun, &self.options) {
+            // Its thread has died, and with it whatever transaction was open.
+            *writing = answer(SqliteConnection::connect_with(options)).await?;
+            begin_in(&mut writing).await?;
+            return Ok(writing);
+        }
+        begun.map(|()| writing)
     }
 
     /// Waits for those that are in use, and closes all.
@@ -111,6 +115,12 @@ impl Connections {
             }
         }
     }
+}
+
+async fn begin_in(connection: &mut SqliteConnection) -> Result<(), Error> {
+    // IMMEDIATE: a transaction that reads and then writes must not find out in the middle that another process wrote.
+    let begin = Some("BEGIN IMMEDIATE".into_sql_str());
+    answer(SqliteTransactionManager::begin(connection, begin)).await
 }
 
 /// A connection that somebody reads from.

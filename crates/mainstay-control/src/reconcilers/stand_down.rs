@@ -44,9 +44,10 @@ impl Control {
                 return Ok(());
             }
         };
-        self.end_stand_down(item, order).await?;
+        // Told before it is done with: after a crash in between the order is given again, and nothing goes untold.
         if order.was_found_running {
-            return self.note_stopped(item, order.provider, answer.was_stopped).await;
+            self.note_stopped(item, order.provider, answer.was_stopped).await?;
+            return self.end_stand_down(item, order).await;
         }
         let (severity, done) = if answer.was_stopped {
             (Health::Warning, "its running VM was stopped")
@@ -57,7 +58,7 @@ impl Control {
         let text =
             format!("the {side} of '{}' knows that it is no longer the active one; {done}", item.vm_name);
         self.record_event(self.item_event(item, "SourceStoodDown", severity, text)).await?;
-        Ok(())
+        self.end_stand_down(item, order).await
     }
 
     async fn end_stand_down(&self, item: &ItemRecord, order: StandDownRecord) -> Result<(), ControlError> {
