@@ -135,8 +135,12 @@ pub(crate) fn draw(range: std::ops::Range<u64>) -> u64 {
     scheduled(|schedule| schedule.rng.random_range(range))
 }
 
-/// Time that something takes: mostly none or a few milliseconds, sometimes long against everything else.
+/// Time that something takes: mostly none or a few milliseconds, sometimes long against everything else. None for a simulated host
+/// that somebody uses without a simulation.
 pub(crate) fn pause(what: &'static str) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    if SCHEDULE.with_borrow(Option::is_none) {
+        return Box::pin(std::future::ready(()));
+    }
     let ms = match draw(0..64) {
         0 => draw(5..30),
         1..24 => draw(1..4),
