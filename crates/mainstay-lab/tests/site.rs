@@ -40,4 +40,5 @@ async fn a_ledger_guest_runs_survives_the_daemon_and_a_power_cut() {
         site.start().await.unwrap();
     }
     site.power_off().await.unwrap();
+    site.forget().unwrap();
 }
