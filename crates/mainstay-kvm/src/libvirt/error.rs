@@ -49,8 +49,27 @@ impl From<LibvirtError> for SiteError {
             OPERATION_TIMEOUT => ErrorKind::Busy,
             AUTH_FAILED | ACCESS_DENIED | NO_SUPPORT => ErrorKind::Refused,
             _ if error.message.contains("No space left") => ErrorKind::NoSpace,
+            _ if was_killed_at_start(&error.message) => ErrorKind::Unavailable,
             _ => ErrorKind::Failed,
         };
         Self::new(kind, format!("libvirt: {}", error.message))
+    }
+}
+
+/// Whether QEMU was killed while it started. When it ends by itself it says why, and libvirt quotes that behind a colon.
+fn was_killed_at_start(message: &str) -> bool {
+    message.contains("unexpectedly closed the monitor") && message.ends_with("')")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_that_was_killed_at_its_start_is_started_again_and_one_that_cannot_start_is_not() {
+        let kind = |message: &str| SiteError::from(LibvirtError::new(1, message)).kind;
+        let killed = "internal error: QEMU unexpectedly closed the monitor (vm='web')";
+        assert_eq!(kind(killed), ErrorKind::Unavailable);
+        assert_eq!(kind(&format!("{killed}: qemu: could not open 'disk'")), ErrorKind::Failed);
     }
 }
