@@ -16,6 +16,10 @@ use crate::site::Site;
 const QUICK_BOOT: &str =
     "quiet mitigations=off cryptomgr.notests init_on_alloc=0 tsc=reliable no_timer_check random.trust_cpu=on";
 
+/// The processor of emulated guests: the usual one, which has no random numbers, so that a guest takes two seconds to find some, and those.
+const EMULATED: &str =
+    "<cpu mode='custom'><model>qemu64</model><feature policy='require' name='rdrand'/></cpu>";
+
 /// Kernel and initramfs of the ledger guest, as `cargo xtask guest` makes them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestImages {
@@ -174,7 +178,11 @@ impl LedgerVm {
     }
 
     async fn xml(&self, site: &Site, images: &GuestImages, disks: &str) -> Result<String> {
-        let domain_type = if hardware_acceleration().await.is_ok() { "kvm" } else { "qemu" };
+        let (domain_type, processor) = match hardware_acceleration().await {
+            // libvirt's choice: not every host can run the model below.
+            Ok(_) => ("kvm", ""),
+            Err(_) => ("qemu", EMULATED),
+        };
         let interface = match &self.network {
             Some(group) => {
                 let (address, port) = group.split_once(':').context("a group is ADDRESS:PORT")?;
@@ -185,7 +193,6 @@ impl LedgerVm {
             }
             None => String::new(),
         };
-        // The plain processor has no random numbers, and the guest then takes two seconds to find some.
         // UEFI firmware keeps tens of MiB for itself, and needs room for kernel and initramfs twice while it loads them.
         let (memory_mib, firmware, secure_boot, tpm) = if self.has_uefi_and_tpm {
             (
@@ -202,7 +209,7 @@ impl LedgerVm {
              <memory unit='MiB'>{memory_mib}</memory><vcpu>1</vcpu>\
              <os{firmware}><type arch='x86_64' machine='q35'>hvm</type>{secure_boot}<kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
              <cmdline>console=ttyS0 panic=1 {QUICK_BOOT} {options}</cmdline></os>\
-             <cpu mode='custom'><model>qemu64</model><feature policy='require' name='rdrand'/></cpu>\
+             {processor}\
              <features><acpi/></features><clock offset='utc'/><on_reboot>restart</on_reboot><devices>{disks}{interface}{tpm}\
              <channel type='file'><source path='{acks}' append='on'/><target type='virtio' name='ledger'/></channel>\
              <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
