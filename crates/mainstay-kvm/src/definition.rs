@@ -214,7 +214,7 @@ pub(crate) async fn restore_state(host: &Host, vm: VmId, definition: &VmDefiniti
 }
 
 /// Replaces a file, whole or not at all, by one of the same owner (or its directory's) and rights.
-fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let like = match std::fs::metadata(path) {
         Ok(present) => Some(present),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,

@@ -199,7 +199,7 @@ async fn a_vm_that_is_off_is_captured_and_a_dead_tracker_is_noticed() -> Result<
     rig.host.confirm_tracker(vm.id, &tracker).await?;
 
     // QEMU dies, and with it both trackers.
-    rig.kill_qemu(vm.id, &vm.name).await?;
+    rig.kill_qemu(vm.id).await?;
     for is_running in [false, true] {
         if is_running {
             rig.host.start(vm.id).await?;
@@ -301,12 +301,11 @@ async fn a_vm_that_dies_while_a_capture_is_begun_is_captured_next_time() -> Resu
         let host = rig.host.clone();
         let beginning = tokio::spawn(async move { host.begin_capture(vm.id, request(None)).await });
         tokio::time::sleep(Duration::from_millis(wait_ms)).await;
-        rig.kill_qemu(vm.id, "web").await?;
+        rig.kill_qemu(vm.id).await?;
         match beginning.await? {
             Ok(begun) => begun.close().await?,
             Err(error) => assert_eq!(error.kind, ErrorKind::Unavailable, "after {wait_ms} ms: {error}"),
         }
-        rig.wait_for_power(vm.id, PowerState::Off).await?;
         let deadline = std::time::Instant::now() + PATIENCE;
         let next = loop {
             match rig.host.begin_capture(vm.id, request(None)).await {

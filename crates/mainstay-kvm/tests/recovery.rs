@@ -89,7 +89,7 @@ async fn a_recovery_vm_boots_hydrates_and_knows_what_changed() -> Result<()> {
     home.boot(&vm, 60).await?;
     let mut point = take_point(&home, &vm).await?;
     // An unplanned failover: the source is gone, with what it wrote since.
-    home.kill_qemu(vm.id, &vm.name).await?;
+    home.kill_qemu(vm.id).await?;
 
     let socket = socket_of(&away, "store");
     let server = serve(&socket, &point).await?;
@@ -138,7 +138,7 @@ async fn a_recovery_vm_boots_hydrates_and_knows_what_changed() -> Result<()> {
     let verdict = ledger::query(&away.site, spec.vm).await?;
     assert!(verdict.is_whole(), "{verdict:?}");
     // A delta from the tracker, with a crash of QEMU in between: the overlay still knows.
-    away.kill_qemu(spec.vm, "web-recovered").await?;
+    away.kill_qemu(spec.vm).await?;
     let capture = away.host.begin_capture(spec.vm, request(Some(&tracker))).await?;
     apply(capture.as_ref(), &mut point.copies).await?;
     assert_same(&point.copies, &read_capture(capture.as_ref()).await?);
@@ -211,7 +211,7 @@ async fn a_guest_waits_for_a_store_that_comes_back() -> Result<()> {
 
     // Hydration that is cut off by a crash goes on after it.
     home.host.hydrate(spec.vm, WhenOff::Wait).await?;
-    home.kill_qemu(spec.vm, "web-test").await?;
+    home.kill_qemu(spec.vm).await?;
     home.host.start(spec.vm).await?;
     let deadline = Instant::now() + PATIENCE;
     while !home.host.hydrate(spec.vm, WhenOff::Wait).await?.is_complete {

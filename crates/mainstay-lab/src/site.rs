@@ -110,9 +110,14 @@ impl Site {
         self.directory.join("consoles").join(format!("{name}.log"))
     }
 
+    /// Where the daemon keeps notes of its running virtual machines.
+    fn statuses(&self) -> PathBuf {
+        self.directory.join("run/libvirt/qemu/run")
+    }
+
     /// What the daemon has noted of a running virtual machine.
     pub fn status(&self, name: &str) -> PathBuf {
-        self.directory.join("run/libvirt/qemu/run").join(format!("{name}.xml"))
+        self.statuses().join(format!("{name}.xml"))
     }
 
     /// Who runs the virtual machines.
@@ -136,7 +141,7 @@ impl Site {
         loop {
             if !started && self.daemon().is_none() {
                 if is_mended {
-                    mend_statuses(&self.directory.join("run/libvirt/qemu/run"))?;
+                    mend_statuses(&self.statuses())?;
                 }
                 self.spawn()?;
                 started = true;
@@ -221,7 +226,7 @@ impl Site {
     /// machines' processes.
     pub fn cut_power(&self) -> Vec<Pid> {
         let mut killed = Vec::new();
-        let machines = fs::read_dir(self.directory.join("run/libvirt/qemu/run")).into_iter().flatten();
+        let machines = fs::read_dir(self.statuses()).into_iter().flatten();
         let paths = machines.filter_map(Result::ok).map(|entry| entry.path());
         // The daemon first, or it would see its machines die one by one.
         if let Some(pid) = self.daemon() {
@@ -255,7 +260,7 @@ impl Site {
     /// Kills a virtual machine's process, without asking libvirt, and waits until it is gone.
     pub async fn kill_vm(&self, vm: VmId) -> Result<()> {
         let name = self.libvirt.name(vm).await?;
-        let file = self.directory.join("run/libvirt/qemu/run").join(format!("{name}.pid"));
+        let file = self.statuses().join(format!("{name}.pid"));
         let text = fs::read_to_string(&file).with_context(|| format!("the VM '{name}' does not run"))?;
         let pid = Pid::from_raw(text.trim().parse()?);
         kill(pid, Signal::SIGKILL).context("killing the VM's process")?;
@@ -294,8 +299,8 @@ impl Site {
     /// The daemon's process, if it lives: whoever holds the lock on its file. No other daemon can start before that is released.
     fn daemon(&self) -> Option<Pid> {
         // The second is the driver's, which may be released a moment later.
-        let locks = ["run/libvirt/libvirtd.pid", "run/libvirt/qemu/run/driver.pid"];
-        locks.iter().find_map(|lock| lock_holder(&self.directory.join(lock)).ok().flatten())
+        let locks = [self.directory.join("run/libvirt/libvirtd.pid"), self.statuses().join("driver.pid")];
+        locks.iter().find_map(|lock| lock_holder(lock).ok().flatten())
     }
 }
 

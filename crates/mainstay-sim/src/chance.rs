@@ -15,8 +15,8 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-/// Where clocks begin: a plausible day.
-const BEGIN_MS: u64 = 1_750_000_000_000;
+/// Where clocks begin: a plausible day, so that differences of times make sense.
+pub(crate) const BEGIN_MS: u64 = 1_750_000_000_000;
 /// How often a runtime looks for events within a turn before others have theirs: tasks that wake each other for ever must not
 /// stop the world.
 const LOOKS_MAX: u32 = 1_000;

@@ -6,7 +6,6 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -15,6 +14,8 @@ use nix::{
     libc::{F_RDLCK, F_UNLCK, SEEK_SET, flock},
     unistd::Pid,
 };
+
+use crate::definition::replace_file;
 
 /// Why notes were not mended.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +67,7 @@ pub fn mend_statuses(directory: &Path) -> Result<Vec<String>, StatusError> {
         }
         let text = fs::read_to_string(&path).map_err(in_file(&path))?;
         if let Some(text) = without_lost_backup(&text) {
-            replace(&path, &text).map_err(in_file(&path))?;
+            replace_file(&path, text.as_bytes()).map_err(in_file(&path))?;
             mended.push(path.file_stem().unwrap_or_default().to_string_lossy().into_owned());
         }
     }
@@ -100,19 +101,10 @@ fn without_lost_backup(status: &str) -> Option<String> {
     Some(format!("{}<job type='none' async='none'/>{}", &status[..range.start], &status[range.end..]))
 }
 
-/// Replaces a file in one step; it keeps its owner and rights.
-fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let metadata = fs::metadata(path)?;
-    let new = path.with_extension("mended");
-    fs::write(&new, text)?;
-    fs::set_permissions(&new, fs::Permissions::from_mode(metadata.mode()))?;
-    std::os::unix::fs::chown(&new, Some(metadata.uid()), Some(metadata.gid()))?;
-    fs::File::open(&new)?.sync_all()?;
-    fs::rename(&new, path)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+
     use super::*;
 
     const LOST: &str = "<!-- libvirt -->\n<domstatus state='running'>\n  <job type='none' async='backup' \
@@ -142,7 +134,7 @@ mod tests {
         assert_eq!(mend_statuses(dir.path()).expect("nothing is left"), Vec::<String>::new());
         assert_eq!(fs::metadata(&lost).expect("the file").mode() & 0o777, 0o600);
         assert_eq!(fs::read_to_string(&other).expect("the file"), LOST);
-        assert!(!dir.path().join("web.mended").exists());
+        assert!(!dir.path().join("web.new").exists());
         assert_eq!(
             mend_statuses(&dir.path().join("none")).expect("no daemon ever ran"),
             Vec::<String>::new()

@@ -84,12 +84,8 @@ impl Rig {
     }
 
     /// Ends the machine's process as a crash of the host would.
-    pub(crate) async fn kill_qemu(&self, vm: VmId, name: &str) -> Result<()> {
-        let path = self.site.driver_directory().join(format!("../run/libvirt/qemu/run/{name}.pid"));
-        let pid: i32 = std::fs::read_to_string(path)?.trim().parse()?;
-        let status = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status()?;
-        ensure!(status.success(), "QEMU could not be killed");
-        self.wait_for_power(vm, PowerState::Off).await
+    pub(crate) async fn kill_qemu(&self, vm: VmId) -> Result<()> {
+        self.site.kill_vm(vm).await
     }
 
     pub(crate) async fn wait_for_power(&self, vm: VmId, power: PowerState) -> Result<()> {

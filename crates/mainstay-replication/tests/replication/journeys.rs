@@ -3,10 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use mainstay_block::hash_table::{Fill, HashTable};
 use mainstay_block::{
-    BlockDevice, BlockError, BlockHash, Extent, ExtentKind, HashKey, MemoryDevice, is_zero,
+    BlockDevice, BlockError, BlockHash, ExtentKind, FaultPlan, FaultyDevice, HashKey, MemoryDevice, is_zero,
 };
 use mainstay_replication::{
     FetchJob, FetchTarget, Mount, MountOptions, RefusalKind, ReplicationError, SendOptions, SendProgress,
@@ -289,36 +288,6 @@ fn a_lost_table_is_rebuilt_and_mounts_know_holes() {
     });
 }
 
-/// A disk whose server ends before the first read: a VM that has died.
-struct Gone(u64);
-
-#[async_trait::async_trait]
-impl BlockDevice for Gone {
-    fn size(&self) -> u64 {
-        self.0
-    }
-
-    async fn read(&self, _: u64, _: u64) -> Result<Bytes, BlockError> {
-        Err(BlockError::Io(std::io::ErrorKind::ConnectionAborted.into()))
-    }
-
-    async fn write(&self, _: u64, _: Bytes) -> Result<(), BlockError> {
-        Err(BlockError::ReadOnly)
-    }
-
-    async fn write_zeroes(&self, _: u64, _: u64) -> Result<(), BlockError> {
-        Err(BlockError::ReadOnly)
-    }
-
-    async fn flush(&self) -> Result<(), BlockError> {
-        Ok(())
-    }
-
-    async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>, BlockError> {
-        Ok(vec![Extent { offset, length, kind: ExtentKind::Data }])
-    }
-}
-
 /// Also when the link sees first that nothing more comes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_cannot_be_read_is_named_as_the_reason() {
@@ -326,11 +295,11 @@ async fn a_disk_that_cannot_be_read_is_named_as_the_reason() {
         let bench = Bench::new();
         let mut source = Source::new(&[1_000_000]);
         let mut job = source.job();
-        job.disks[0].device = Arc::new(Gone(1_000_000));
+        job.disks[0].device = Arc::new(FaultyDevice::new(MemoryDevice::new(1_000_000), FaultPlan::after(0)));
         let error = source.send_job(&bench, &job, &SendOptions::default()).await.unwrap_err();
         let ReplicationError::Device { source: BlockError::Io(cause), .. } = &error else {
             panic!("{error}")
         };
-        assert_eq!(cause.kind(), std::io::ErrorKind::ConnectionAborted);
+        assert_eq!(cause.to_string(), "injected fault");
     }
 }

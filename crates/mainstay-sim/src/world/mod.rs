@@ -46,8 +46,8 @@ pub(crate) const DISKS: [(&str, u64); 2] = [("vda", 64 * 4096), ("vdb", 16 * 409
 const WAIT_MAX: Duration = Duration::from_secs(600);
 /// How often a condition is looked at when nothing says that it may have changed: a few of the steps that anything takes.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
-/// Where the clock begins: a plausible day, so that differences of times make sense.
-const CLOCK_START_MS: i64 = 1_750_000_000_000;
+/// Where the clock begins.
+const CLOCK_START_MS: i64 = crate::chance::BEGIN_MS.cast_signed();
 
 /// How a world begins.
 #[derive(Clone, Debug)]
