@@ -12,7 +12,8 @@ const SHARE_MIN: f64 = 0.8;
 /// Saved part of the bytes below which compression gains little. By its cost in processor time alone it would have to save
 /// more than half of them on a link that is faster than it (measured: docs/benchmarks.md), but space counts as well.
 const GAIN_MIN: f64 = 0.2;
-/// While compression gains little, one frame of so many tries whether it still does: ten a second on two busy cores.
+/// While compression gains little, one read of so many tries whether it still does, and whether the processors are still
+/// wanted: twenty a second on two busy cores.
 const TRIAL_EVERY: u32 = 32;
 /// Weight of the newest frame in the averages: a few dozen frames, some tens of milliseconds, tell.
 const WEIGHT: f64 = 1.0 / 32.0;
@@ -71,9 +72,14 @@ impl Pace {
     /// Takes note of a frame.
     pub(crate) fn record(&mut self, made: Made) {
         self.sent_bytes += made.frame_bytes;
+        // What is not compressed is made in a few microseconds, in which nobody else comes to want the processor: it would say
+        // that there is time for compression, until the next frame that is compressed says that there is none.
+        if made.effort == Effort::None {
+            return;
+        }
         self.wall += WEIGHT * (made.cost.wall.as_secs_f64() - self.wall);
         self.cpu += WEIGHT * (made.cost.cpu.as_secs_f64() - self.cpu);
-        if made.effort != Effort::None && made.plain_bytes > 0 {
+        if made.plain_bytes > 0 {
             let gain = 1.0 - made.frame_bytes as f64 / made.plain_bytes as f64;
             self.gain += WEIGHT * (gain - self.gain);
         }
@@ -144,6 +150,12 @@ mod tests {
         let tried = efforts.iter().filter(|effort| **effort == Effort::Fast).count();
         assert_eq!((tried, efforts.len() - tried), (2, 62));
         assert!(efforts.iter().all(|effort| *effort != Effort::Small));
+        // However short the others take.
+        for _ in 0..1000 {
+            let cost = Cost { wall: Duration::from_micros(9), cpu: Duration::from_micros(9) };
+            busy.record(Made { effort: Effort::None, plain_bytes: 1 << 20, frame_bytes: 1 << 20, cost });
+        }
+        assert_eq!((0..64).filter(|_| busy.effort(false, false) == Effort::Fast).count(), 2);
         // With time for it, or content that gains, it compresses again.
         assert_eq!(pace(200, 1000, 990, MOST).effort(false, false), Effort::Fast);
         for _ in 0..100 {

@@ -8,14 +8,14 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use mainstay_block::{BlockDevice as _, ExtentKind, HashKey, is_zero};
-use mainstay_store::{FrameUse, PointMeta, PointReader, Session, SessionSpec, Store, StoreError};
+use mainstay_store::{FrameUse, PointMeta, PointReader, Received, Session, SessionSpec, Store, StoreError};
 use uuid::Uuid;
 
 use crate::connect::BoxStream;
 use crate::message::{CommitRequest, ExtentList, Hello, Purpose, Query, Refusal, Welcome};
 use crate::wire::{
-    ANSWER_BYTES_MAX, FLAG_RESENT, FLAG_ZERO, Kind, Message, Receiver, SILENCE_MAX, Traffic, Transmitter,
-    VERSION, split,
+    ANSWER_BYTES_MAX, FLAG_RESENT, FLAG_ZERO, Incoming, Kind, Message, Receiver, SILENCE_MAX, Traffic,
+    Transmitter, VERSION, split,
 };
 use crate::{RefusalKind, ReplicationError, serve_fetch};
 
@@ -182,13 +182,16 @@ async fn take_frames(
     session: &Session,
 ) -> Result<Option<Uuid>, ReplicationError> {
     loop {
-        let message = receiver.receive().await?;
-        match message.kind {
-            Kind::Frame => {
-                let is_resent = message.flags & FLAG_RESENT != 0;
-                let used = if is_resent { FrameUse::Resent } else { FrameUse::Changed };
-                session.append(message.tag, message.payload, used).await?;
+        let used = |flags| if flags & FLAG_RESENT != 0 { FrameUse::Resent } else { FrameUse::Changed };
+        let message = match receiver.receive_into(|bytes| session.room(bytes)).await? {
+            Incoming::Frame { flags, number, frame, rest } => {
+                session.append(number, Received::InPlace { frame, rest }, used(flags)).await?;
+                continue;
             }
+            Incoming::Message(message) => message,
+        };
+        match message.kind {
+            Kind::Frame => session.append(message.tag, message.payload, used(message.flags)).await?,
             Kind::Flush => session.flush().await?,
             Kind::Commit => {
                 let request: CommitRequest = message.body()?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use mainstay_block::frame::{FRAME_BYTES_MAX, FrameParts};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -155,18 +155,32 @@ pub(crate) struct Receiver {
 impl Receiver {
     /// The next message that is not a ping; a refusal becomes the error it stands for.
     pub(crate) async fn receive(&mut self) -> Result<Message, ReplicationError> {
+        match self.receive_into(|_| None).await? {
+            Incoming::Message(message) => Ok(message),
+            Incoming::Frame { .. } => Err(ReplicationError::Protocol("a frame in no room")),
+        }
+    }
+
+    /// As [`Self::receive`]; the bytes of a frame are put where `room`, asked for so many, says.
+    pub(crate) async fn receive_into(
+        &mut self,
+        room: impl Fn(usize) -> Option<BytesMut>,
+    ) -> Result<Incoming, ReplicationError> {
         loop {
-            let next = tokio::time::timeout(SILENCE_MAX, read_message(&mut self.read)).await;
-            let message = next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
-            let bytes = (HEADER_BYTES + message.payload.len()) as u64;
-            self.traffic.received.fetch_add(bytes, Ordering::Relaxed);
-            match message.kind {
-                Kind::Ping => {}
-                Kind::Refusal => {
+            let next = tokio::time::timeout(SILENCE_MAX, read_incoming(&mut self.read, &room)).await;
+            let incoming = next.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+            let length = match &incoming {
+                Incoming::Message(message) => message.payload.len(),
+                Incoming::Frame { frame, .. } => frame.len(),
+            };
+            self.traffic.received.fetch_add((HEADER_BYTES + length) as u64, Ordering::Relaxed);
+            match incoming {
+                Incoming::Message(Message { kind: Kind::Ping, .. }) => {}
+                Incoming::Message(message) if message.kind == Kind::Refusal => {
                     let refusal: Refusal = message.body()?;
                     return Err(ReplicationError::from_refusal(refusal.kind, refusal.message));
                 }
-                _ => return Ok(message),
+                incoming => return Ok(incoming),
             }
         }
     }
@@ -178,7 +192,23 @@ impl Receiver {
     }
 }
 
-pub(crate) async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> Result<Message, ReplicationError> {
+/// What was received.
+pub(crate) enum Incoming {
+    Message(Message),
+    /// A frame, where there was room for it.
+    Frame {
+        flags: u8,
+        number: u64,
+        frame: BytesMut,
+        /// The room after it.
+        rest: BytesMut,
+    },
+}
+
+pub(crate) async fn read_incoming(
+    read: &mut (impl AsyncRead + Unpin),
+    room: &impl Fn(usize) -> Option<BytesMut>,
+) -> Result<Incoming, ReplicationError> {
     let mut bytes = [0u8; HEADER_BYTES];
     read.read_exact(&mut bytes).await?;
     let header: Header = zerocopy::transmute!(bytes);
@@ -188,14 +218,34 @@ pub(crate) async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> Result<
     if length > kind.limit() {
         return Err(ReplicationError::Protocol("message too long"));
     }
+    let (flags, tag, length) = (header.flags, header.tag.get(), length as usize);
+    if kind == Kind::Frame
+        && let Some(mut space) = room(length)
+    {
+        read_payload(read, &mut space, length).await?;
+        let rest = space.split_off(length);
+        return Ok(Incoming::Frame { flags, number: tag, frame: space, rest });
+    }
     // Room for a frame at once; beyond it grows with what really arrives, so that a header alone cannot make us
     // allocate much.
-    let mut payload = Vec::with_capacity((length as usize).min(FRAME_BYTES_MAX));
-    (&mut *read).take(u64::from(length)).read_to_end(&mut payload).await?;
-    if payload.len() != length as usize {
-        return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+    let mut payload = BytesMut::with_capacity(length.min(FRAME_BYTES_MAX));
+    read_payload(read, &mut payload, length).await?;
+    Ok(Incoming::Message(Message { kind, flags, tag, payload: payload.freeze() }))
+}
+
+/// Appends exactly so many bytes.
+async fn read_payload(
+    read: &mut (impl AsyncRead + Unpin),
+    payload: &mut BytesMut,
+    length: usize,
+) -> Result<(), ReplicationError> {
+    let mut read = read.take(length as u64);
+    while read.limit() > 0 {
+        if read.read_buf(payload).await? == 0 {
+            return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+        }
     }
-    Ok(Message { kind, flags: header.flags, tag: header.tag.get(), payload: payload.into() })
+    Ok(())
 }
 
 /// The writing end; clones share it. Dropping a `send` half-way breaks the connection for all, so callers give

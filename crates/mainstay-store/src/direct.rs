@@ -13,7 +13,7 @@ use mainstay_block::durable::sync_parent;
 use nix::fcntl::OFlag;
 
 /// What devices want buffers, places and lengths to be multiples of.
-const ALIGNMENT: usize = 4096;
+pub(crate) const ALIGNMENT: usize = 4096;
 /// Bytes per write: many requests of a device at once, and few enough that the copy into the buffer stays in the processor's
 /// cache.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -66,6 +66,14 @@ fn fill(file: &File, parts: &[Bytes]) -> io::Result<()> {
     let (mut at, mut filled) = (0, 0);
     for part in parts {
         let mut part = &part[..];
+        if filled == 0 && part.as_ptr().align_offset(ALIGNMENT) == 0 {
+            let (aligned, later) = part.split_at(part.len() - part.len() % ALIGNMENT);
+            for now in aligned.chunks(BUFFER_BYTES) {
+                file.write_all_at(now, at)?;
+                at += now.len() as u64;
+            }
+            part = later;
+        }
         while !part.is_empty() {
             let (now, later) = part.split_at(part.len().min(BUFFER_BYTES - filled));
             buffer[filled..filled + now.len()].copy_from_slice(now);
@@ -86,6 +94,7 @@ fn fill(file: &File, parts: &[Bytes]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
     use proptest::prelude::*;
 
     use super::*;
@@ -94,10 +103,19 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
         #[test]
-        fn what_was_given_in_parts_is_in_the_file(lengths in prop::collection::vec(0..2_500_000_usize, 0..5)) {
+        fn what_was_given_in_parts_is_in_the_file(
+            lengths in prop::collection::vec((0..2_500_000_usize, any::<bool>()), 0..5),
+        ) {
             let dir = tempfile::tempdir().unwrap();
             let (path, staging) = (dir.path().join("object"), dir.path().join("object#1"));
-            let part = |length: &usize| Bytes::from((0..*length).map(|at| (at * 31 % 251) as u8).collect::<Vec<_>>());
+            let part = |(length, is_aligned): &(usize, bool)| {
+                let mut bytes = BytesMut::with_capacity(length + ALIGNMENT);
+                if *is_aligned {
+                    bytes = bytes.split_off(bytes.as_ptr().align_offset(ALIGNMENT));
+                }
+                bytes.extend((0..*length).map(|at| (at * 31 % 251) as u8));
+                bytes.freeze()
+            };
             let parts: Vec<Bytes> = lengths.iter().map(part).collect();
             let mut probe = OpenOptions::new();
             probe.write(true).create(true).truncate(true).custom_flags(OFlag::O_DIRECT.bits());

@@ -57,5 +57,5 @@ pub use manifest::{Consistency, DiskSpec, PointCounters};
 pub use options::StoreOptions;
 pub use reader::{PointDisk, PointReader};
 pub use scrub::{BlockRange, Damage, ScrubOptions, ScrubReport};
-pub use session::{FrameUse, PointMeta, Session, SessionSpec};
+pub use session::{FrameUse, PointMeta, Received, Session, SessionSpec};
 pub use store::{PointInfo, ReplicaInfo, Store};

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use mainstay_block::frame::{self, RunKind};
 use mainstay_block::{BLOCK_BYTES, blocks_of};
 use tokio::sync::{Semaphore, watch};
@@ -18,7 +18,7 @@ use crate::maintain::compact::replace_delta;
 use crate::manifest::{DefinitionRef, Jump, Layer, Manifest, Path, Point};
 use crate::map_file::{MapRef, MapWriter, SegmentInfo};
 use crate::map_reader::{MapReader, flatten, segment_infos};
-use crate::segment::{HEADER_BYTES, SEGMENT_BYTES_MAX, SegmentBuilder, length};
+use crate::segment::{HEADER_BYTES, SEGMENT_BYTES_MAX, SegmentBuilder, length, room_of};
 use crate::storage::Hold;
 use crate::store::{Shared, lock};
 use crate::{Consistency, DiskSpec, PointCounters, Store, StoreError, keys};
@@ -99,6 +99,35 @@ pub enum FrameUse {
     Resent,
 }
 
+/// A frame that has been received.
+#[derive(Debug)]
+pub enum Received {
+    /// Anywhere.
+    Elsewhere(Bytes),
+    /// In the room that [`Session::room`] gave for it.
+    InPlace {
+        /// The frame, at the beginning of the room.
+        frame: BytesMut,
+        /// The room after it.
+        rest: BytesMut,
+    },
+}
+
+impl From<Bytes> for Received {
+    fn from(bytes: Bytes) -> Self {
+        Self::Elsewhere(bytes)
+    }
+}
+
+impl Received {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Elsewhere(bytes) => bytes,
+            Self::InPlace { frame, .. } => frame,
+        }
+    }
+}
+
 /// A handle to a session; clones and re-attached handles are the same session.
 #[derive(Clone)]
 pub struct Session {
@@ -124,6 +153,8 @@ struct State {
     /// Of the map, the data that came again.
     resent: ExtentMap,
     builder: Option<SegmentBuilder>,
+    /// Rooms of segments that have been written: what the kernel gives anew it clears, page by page.
+    spare: Vec<BytesMut>,
     received: u64,
     segments: HashMap<Uuid, SegmentInfo>,
     holds: Vec<Hold>,
@@ -172,13 +203,34 @@ impl Session {
         self.inner.progress.borrow().durable
     }
 
+    /// Room for the next frame where it is to lie until its segment is written, if it has so many bytes: it is not copied
+    /// then. Without room it is received elsewhere.
+    pub fn room(&self, bytes: usize) -> Option<BytesMut> {
+        let inner = &self.inner;
+        let mut state = lock(&inner.state);
+        if state.closed {
+            return None;
+        }
+        let mut builder = state.builder.take().unwrap_or_else(|| self.new_segment(&mut state));
+        let spare = |bytes| state.spare.pop().unwrap_or_else(|| BytesMut::with_capacity(bytes));
+        let room = builder.take_room(bytes, spare, inner.segment_bytes());
+        state.builder = Some(builder);
+        room
+    }
+
     /// Takes frame number `sequence`. Verifies its checksum and returns once it is buffered, which waits while
     /// too many segments are being written. A frame that was received before is ignored.
     ///
     /// # Errors
     /// [`StoreError::Frame`], [`StoreError::OutOfOrder`], [`StoreError::Invalid`] for blocks outside the disks, or
     /// why an earlier segment could not be written; the session is then lost.
-    pub async fn append(&self, sequence: u64, bytes: Bytes, used: FrameUse) -> Result<(), StoreError> {
+    pub async fn append(
+        &self,
+        sequence: u64,
+        received: impl Into<Received>,
+        used: FrameUse,
+    ) -> Result<(), StoreError> {
+        let received = received.into();
         let inner = &self.inner;
         let _guard = inner.appending.lock().await;
         self.check_alive()?;
@@ -189,7 +241,7 @@ impl Session {
         if sequence > expected {
             return Err(StoreError::OutOfOrder { given: sequence, expected });
         }
-        let runs = frame::inspect(&bytes)?;
+        let runs = frame::inspect(received.bytes())?;
         for run in &runs {
             let blocks = inner.sizes.get(&run.disk).map(|bytes| blocks_of(*bytes));
             if blocks.is_none_or(|blocks| run.block + u64::from(run.count) > blocks) {
@@ -201,7 +253,10 @@ impl Session {
             let builder = state.builder.take();
             let mut builder = builder.unwrap_or_else(|| self.new_segment(&mut state));
             let blocks: u32 = runs.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.count).sum();
-            let (offset, length) = builder.push(bytes, blocks);
+            let (offset, length) = match received {
+                Received::Elsewhere(bytes) => builder.push(bytes, blocks),
+                Received::InPlace { frame, rest } => builder.push_received(frame, rest, blocks),
+            };
             let mut index = 0u16;
             for run in runs {
                 let place = (run.kind == RunKind::Data).then_some(Location {
@@ -229,7 +284,7 @@ impl Session {
             if state.map.len() > inner.shared.options.session_entries_max {
                 return Err(StoreError::Invalid("the session has too many extents"));
             }
-            let full = builder.len() >= inner.shared.options.segment_bytes.min(SEGMENT_BYTES_MAX);
+            let full = builder.len() >= inner.segment_bytes();
             state.builder = Some(builder);
             full
         };
@@ -291,7 +346,8 @@ impl Session {
         let permit = Arc::clone(&inner.uploads).acquire_owned().await.map_err(StoreError::internal)?;
         let (builder, last) = {
             let mut state = lock(&inner.state);
-            let Some(builder) = state.builder.take() else { return Ok(()) };
+            let taken = state.builder.take_if(|builder| !builder.is_empty());
+            let Some(builder) = taken else { return Ok(()) };
             let last = state.received;
             state.sealed.insert(last, false);
             (builder, last)
@@ -306,8 +362,8 @@ impl Session {
         let owner = Arc::clone(inner);
         tokio::spawn(async move {
             let _permit = permit;
-            let written = owner.upload(id, bytes).await;
-            owner.note(last, written);
+            let written = owner.upload(id, bytes.clone()).await;
+            owner.note(last, written, bytes);
         });
         Ok(())
     }
@@ -387,8 +443,15 @@ impl SessionInner {
         Ok(())
     }
 
-    fn note(&self, last: u64, written: Result<(), StoreError>) {
+    fn segment_bytes(&self) -> usize {
+        self.shared.options.segment_bytes.min(SEGMENT_BYTES_MAX)
+    }
+
+    fn note(&self, last: u64, written: Result<(), StoreError>, segment: Vec<Bytes>) {
         let mut state = lock(&self.state);
+        if !state.closed && state.spare.len() < self.shared.options.uploads_in_flight {
+            state.spare.extend(room_of(segment));
+        }
         if let Err(error) = written {
             self.progress.send_modify(|seen| seen.failed = Some(error));
             return;

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::support::{Dying, REPLICA, apply, capture, meta, one_disk, options, read, spec, write};
+use crate::support::{Disks, Dying, REPLICA, apply, capture, meta, one_disk, options, read, spec, write};
 use bytes::Bytes;
 use futures::TryStreamExt as _;
 use mainstay_block::frame::{Effort, FrameBuilder};
-use mainstay_store::{FrameUse, PointMeta, SessionSpec, Store, StoreError, StoreOptions, local_storage};
+use mainstay_store::{
+    FrameUse, PointMeta, Received, ScrubOptions, Session, SessionSpec, Store, StoreError, StoreOptions,
+    local_storage,
+};
 use object_store::ObjectStore as _;
 use object_store::memory::InMemory;
 use uuid::Uuid;
@@ -70,7 +73,8 @@ async fn sessions_are_numbered_resumable_and_idempotent() {
     assert!(matches!(gap, Err(StoreError::OutOfOrder { given: 7, expected: 6 })));
     let mut bad = frames[5].to_vec();
     bad[40] ^= 1;
-    assert!(matches!(session.append(6, bad.into(), FrameUse::Changed).await, Err(StoreError::Frame(_))));
+    let bad = session.append(6, Bytes::from(bad), FrameUse::Changed).await;
+    assert!(matches!(bad, Err(StoreError::Frame(_))));
     session.flush().await.unwrap();
     assert_eq!(session.wait_durable(5).await.unwrap(), 5);
 
@@ -262,4 +266,58 @@ async fn a_document_is_whole_its_own_and_where_it_belongs_or_an_error() {
     store.remove_document("items/b").await.unwrap();
     store.remove_document("items/b").await.unwrap();
     assert_eq!(store.document("items/b").await.unwrap(), None);
+}
+
+/// Receives a frame as a connection does: into the session's room, if it has any.
+async fn receive(session: &Session, sequence: u64, frame: &Bytes) -> Result<bool, StoreError> {
+    let Some(mut room) = session.room(frame.len()) else {
+        return session.append(sequence, frame.clone(), FrameUse::Changed).await.map(|()| false);
+    };
+    room.extend_from_slice(frame);
+    let rest = room.split_off(frame.len());
+    session.append(sequence, Received::InPlace { frame: room, rest }, FrameUse::Changed).await.map(|()| true)
+}
+
+#[tokio::test]
+async fn frames_received_in_place_are_what_the_point_holds() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = StoreOptions { segment_bytes: 5 << 20, uploads_in_flight: 2, ..options(0) };
+    let store = Store::open(local_storage(directory.path()).unwrap(), options);
+    let mut noise = 1u64;
+    let mut next = || {
+        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (noise >> 56) as u8
+    };
+    let disks: Disks = vec![(0, (0..30 << 20).map(|_| next()).collect())];
+    let mut frames: Vec<Bytes> = Vec::new();
+    for (block, data) in (0..).step_by(64).zip(disks[0].1.chunks(64 * 4096)) {
+        let mut frame = FrameBuilder::new();
+        frame.push_data(0, block, data).unwrap();
+        frames.push(frame.finish(Effort::None).unwrap());
+    }
+    let session = store.begin(spec(1, None, &disks, false)).await.unwrap();
+    let mut in_place = 0;
+    for (sequence, frame) in (1..).zip(&frames) {
+        match sequence {
+            // A frame that came before, and one that is damaged: their room is lost, and nothing else.
+            20 => assert!(receive(&session, 3, &frames[2]).await.is_ok()),
+            50 => {
+                let mut bad = frame.to_vec();
+                bad[4000] ^= 1;
+                assert!(matches!(receive(&session, sequence, &bad.into()).await, Err(StoreError::Frame(_))));
+            }
+            // A connection that broke while it received into the room, and the next one's frames.
+            80 => drop(session.room(frame.len())),
+            // Nothing is there that could be written.
+            90 => session.flush().await.unwrap(),
+            _ => {}
+        }
+        in_place += usize::from(receive(&session, sequence, frame).await.unwrap());
+    }
+    assert!((frames.len() / 2..frames.len()).contains(&in_place), "{in_place} of {}", frames.len());
+    let point = session.commit(meta(1)).await.unwrap();
+    assert!(session.room(frames[0].len()).is_none());
+    assert!(read(&store, point).await.unwrap() == disks);
+    let scrubbed = store.scrub(REPLICA, ScrubOptions::default()).await.unwrap();
+    assert!(scrubbed.damage.is_empty(), "{scrubbed:?}");
 }
