@@ -242,6 +242,6 @@ fn cargo_with(repository: &Path, arguments: &[&str], environment: &[(&str, &str)
 }
 
 #[expect(clippy::print_stdout, reason = "the report of the run is its output")]
-fn say(text: &str) {
+pub(crate) fn say(text: &str) {
     println!("{text}");
 }

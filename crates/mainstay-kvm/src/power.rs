@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use mainstay_model::VmId;
-use mainstay_provider::{PowerState, ShutdownOutcome, SiteError, TrackerId};
+use mainstay_provider::{ErrorKind, PowerState, ShutdownOutcome, SiteError, TrackerId};
 
 use crate::bitmaps::set_live;
 use crate::capture::CREATION_TRACKER;
-use crate::error::{While as _, busy};
+use crate::error::{While as _, busy, failed};
 use crate::host::{Host, find_disk};
-use crate::libvirt::XmlKind;
+use crate::libvirt::{LibvirtError, XmlKind};
 use crate::nodes::Nodes;
 
 const POLL: Duration = Duration::from_millis(100);
@@ -96,16 +96,31 @@ async fn resume(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let deadline = Instant::now() + RESUME_TIMEOUT;
     loop {
         let resumed = host.libvirt.resume(vm).await;
-        if host.power(vm).await? == PowerState::Running {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            resumed.doing("resuming the VM")?;
-            return Err(crate::error::failed(
-                "the VM pauses again as soon as it is resumed: a disk reports errors",
-            ));
+        if let Some(ended) = after_resume(host.power(vm).await?, resumed, Instant::now() > deadline) {
+            return ended;
         }
         tokio::time::sleep(RESUME_POLL).await;
+    }
+}
+
+/// What a VM's power says after it was told to resume; nothing where it is to be told again.
+fn after_resume(
+    power: PowerState,
+    resumed: Result<(), LibvirtError>,
+    is_late: bool,
+) -> Option<Result<(), SiteError>> {
+    match power {
+        PowerState::Running => Some(Ok(())),
+        // QEMU was killed, or libvirt's daemon, which at its next start ends a VM whose start it had not finished.
+        PowerState::Off => {
+            Some(Err(SiteError::new(ErrorKind::Unavailable, "the VM was ended while it was started")
+                .with_remedy("It is started again. If this stays, see QEMU's log of the VM.")))
+        }
+        PowerState::Paused if is_late => Some(Err(match resumed.doing("resuming the VM") {
+            Err(error) => error,
+            Ok(()) => failed("the VM pauses again as soon as it is resumed: a disk reports errors"),
+        })),
+        PowerState::Paused => None,
     }
 }
 
@@ -168,4 +183,25 @@ pub(crate) async fn power_off(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let destroyed = host.libvirt.destroy(vm).await;
     // One that has ended by itself in between is off as well.
     if host.power(vm).await? == PowerState::Off { Ok(()) } else { destroyed.doing("stopping the VM") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_that_was_ended_while_it_was_started_is_started_again() {
+        let gone = || Err(LibvirtError::new(55, "Requested operation is not valid: domain is not running"));
+        let kind = |power, resumed, is_late| {
+            after_resume(power, resumed, is_late).map(|ended| ended.map_err(|e| e.kind))
+        };
+        assert_eq!(kind(PowerState::Running, Ok(()), false), Some(Ok(())));
+        assert_eq!(kind(PowerState::Running, gone(), true), Some(Ok(())));
+        for is_late in [false, true] {
+            assert_eq!(kind(PowerState::Off, gone(), is_late), Some(Err(ErrorKind::Unavailable)));
+        }
+        assert_eq!(kind(PowerState::Paused, Ok(()), false), None);
+        assert_eq!(kind(PowerState::Paused, Ok(()), true), Some(Err(ErrorKind::Failed)));
+        assert_eq!(kind(PowerState::Paused, gone(), true), Some(Err(ErrorKind::Failed)));
+    }
 }

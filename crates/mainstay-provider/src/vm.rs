@@ -61,7 +61,7 @@ pub struct Disk {
     pub path: String,
     /// The image format.
     pub format: DiskFormat,
-    /// Virtual size in bytes.
+    /// Virtual size in bytes; 0 where the host cannot tell it (its image is away, or the VM died while it was asked).
     pub size_bytes: u64,
     /// Whether the firmware boots from it (or it is the first disk).
     pub is_os_disk: bool,

@@ -20,6 +20,7 @@ use super::{
     Inner, Work, check_generation,
     compare::{PIECES_IN_FLIGHT, Touched, block_error, compare, merge, pieces},
     data_error, tail,
+    transfer::known_size,
 };
 use crate::records::{Base, ItemFile, StagingFile};
 
@@ -92,12 +93,12 @@ impl Inner {
     /// The disks to stage: as large as at home, where they may have grown since the recovery point, or larger.
     async fn home_sizes(&self, order: &PrepareHome) -> Result<Vec<(String, u64)>, SiteError> {
         let home = self.hypervisor.vm(order.vm).await?;
-        let sizes = order.disks.iter().map(|(key, point_bytes)| {
-            let size_bytes =
-                home.disks.iter().find(|disk| disk.key == *key).map_or(0, |disk| disk.size_bytes);
-            (key.clone(), size_bytes.max(*point_bytes))
-        });
-        Ok(sizes.collect())
+        let size = |(key, point_bytes): &(String, u64)| {
+            let disk = home.disks.iter().find(|disk| disk.key == *key);
+            let size_bytes = disk.map(|disk| known_size(&home, disk)).transpose()?;
+            Ok((key.clone(), size_bytes.unwrap_or(0).max(*point_bytes)))
+        };
+        order.disks.iter().map(size).collect()
     }
 
     /// Opens an item's staging area and keeps it open.

@@ -23,8 +23,8 @@ use async_trait::async_trait;
 use mainstay_block::BlockError;
 use mainstay_model::{Generation, ItemId, VmId};
 use mainstay_provider::{
-    Discovery, ErrorKind, Examination, Hypervisor, Progress, ProgressSink, Site, SiteError, SiteOperation,
-    Staging,
+    Discovery, ErrorKind, Examination, FindingSeverity, Hypervisor, Progress, ProgressSink, Site, SiteError,
+    SiteOperation, Staging,
 };
 use mainstay_replication::{Connect, RefusalKind, ReplicationError};
 use serde::Serialize;
@@ -34,6 +34,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::records::{ItemFile, Records};
 use target::Served;
+use transfer::known_size;
 
 /// How a host does its work.
 #[derive(Clone, Debug)]
@@ -201,7 +202,13 @@ impl HostSite {
                 waiting: inner.waiting()?,
             }),
             SiteOperation::Examine(examine) => {
-                answer(&Examination { host: hypervisor.host().await?, vm: hypervisor.vm(examine.vm).await? })
+                let (host, vm) = (hypervisor.host().await?, hypervisor.vm(examine.vm).await?);
+                // Where something is wrong with the VM, an image that is away perhaps, that is to be told.
+                if vm.findings.iter().all(|finding| finding.severity != FindingSeverity::Error) {
+                    let replicable = vm.disks.iter().filter(|disk| disk.is_replicable);
+                    replicable.map(|disk| known_size(&vm, disk)).try_for_each(|size| size.map(drop))?;
+                }
+                answer(&Examination { host, vm })
             }
             SiteOperation::ReadPower(read) => answer(&hypervisor.power(read.vm).await?),
             SiteOperation::PowerOffVm(order) => match hypervisor.power_off(order.vm).await {

@@ -10,7 +10,8 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use mainstay_block::{BLOCK_BYTES, hash_table::HashTable};
 use mainstay_model::{CaptureId, PointId, SessionId};
 use mainstay_provider::{
-    Capture, CaptureLimits, CaptureRequest, Changed, Consistency, ErrorKind, Replicate, Replicated, SiteError,
+    Capture, CaptureLimits, CaptureRequest, Changed, Consistency, Disk, ErrorKind, Replicate, Replicated,
+    SiteError, VirtualMachine,
 };
 use mainstay_replication::{BeforePartial, SendDisk, SendJob, SendOptions, SendProgress, replicate};
 use mainstay_store::PointMeta;
@@ -228,13 +229,14 @@ impl Inner {
     /// Sizes of the item's disks, read from the VM: a disk may have grown since the last capture.
     async fn disk_sizes(&self, record: &ItemFile) -> Result<Vec<u64>, SiteError> {
         let vm = self.hypervisor.vm(record.vm).await?;
-        let size = |key: &String| {
-            vm.disks.iter().find(|disk| disk.key == *key).map(|disk| disk.size_bytes).ok_or_else(|| {
-                SiteError::new(ErrorKind::NotFound, format!("'{}' no longer has disk '{key}'", vm.name))
+        let size = |key: &String| match vm.disks.iter().find(|disk| disk.key == *key) {
+            Some(disk) => known_size(&vm, disk),
+            None => {
+                Err(SiteError::new(ErrorKind::NotFound, format!("'{}' no longer has disk '{key}'", vm.name))
                     .with_remedy(
                         "Attach the disk again, or disable replication and enable it without the disk.",
-                    )
-            })
+                    ))
+            }
         };
         record.disks.iter().map(size).collect()
     }
@@ -419,4 +421,16 @@ mod tests {
         let left = [vec![(20_480, 32_768)], vec![(0, 4096), (8192, 12_288)]];
         assert_eq!(still_to_send(&all, &left), [std::iter::once(5..8).collect(), vec![0..1, 2..3]]);
     }
+}
+
+/// The size of a VM's disk. One that is not told is not taken for none: tables and staging areas would be made for it.
+pub(super) fn known_size(vm: &VirtualMachine, disk: &Disk) -> Result<u64, SiteError> {
+    if disk.size_bytes > 0 {
+        return Ok(disk.size_bytes);
+    }
+    Err(SiteError::new(
+        ErrorKind::Unavailable,
+        format!("the size of disk '{}' of '{}' is not known at the moment", disk.key, vm.name),
+    )
+    .with_remedy(format!("If this stays, look whether {} is there and whole.", disk.path)))
 }

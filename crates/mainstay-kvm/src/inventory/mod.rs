@@ -80,8 +80,10 @@ pub(crate) async fn machine(
             key: disk.key.clone(),
             path: disk.path.clone().unwrap_or_default(),
             format: format_of(disk),
-            // A disk whose file is missing has no size, and a finding says so.
-            size_bytes: host.libvirt.disk_bytes(id, &disk.key).await.unwrap_or(0),
+            size_bytes: host.libvirt.disk_bytes(id, &disk.key).await.unwrap_or_else(|error| {
+                tracing::debug!(vm = %id, disk = disk.key, %error, "the size of a disk is not known");
+                0
+            }),
             is_os_disk: os_key.as_ref() == Some(&disk.key),
             is_replicable: findings::obstacle(disk).is_none(),
         });

@@ -61,6 +61,8 @@ pub(crate) struct State {
     trackers_are_volatile: bool,
     /// Whether guests ignore the power button.
     guests_refuse: bool,
+    /// How often the sizes of a VM's disks will not be told.
+    sizes_withheld: usize,
 }
 
 impl State {
@@ -179,6 +181,11 @@ impl SimHypervisor {
     /// Waits until a call hangs that was injected to.
     pub async fn wait_for_hang(&self) {
         self.inner.faults.wait_for_hang().await;
+    }
+
+    /// The next `times` descriptions of a VM say nothing of its disks' sizes, as where an image is away.
+    pub fn withhold_sizes(&self, times: usize) {
+        self.lock().sizes_withheld = times;
     }
 
     /// From now on trackers die whenever a VM stops.
@@ -390,7 +397,16 @@ impl Hypervisor for SimHypervisor {
     }
 
     async fn vm(&self, vm: VmId) -> Result<VirtualMachine, SiteError> {
-        self.inner.faults.around("vm", async { Ok(self.lock().machine(vm)?.describe(vm)) }).await
+        let read = async {
+            let mut state = self.lock();
+            let mut machine = state.machine(vm)?.describe(vm);
+            if let Some(left) = state.sizes_withheld.checked_sub(1) {
+                state.sizes_withheld = left;
+                machine.disks.iter_mut().for_each(|disk| disk.size_bytes = 0);
+            }
+            Ok(machine)
+        };
+        self.inner.faults.around("vm", read).await
     }
 
     async fn definition(&self, vm: VmId) -> Result<VmDefinition, SiteError> {

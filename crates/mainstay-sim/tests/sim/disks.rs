@@ -82,3 +82,24 @@ fn a_disk_that_has_grown_since_the_recovery_point_comes_home() {
         }
     });
 }
+
+/// A VM that dies while it is described has disks of which nothing is known, not disks without a byte.
+#[test]
+fn sizes_that_are_not_known_for_a_moment_cost_a_moment() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.write(VM, &[("vda", 16, 1)]).await;
+        world.protect(VM).await;
+        let mut operations = [Operation::PlannedFailover, Operation::Failback].into_iter();
+        for block in [3, 4] {
+            world.write(VM, &[("vda", block, 2)]).await;
+            for host in [&world.home, &world.recovery] {
+                host.hypervisor.withhold_sizes(1);
+            }
+            world.run(VM, operations.next().unwrap()).await;
+            world.check().await;
+            world.run(VM, Operation::Commit).await;
+        }
+    });
+}
