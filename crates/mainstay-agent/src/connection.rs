@@ -1,6 +1,11 @@
 //! The agent's connections: it dials, nothing listens.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -8,7 +13,11 @@ use mainstay_provider::{Site, serve_site};
 use mainstay_replication::{BoxStream, Connect};
 use rand::Rng as _;
 use rustls::{ClientConfig, pki_types::ServerName};
-use tokio::{io::BufReader, net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::TcpStream,
+    time::timeout,
+};
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +27,12 @@ use crate::Identity;
 const CONTROL_PROTOCOL: &[u8] = b"mainstay-control/1";
 /// ALPN of the data plane.
 const DATA_PROTOCOL: &[u8] = b"mainstay-data/1";
+/// ALPN of a request for a certificate that lasts longer.
+const RENEWAL_PROTOCOL: &[u8] = b"mainstay-renewal/1";
+/// How often the certificate's end is looked at: it is renewed months before.
+const RENEWAL_LOOK: Duration = Duration::from_secs(24 * 3600);
+/// A certificate is a kilobyte.
+const CERTIFICATE_BYTES_MAX: u64 = 16 << 10;
 /// A dial that takes longer is tried anew.
 const DIAL_MAX: Duration = Duration::from_secs(10);
 /// First pause after a lost connection; doubles up to the longest.
@@ -33,8 +48,25 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 pub struct ServerLink {
     address: String,
     name: ServerName<'static>,
+    identity: Identity,
+    tls: Arc<RwLock<Protocols>>,
+}
+
+/// TLS with the agent's certificate, for each protocol.
+struct Protocols {
     control: Arc<ClientConfig>,
     data: Arc<ClientConfig>,
+    renewal: Arc<ClientConfig>,
+}
+
+impl Protocols {
+    fn of(identity: &Identity) -> anyhow::Result<Self> {
+        Ok(Self {
+            control: identity.tls(CONTROL_PROTOCOL)?,
+            data: identity.tls(DATA_PROTOCOL)?,
+            renewal: identity.tls(RENEWAL_PROTOCOL)?,
+        })
+    }
 }
 
 impl ServerLink {
@@ -47,9 +79,46 @@ impl ServerLink {
         Ok(Self {
             address: address.to_owned(),
             name,
-            control: identity.tls(CONTROL_PROTOCOL)?,
-            data: identity.tls(DATA_PROTOCOL)?,
+            identity: identity.clone(),
+            tls: Arc::new(RwLock::new(Protocols::of(identity)?)),
         })
+    }
+
+    fn tls(&self, protocol: fn(&Protocols) -> &Arc<ClientConfig>) -> Arc<ClientConfig> {
+        protocol(&self.tls.read().unwrap_or_else(PoisonError::into_inner)).clone()
+    }
+
+    /// Has the server sign a certificate that lasts longer, when a third of the present one's time is left. Connections that
+    /// are made from then on show it.
+    async fn renew_if_due(&self) -> anyhow::Result<()> {
+        if !self.identity.is_renewal_due()? {
+            return Ok(());
+        }
+        let asked = timeout(DIAL_MAX, async {
+            let mut stream = self.dial(&self.tls(|tls| &tls.renewal)).await?;
+            stream.write_all(self.identity.certificate_request()?.as_bytes()).await?;
+            stream.shutdown().await?;
+            let mut certificate = String::new();
+            stream.take(CERTIFICATE_BYTES_MAX).read_to_string(&mut certificate).await?;
+            anyhow::Ok(certificate)
+        });
+        let certificate = asked.await.context("the server does not answer")??;
+        self.identity.take_certificate(&certificate)?;
+        *self.tls.write().unwrap_or_else(PoisonError::into_inner) = Protocols::of(&self.identity)?;
+        tracing::info!("this host's certificate was renewed");
+        Ok(())
+    }
+
+    async fn keep_certificate(&self) -> Infallible {
+        loop {
+            if let Err(error) = self.renew_if_due().await {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "this host's certificate could not be renewed yet"
+                );
+            }
+            tokio::time::sleep(RENEWAL_LOOK).await;
+        }
     }
 
     async fn dial(&self, tls: &Arc<ClientConfig>) -> io::Result<BoxStream> {
@@ -72,7 +141,7 @@ impl ServerLink {
 #[async_trait]
 impl Connect for ServerLink {
     async fn connect(&self) -> io::Result<BoxStream> {
-        self.dial(&self.data).await
+        self.dial(&self.tls(|tls| &tls.data)).await
     }
 }
 
@@ -82,9 +151,12 @@ pub async fn run(link: ServerLink, site: Arc<dyn Site>, stop: CancellationToken)
     let mut is_told = false;
     loop {
         let session = async {
-            let stream = link.dial(&link.control).await?;
+            let stream = link.dial(&link.tls(|tls| &tls.control)).await?;
             tracing::info!(server = link.address, "connected to the server");
-            Ok::<_, io::Error>(serve_site(stream, site.clone()).await)
+            tokio::select! {
+                served = serve_site(stream, site.clone()) => Ok::<_, io::Error>(served),
+                never = link.keep_certificate() => match never {},
+            }
         };
         let ended = tokio::select! {
             () = stop.cancelled() => return,

@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -14,6 +15,7 @@ use mainstay_api::{
     Client, Connection,
     v1::{RegisterAnswer, RegisterRequest},
 };
+use mainstay_block::durable::{UNFINISHED, sync_parent};
 use rcgen::{CertificateParams, KeyPair};
 use rustls::{
     ClientConfig, RootCertStore,
@@ -56,15 +58,22 @@ pub struct Identity {
 }
 
 const IDENTITY_FILE: &str = "identity.json";
+const CERTIFICATE_FILE: &str = "agent.pem";
+const KEY_FILE: &str = "agent.key";
 
 fn identity_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("identity")
 }
 
+/// Writes a file that only its owner can read, whole or not at all.
 fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    let unfinished = path.with_extension(UNFINISHED);
+    let mut file =
+        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
     file.write_all(text.as_bytes())?;
-    file.sync_all()
+    file.sync_all()?;
+    fs::rename(&unfinished, path)?;
+    sync_parent(path)
 }
 
 /// Exchanges a registration key for a certificate. The private key is made here and stays here.
@@ -95,8 +104,8 @@ pub async fn register(
         endpoint: answer.endpoint,
         dir: dir.clone(),
     };
-    write_private(&dir.join("agent.key"), &key_pair.serialize_pem())?;
-    write_private(&dir.join("agent.pem"), &answer.certificate)?;
+    write_private(&dir.join(KEY_FILE), &key_pair.serialize_pem())?;
+    write_private(&dir.join(CERTIFICATE_FILE), &answer.certificate)?;
     write_private(&dir.join("ca.pem"), &answer.authority)?;
     // Written last: it is there means that the rest is there.
     write_private(&dir.join(IDENTITY_FILE), &serde_json::to_string_pretty(&identity)?)?;
@@ -123,8 +132,8 @@ impl Identity {
     /// TLS towards the server, with this agent's certificate, for one protocol.
     pub(crate) fn tls(&self, protocol: &[u8]) -> anyhow::Result<Arc<ClientConfig>> {
         let certificate =
-            CertificateDer::from_pem_file(self.dir.join("agent.pem")).context("read agent.pem")?;
-        let key = PrivateKeyDer::from_pem_file(self.dir.join("agent.key")).context("read agent.key")?;
+            CertificateDer::from_pem_file(self.dir.join(CERTIFICATE_FILE)).context("read agent.pem")?;
+        let key = PrivateKeyDer::from_pem_file(self.dir.join(KEY_FILE)).context("read agent.key")?;
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(self.dir.join("ca.pem")).context("read ca.pem")?)?;
         let mut config =
@@ -134,5 +143,38 @@ impl Identity {
                 .with_client_auth_cert(vec![certificate], key)?;
         config.alpn_protocols = vec![protocol.to_vec()];
         Ok(Arc::new(config))
+    }
+
+    /// When the certificate begins and ends, seconds since 1970.
+    fn validity(&self) -> anyhow::Result<(i64, i64)> {
+        let certificate =
+            CertificateDer::from_pem_file(self.dir.join(CERTIFICATE_FILE)).context("read agent.pem")?;
+        let (_, certificate) = x509_parser::parse_x509_certificate(&certificate).context("read agent.pem")?;
+        let validity = certificate.validity();
+        Ok((validity.not_before.timestamp(), validity.not_after.timestamp()))
+    }
+
+    /// Whether less than a third of the certificate's time is left, and some still is.
+    pub(crate) fn is_renewal_due(&self) -> anyhow::Result<bool> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs().try_into()?;
+        let (begin, end) = self.validity()?;
+        Ok((begin + (end - begin) / 3 * 2..end).contains(&now))
+    }
+
+    /// A request for a certificate for the key that this agent has.
+    pub(crate) fn certificate_request(&self) -> anyhow::Result<String> {
+        let key = fs::read_to_string(self.dir.join(KEY_FILE)).context("read agent.key")?;
+        Ok(CertificateParams::default().serialize_request(&KeyPair::from_pem(&key)?)?.pem()?)
+    }
+
+    /// Puts a certificate that the server has signed into the place of the present one.
+    pub(crate) fn take_certificate(&self, pem: &str) -> anyhow::Result<()> {
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).context("not a certificate")?;
+        let key = PrivateKeyDer::from_pem_file(self.dir.join(KEY_FILE)).context("read agent.key")?;
+        let key = rustls::crypto::ring::sign::any_supported_type(&key)?;
+        rustls::sign::CertifiedKey::new(vec![certificate], key)
+            .keys_match()
+            .context("not one for this agent's key")?;
+        Ok(write_private(&self.dir.join(CERTIFICATE_FILE), pem)?)
     }
 }

@@ -210,16 +210,16 @@ impl Killer<'_> {
     /// Kills a VM's process; `false` if the operation has stopped or removed the VM already.
     async fn kill_vm(&self, (site, vm): (&str, VmId)) -> Result<bool> {
         let site = self.lab.site(site)?;
-        let Err(error) = site.kill_vm(vm).await else { return Ok(true) };
-        // One whose process has ended is off a moment later; one that was removed has no state.
         let deadline = Instant::now() + START_TIMEOUT;
-        while site.libvirt().state(vm).await.is_ok_and(|state| state.power != PowerState::Off) {
-            if Instant::now() > deadline {
-                return Err(error);
+        loop {
+            let Err(error) = site.kill_vm(vm).await else { return Ok(true) };
+            // One whose process has ended is off a moment later, unless it is started again; one that was removed has no state.
+            let is_off = !site.libvirt().state(vm).await.is_ok_and(|state| state.power != PowerState::Off);
+            if is_off || Instant::now() > deadline {
+                return if is_off { Ok(false) } else { Err(error) };
             }
             tokio::time::sleep(POLL).await;
         }
-        Ok(false)
     }
 
     /// The administrator finds the active copy off and starts it.

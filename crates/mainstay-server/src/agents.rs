@@ -8,11 +8,17 @@ use mainstay_model::{Health, ItemId, ProviderId};
 use mainstay_provider::{RemoteSite, Site};
 use mainstay_replication::{Access, serve_connection};
 use rustls::ServerConfig;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    sync::watch,
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    authority::{CONTROL_PROTOCOL, CertificateSubject, DATA_PROTOCOL},
+    Authority,
+    authority::{CONTROL_PROTOCOL, CertificateSubject, DATA_PROTOCOL, RENEWAL_PROTOCOL},
     listener::{Limits, Secured, listen},
     vaults::Vaults,
 };
@@ -22,29 +28,40 @@ use crate::{
 const CONNECTIONS_MAX: usize = 4096;
 const BUFFER_BYTES: usize = 320 << 10;
 
+/// A request for a certificate is a key and its signature.
+const RENEWAL_BYTES_MAX: u64 = 16 << 10;
+
+/// What agents are served with.
+#[derive(Clone)]
+pub(crate) struct Agents {
+    pub(crate) vaults: Arc<Vaults>,
+    pub(crate) authority: Arc<Authority>,
+    pub(crate) request_timeout: Duration,
+}
+
 /// Serves agents until `stop`.
 pub(crate) async fn serve(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
-    vaults: Arc<Vaults>,
-    request_timeout: Duration,
+    agents: Agents,
     stop: CancellationToken,
 ) {
     let until = stop.clone();
+    let limits = Limits::new(CONNECTIONS_MAX, BUFFER_BYTES, agents.request_timeout);
     let serve = move |stream| {
-        let (vaults, until) = (vaults.clone(), until.clone());
+        let (agents, until) = (agents.clone(), until.clone());
         async move {
             tokio::select! {
                 () = until.cancelled() => {}
-                () = serve_peer(stream, &vaults) => {}
+                () = serve_peer(stream, &agents) => {}
             }
         }
     };
-    let limits = Limits::new(CONNECTIONS_MAX, BUFFER_BYTES, request_timeout);
     listen(listener, tls, limits, stop, serve).await;
 }
 
-async fn serve_peer(stream: Secured, vaults: &Vaults) {
+async fn serve_peer(stream: Secured, agents: &Agents) {
+    let vaults = &*agents.vaults;
     let Some(subject) = subject(&stream) else {
         return tracing::warn!("a certificate of ours does not name a host");
     };
@@ -67,6 +84,17 @@ async fn serve_peer(stream: Secured, vaults: &Vaults) {
                 serve_control(stream, provider, name, control).await;
             }
             Some(protocol) if protocol == DATA_PROTOCOL => serve_data(stream, provider, control).await,
+            Some(protocol) if protocol == RENEWAL_PROTOCOL => {
+                let renewed =
+                    timeout(agents.request_timeout, renew(stream, &subject, &agents.authority)).await;
+                match renewed.unwrap_or_else(|_| Err("it took too long".to_owned())) {
+                    Ok(()) => {
+                        let text = format!("the certificate of host '{name}' was renewed");
+                        tell(&control, &name, "CertificateRenewed", Health::Normal, text).await;
+                    }
+                    Err(why) => tracing::warn!(%provider, why, "a host's certificate was not renewed"),
+                }
+            }
             _ => {
                 tracing::warn!(%provider, "an agent speaks no protocol that this server knows; update the older one");
             }
@@ -146,6 +174,27 @@ async fn serve_control(stream: Secured, provider: ProviderId, name: String, cont
         let text = format!("the agent of host '{name}' is not connected any more{why}");
         tell(&control, &name, "AgentDisconnected", Health::Warning, text).await;
     }
+}
+
+/// Answers a host's request for a certificate with one for the same key: another key is a new registration.
+async fn renew(
+    mut stream: Secured,
+    subject: &CertificateSubject,
+    authority: &Authority,
+) -> Result<(), String> {
+    let mut request = String::new();
+    (&mut stream)
+        .take(RENEWAL_BYTES_MAX)
+        .read_to_string(&mut request)
+        .await
+        .map_err(|error| error.to_string())?;
+    let key = Authority::request_key(&request).map_err(|error| error.to_string())?;
+    if key != subject.public_key {
+        return Err("it asks for another key".to_owned());
+    }
+    let signed = authority.sign_agent(&request, subject.provider).map_err(|error| error.to_string())?;
+    stream.write_all(signed.as_bytes()).await.map_err(|error| error.to_string())?;
+    stream.shutdown().await.map_err(|error| error.to_string())
 }
 
 /// Serves a data connection. A host may touch the replicas of the items that it is a side of, and no others.

@@ -34,6 +34,8 @@ const CLOCK_SLACK_DAYS: i64 = 1;
 pub(crate) const CONTROL_PROTOCOL: &[u8] = b"mainstay-control/1";
 /// The data plane.
 pub(crate) const DATA_PROTOCOL: &[u8] = b"mainstay-data/1";
+/// A request for a certificate that lasts longer, answered with it.
+pub(crate) const RENEWAL_PROTOCOL: &[u8] = b"mainstay-renewal/1";
 
 /// Why the authority failed.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +191,8 @@ impl Authority {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .and_then(|builder| builder.with_client_cert_verifier(verifier).with_single_cert(chain, key))
             .map_err(|error| AuthorityError::Tls(error.to_string()))?;
-        config.alpn_protocols = vec![CONTROL_PROTOCOL.to_vec(), DATA_PROTOCOL.to_vec()];
+        config.alpn_protocols =
+            [CONTROL_PROTOCOL, DATA_PROTOCOL, RENEWAL_PROTOCOL].map(<[u8]>::to_vec).to_vec();
         Ok(Arc::new(config))
     }
 }

@@ -15,7 +15,8 @@ use tower::ServiceExt as _;
 use uuid::Uuid;
 
 use crate::{
-    Authority, ServerConfig, agents,
+    Authority, ServerConfig,
+    agents::{self, Agents},
     http::{Api, Limit, Peer, TOKEN_REQUESTS_MAX, router},
     listener::{Limits, Secured, listen},
     smtp::Smtp,
@@ -91,7 +92,7 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     };
     let vaults = Arc::new(Vaults::open(config, clock, alerts).await?);
     let pki_dir = config.data_dir.join("pki");
-    let authority = Authority::open(&pki_dir)?;
+    let authority = Arc::new(Authority::open(&pki_dir)?);
     let token_key = TokenKey::open(&pki_dir)?;
     let (api_tls, agent_tls) = (authority.api_tls(&config.names)?, authority.agent_tls(&config.names)?);
     let api_listener =
@@ -111,7 +112,7 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
         directory: first.control.clone(),
         tenant: first.record().subscription.clone(),
         vaults: vaults.clone(),
-        authority,
+        authority: authority.clone(),
         base_url: format!("https://{name}:{}", api_address.port()),
         agent_endpoint,
         request_timeout,
@@ -124,7 +125,8 @@ pub async fn run_with_clock(config: &ServerConfig, clock: Arc<dyn Clock>) -> any
     });
     let stop = CancellationToken::new();
     let tasks = TaskTracker::new();
-    tasks.spawn(agents::serve(agent_listener, agent_tls, vaults.clone(), request_timeout, stop.clone()));
+    let agents = Agents { vaults: vaults.clone(), authority, request_timeout };
+    tasks.spawn(agents::serve(agent_listener, agent_tls, agents, stop.clone()));
     tasks.spawn(serve_api(api_listener, api_tls, router(api), request_timeout, stop.clone()));
     let resumed = vaults.start().await?;
     tracing::info!(%api_address, %agent_address, resumed, "the server is ready");

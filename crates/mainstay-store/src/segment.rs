@@ -91,8 +91,9 @@ impl SegmentBuilder {
     /// Appends a verified frame with this many data blocks; returns its offset and length.
     pub(crate) fn push(&mut self, frame: Bytes, blocks: u32) -> (u32, u32) {
         self.end_filling();
-        self.parts.push(frame.clone());
-        self.note(frame.len(), blocks)
+        let place = self.note(frame.len(), blocks);
+        self.parts.push(frame);
+        place
     }
 
     fn note(&mut self, bytes: usize, blocks: u32) -> (u32, u32) {

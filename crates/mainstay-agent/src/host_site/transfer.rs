@@ -384,6 +384,18 @@ fn still_to_send(resend: &[Vec<Range<u64>>], left: &[Vec<(u64, u64)>]) -> Vec<Ve
     resend.iter().zip(left).map(disk).collect()
 }
 
+/// The size of a VM's disk. One that is not told is not taken for none: tables and staging areas would be made for it.
+pub(super) fn known_size(vm: &VirtualMachine, disk: &Disk) -> Result<u64, SiteError> {
+    if disk.size_bytes > 0 {
+        return Ok(disk.size_bytes);
+    }
+    Err(SiteError::new(
+        ErrorKind::Unavailable,
+        format!("the size of disk '{}' of '{}' is not known at the moment", disk.key, vm.name),
+    )
+    .with_remedy(format!("If this stays, look whether {} is there and whole.", disk.path)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -421,16 +433,4 @@ mod tests {
         let left = [vec![(20_480, 32_768)], vec![(0, 4096), (8192, 12_288)]];
         assert_eq!(still_to_send(&all, &left), [std::iter::once(5..8).collect(), vec![0..1, 2..3]]);
     }
-}
-
-/// The size of a VM's disk. One that is not told is not taken for none: tables and staging areas would be made for it.
-pub(super) fn known_size(vm: &VirtualMachine, disk: &Disk) -> Result<u64, SiteError> {
-    if disk.size_bytes > 0 {
-        return Ok(disk.size_bytes);
-    }
-    Err(SiteError::new(
-        ErrorKind::Unavailable,
-        format!("the size of disk '{}' of '{}' is not known at the moment", disk.key, vm.name),
-    )
-    .with_remedy(format!("If this stays, look whether {} is there and whole.", disk.path)))
 }

@@ -74,7 +74,7 @@ pub(crate) struct Api {
     pub(crate) directory: Arc<Control>,
     /// The tenant in which everybody signs in, which is also the only subscription.
     pub(crate) tenant: String,
-    pub(crate) authority: Authority,
+    pub(crate) authority: Arc<Authority>,
     /// `https://HOST:PORT` as clients that send no Host header are told.
     pub(crate) base_url: String,
     /// Address that agents are told.

@@ -2,11 +2,15 @@
 
 use std::{io, sync::Arc};
 
-use crate::support::{Seed, Server, seed};
+use crate::{
+    replay::{Host, until},
+    support::{Seed, Server, seed},
+};
 use mainstay_api::v1::{RegisterAnswer, RegisterRequest, RegistrationKey};
 use mainstay_control::{Control, ManualClock, app::REGISTRATION_KEY_HOURS};
 use mainstay_model::ProviderId;
 use mainstay_server::Authority;
+use mainstay_sim::{Oracle, SimHypervisor};
 use rcgen::{CertificateParams, DnType, Issuer, KeyPair};
 use rustls::{
     ClientConfig, RootCertStore,
@@ -22,6 +26,7 @@ use uuid::Uuid;
 
 const CONTROL: &[u8] = b"mainstay-control/1";
 const DATA: &[u8] = b"mainstay-data/1";
+const RENEWAL: &[u8] = b"mainstay-renewal/1";
 
 /// What somebody shows at the port.
 struct Credentials {
@@ -30,11 +35,16 @@ struct Credentials {
 }
 
 impl Server {
-    async fn key(&self, fabric: &str) -> String {
-        use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+    async fn registration_key(&self, fabric: &str) -> String {
         let path = format!("/api/v1/fabrics/{fabric}/registrationKeys");
         let key: RegistrationKey = self.administrator.post(&path, &json!({})).await.unwrap();
-        let said: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(key.key).unwrap()).unwrap();
+        key.key
+    }
+
+    async fn key(&self, fabric: &str) -> String {
+        use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+        let key = self.registration_key(fabric).await;
+        let said: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(key).unwrap()).unwrap();
         said["secret"].as_str().unwrap().to_owned()
     }
 
@@ -61,10 +71,13 @@ impl Server {
 
     /// A certificate of this server's authority, valid for some days from now (or until some days ago).
     fn certify(&self, provider: ProviderId, days: i64) -> Credentials {
+        self.certify_key(KeyPair::generate().unwrap(), provider, days)
+    }
+
+    fn certify_key(&self, key: KeyPair, provider: ProviderId, days: i64) -> Credentials {
         let file = |name| std::fs::read_to_string(self.config.data_dir.join("pki").join(name)).unwrap();
         let authority = KeyPair::from_pem(&file("ca.key")).unwrap();
         let issuer = Issuer::from_ca_cert_pem(&file("ca.pem"), authority).unwrap();
-        let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, provider.to_string());
         let now = time::OffsetDateTime::now_utc();
@@ -302,6 +315,63 @@ async fn a_new_registration_takes_the_place_of_the_old_certificate() {
         let (status, why) = server.register(secret, "kvm3", "x").await.err().unwrap();
         assert_eq!(status, 401, "{why}");
     }
+    server.running.stop().await;
+}
+
+/// Days until a certificate ends.
+fn days_left(pem: &[u8]) -> i64 {
+    let certificate = CertificateDer::from_pem_slice(pem).unwrap();
+    let (_, certificate) = x509_parser::parse_x509_certificate(&certificate).unwrap();
+    let left =
+        certificate.validity().not_after.timestamp() - time::OffsetDateTime::now_utc().unix_timestamp();
+    left / 86_400
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_renews_its_certificate_in_time_and_for_its_own_key_only() {
+    let (server, clock, ..) = start().await;
+    let dir = tempfile::tempdir().unwrap();
+    Host::register(dir.path(), "kvm1", &server.registration_key("home").await).await;
+    let file = |name: &str| dir.path().join("data/identity").join(name);
+    let pem = || std::fs::read(file("agent.pem")).unwrap();
+    let identity: Value = serde_json::from_slice(&std::fs::read(file("identity.json")).unwrap()).unwrap();
+    let provider: ProviderId = identity["provider"].as_str().unwrap().parse().unwrap();
+    let key = || KeyPair::from_pem(&std::fs::read_to_string(file("agent.key")).unwrap()).unwrap();
+    // Made ten days ago: with 25 days left nothing is due, with four it is.
+    for days in [25, 4] {
+        let old = server.certify_key(key(), provider, days).certificate;
+        std::fs::write(file("agent.pem"), &old).unwrap();
+        let oracle = Arc::new(Oracle::new(clock.clone()));
+        let host = Host::run(dir.path(), SimHypervisor::new("kvm1", oracle)).await;
+        let path =
+            server.at(&format!("replicationFabrics/home/replicationRecoveryServicesProviders/{provider}"));
+        until("the agent is connected", async || {
+            let host: Value = server.administrator.get(&path).await.unwrap();
+            (host["properties"]["connectionStatus"] == "Connected").then_some(())
+        })
+        .await;
+        if days == 4 {
+            until("the certificate is renewed", async || (days_left(&pem()) > 700).then_some(())).await;
+        }
+        host.stop().await;
+        assert_eq!(pem() == old.as_bytes(), days == 25);
+    }
+    // What was signed is good, and serves for the next renewal as well.
+    let renewed = Credentials { certificate: String::from_utf8(pem()).unwrap(), key: key() };
+    server.connected(&renewed).await;
+    let ask = async |request: String| {
+        let mut stream = server.dial(Some(&renewed), RENEWAL).await.unwrap();
+        // Whoever was hung up on may not be able to write any more, which is as good.
+        let _ = stream.write_all(request.as_bytes()).await;
+        let _ = stream.shutdown().await;
+        until_the_end(&mut stream).await
+    };
+    let request = |key: &KeyPair| CertificateParams::default().serialize_request(key).unwrap().pem().unwrap();
+    assert!(days_left(&ask(request(&renewed.key)).await) > 700);
+    for wrong in [request(&KeyPair::generate().unwrap()), String::new(), "x".repeat(1 << 20)] {
+        assert!(ask(wrong).await.is_empty());
+    }
+    server.still_serves().await;
     server.running.stop().await;
 }
 

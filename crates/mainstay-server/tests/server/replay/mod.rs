@@ -64,7 +64,7 @@ struct Known {
 }
 
 /// A host: a simulated hypervisor with a real agent.
-struct Host {
+pub(crate) struct Host {
     stop: CancellationToken,
     agent: tokio::task::JoinHandle<()>,
 }
@@ -206,8 +206,7 @@ impl Rig {
 
     async fn stop(self) {
         for host in self.hosts {
-            host.stop.cancel();
-            host.agent.await.unwrap();
+            host.stop().await;
         }
         self.running.stop().await;
     }
@@ -215,11 +214,19 @@ impl Rig {
 
 impl Host {
     async fn start(dir: &Path, name: &str, key: &str, hypervisor: SimHypervisor) -> Self {
-        let (data_dir, run_dir) = (dir.join("data"), dir.join("run"));
-        std::fs::create_dir_all(&data_dir).unwrap();
-        std::fs::create_dir_all(&run_dir).unwrap();
+        Self::register(dir, name, key).await;
+        Self::run(dir, hypervisor).await
+    }
+
+    pub(crate) async fn register(dir: &Path, name: &str, key: &str) {
         let key = RegistrationKey::parse(key).unwrap();
-        mainstay_agent::register(&data_dir, &key, name, "replay").await.unwrap();
+        mainstay_agent::register(&dir.join("data"), &key, name, "replay").await.unwrap();
+    }
+
+    /// The agent of a registered host.
+    pub(crate) async fn run(dir: &Path, hypervisor: SimHypervisor) -> Self {
+        let (data_dir, run_dir) = (dir.join("data"), dir.join("run"));
+        std::fs::create_dir_all(&run_dir).unwrap();
         let identity = Identity::load(&data_dir).unwrap();
         let link = ServerLink::new(&identity, &identity.endpoint).unwrap();
         let records = Records::open(&data_dir).unwrap();
@@ -238,10 +245,15 @@ impl Host {
         });
         Self { stop, agent }
     }
+
+    pub(crate) async fn stop(self) {
+        self.stop.cancel();
+        self.agent.await.unwrap();
+    }
 }
 
 /// Waits until something is there.
-async fn until<T>(what: &str, probe: impl AsyncFn() -> Option<T>) -> T {
+pub(crate) async fn until<T>(what: &str, probe: impl AsyncFn() -> Option<T>) -> T {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
         if let Some(found) = probe().await {
