@@ -49,16 +49,22 @@ impl From<LibvirtError> for SiteError {
             OPERATION_TIMEOUT => ErrorKind::Busy,
             AUTH_FAILED | ACCESS_DENIED | NO_SUPPORT => ErrorKind::Refused,
             _ if error.message.contains("No space left") => ErrorKind::NoSpace,
-            _ if was_killed_at_start(&error.message) => ErrorKind::Unavailable,
+            _ if was_killed(&error.message) => ErrorKind::Unavailable,
             _ => ErrorKind::Failed,
         };
         Self::new(kind, format!("libvirt: {}", error.message))
     }
 }
 
-/// Whether QEMU was killed while it started. When it ends by itself it says why, and libvirt quotes that behind a colon.
-fn was_killed_at_start(message: &str) -> bool {
-    message.contains("unexpectedly closed the monitor") && message.ends_with("')")
+/// What libvirt (11.3) says of a QEMU that is gone and has said nothing itself. Where it has, that follows behind a colon.
+const GONE: [&str; 3] =
+    ["process exited while connecting to monitor", "guest unexpectedly quit", "domain is no longer running"];
+
+/// Whether QEMU was killed, while it started or meanwhile: what was asked for can be asked for again. One that ends by itself
+/// says why.
+fn was_killed(message: &str) -> bool {
+    let is_closed = message.contains("unexpectedly closed the monitor") && message.ends_with("')");
+    is_closed || GONE.iter().any(|gone| message.ends_with(gone))
 }
 
 #[cfg(test)]
@@ -68,8 +74,18 @@ mod tests {
     #[test]
     fn a_vm_that_was_killed_at_its_start_is_started_again_and_one_that_cannot_start_is_not() {
         let kind = |message: &str| SiteError::from(LibvirtError::new(1, message)).kind;
-        let killed = "internal error: QEMU unexpectedly closed the monitor (vm='web')";
-        assert_eq!(kind(killed), ErrorKind::Unavailable);
-        assert_eq!(kind(&format!("{killed}: qemu: could not open 'disk'")), ErrorKind::Failed);
+        for killed in [
+            "internal error: QEMU unexpectedly closed the monitor (vm='web')",
+            "internal error: process exited while connecting to monitor",
+            "operation failed: domain is no longer running",
+        ] {
+            assert_eq!(kind(killed), ErrorKind::Unavailable, "{killed}");
+            assert_eq!(
+                kind(&format!("{killed}: qemu: could not open 'disk'")),
+                ErrorKind::Failed,
+                "{killed}"
+            );
+        }
+        assert_eq!(kind("internal error: there is no disk 'vda' (vm='web')"), ErrorKind::Failed);
     }
 }
