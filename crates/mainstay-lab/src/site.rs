@@ -265,7 +265,9 @@ impl Site {
         let pid = Pid::from_raw(text.trim().parse()?);
         kill(pid, Signal::SIGKILL).context("killing the VM's process")?;
         let deadline = Instant::now() + STOP_TIMEOUT;
-        while self.libvirt.state(vm).await?.power != mainstay_provider::PowerState::Off {
+        // Somebody may start it again as soon as it is off.
+        let is_another = || fs::read_to_string(&file).is_ok_and(|now| now != text);
+        while self.libvirt.state(vm).await?.power != mainstay_provider::PowerState::Off && !is_another() {
             if Instant::now() > deadline {
                 bail!("the VM '{name}' does not end");
             }
