@@ -31,7 +31,7 @@ const SEEDS: u64 = 12;
 /// Seeds that have failed once.
 const REGRESSIONS: [u64; 4] = [20, 21, 31, 318];
 /// How long new worlds are begun after that in an ordinary run, counted from its beginning.
-const FRESH_SECONDS: u64 = 150;
+const FRESH_SECONDS: u64 = 100;
 /// Things that happen between two calms.
 const ACTIONS: usize = 14;
 /// Calms in a run.
