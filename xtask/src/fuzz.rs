@@ -98,21 +98,15 @@ impl Fuzz<'_> {
             .status()
             .with_context(|| format!("start {}", self.program.display()))?;
         let said = fs::read_to_string(&log)?;
+        let lines: Vec<_> = said.lines().collect();
         ensure!(
             status.success(),
             "fuzzing '{target}' has found something: the input is in fuzz/artifacts/{target}; keep it in fuzz/corpus/{target} \
              with the fix, where every test run tries it. {} ends so:\n{}",
             log.display(),
-            said.lines()
-                .rev()
-                .take(LINES_TOLD)
-                .collect::<Vec<_>>()
-                .into_iter()
-                .rev()
-                .collect::<Vec<_>>()
-                .join("\n")
+            lines[lines.len().saturating_sub(LINES_TOLD)..].join("\n")
         );
-        let executions = said.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
+        let executions = lines.iter().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
         executions.and_then(|number| number.trim().parse().ok()).with_context(|| {
             format!("libFuzzer does not say how often it has executed '{target}': see {}", log.display())
         })
