@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use anyhow::{anyhow, ensure};
 use futures::FutureExt as _;
 use mainstay_control::Control;
 use mainstay_model::{Health, ItemId, ProviderId};
@@ -87,12 +88,12 @@ async fn serve_peer(stream: Secured, agents: &Agents) {
             Some(protocol) if protocol == RENEWAL_PROTOCOL => {
                 let renewed =
                     timeout(agents.request_timeout, renew(stream, &subject, &agents.authority)).await;
-                match renewed.unwrap_or_else(|_| Err("it took too long".to_owned())) {
+                match renewed.unwrap_or_else(|_| Err(anyhow!("it took too long"))) {
                     Ok(()) => {
                         let text = format!("the certificate of host '{name}' was renewed");
                         tell(&control, &name, "CertificateRenewed", Health::Normal, text).await;
                     }
-                    Err(why) => tracing::warn!(%provider, why, "a host's certificate was not renewed"),
+                    Err(why) => tracing::warn!(%provider, %why, "a host's certificate was not renewed"),
                 }
             }
             _ => {
@@ -181,20 +182,12 @@ async fn renew(
     mut stream: Secured,
     subject: &CertificateSubject,
     authority: &Authority,
-) -> Result<(), String> {
+) -> anyhow::Result<()> {
     let mut request = String::new();
-    (&mut stream)
-        .take(RENEWAL_BYTES_MAX)
-        .read_to_string(&mut request)
-        .await
-        .map_err(|error| error.to_string())?;
-    let key = Authority::request_key(&request).map_err(|error| error.to_string())?;
-    if key != subject.public_key {
-        return Err("it asks for another key".to_owned());
-    }
-    let signed = authority.sign_agent(&request, subject.provider).map_err(|error| error.to_string())?;
-    stream.write_all(signed.as_bytes()).await.map_err(|error| error.to_string())?;
-    stream.shutdown().await.map_err(|error| error.to_string())
+    (&mut stream).take(RENEWAL_BYTES_MAX).read_to_string(&mut request).await?;
+    ensure!(Authority::request_key(&request)? == subject.public_key, "it asks for another key");
+    stream.write_all(authority.sign_agent(&request, subject.provider)?.as_bytes()).await?;
+    Ok(stream.shutdown().await?)
 }
 
 /// Serves a data connection. A host may touch the replicas of the items that it is a side of, and no others.
