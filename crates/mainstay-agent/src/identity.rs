@@ -2,8 +2,6 @@
 
 use std::{
     fs,
-    io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
@@ -15,7 +13,7 @@ use mainstay_api::{
     Client, Connection,
     v1::{RegisterAnswer, RegisterRequest},
 };
-use mainstay_block::durable::{UNFINISHED, sync_parent};
+use mainstay_block::durable::write_private;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::{
     ClientConfig, RootCertStore,
@@ -65,17 +63,6 @@ fn identity_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("identity")
 }
 
-/// Writes a file that only its owner can read, whole or not at all.
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    let unfinished = path.with_extension(UNFINISHED);
-    let mut file =
-        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&unfinished, path)?;
-    sync_parent(path)
-}
-
 /// Exchanges a registration key for a certificate. The private key is made here and stays here.
 pub async fn register(
     data_dir: &Path,
@@ -104,11 +91,11 @@ pub async fn register(
         endpoint: answer.endpoint,
         dir: dir.clone(),
     };
-    write_private(&dir.join(KEY_FILE), &key_pair.serialize_pem())?;
-    write_private(&dir.join(CERTIFICATE_FILE), &answer.certificate)?;
-    write_private(&dir.join("ca.pem"), &answer.authority)?;
+    write_private(&dir.join(KEY_FILE), key_pair.serialize_pem().as_bytes())?;
+    write_private(&dir.join(CERTIFICATE_FILE), answer.certificate.as_bytes())?;
+    write_private(&dir.join("ca.pem"), answer.authority.as_bytes())?;
     // Written last: it is there means that the rest is there.
-    write_private(&dir.join(IDENTITY_FILE), &serde_json::to_string_pretty(&identity)?)?;
+    write_private(&dir.join(IDENTITY_FILE), &serde_json::to_vec_pretty(&identity)?)?;
     Ok(identity)
 }
 
@@ -175,6 +162,6 @@ impl Identity {
         rustls::sign::CertifiedKey::new(vec![certificate], key)
             .keys_match()
             .context("not one for this agent's key")?;
-        Ok(write_private(&self.dir.join(CERTIFICATE_FILE), pem)?)
+        Ok(write_private(&self.dir.join(CERTIFICATE_FILE), pem.as_bytes())?)
     }
 }

@@ -1,6 +1,6 @@
 //! Files that are whole after a crash.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::Path;
 
@@ -12,8 +12,24 @@ pub const UNFINISHED: &str = "new";
 /// # Errors
 /// Those of writing; the file is then what it was.
 pub fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    put(path, bytes, &mut File::options())
+}
+
+/// The same for a secret: only its owner may read the file (on Windows who may read the directory), and it lasts from now on.
+///
+/// # Errors
+/// Those of writing and of [`sync_parent`].
+pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut options = File::options();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    put(path, bytes, &mut options)?;
+    sync_parent(path)
+}
+
+fn put(path: &Path, bytes: &[u8], options: &mut OpenOptions) -> io::Result<()> {
     let unfinished = path.with_extension(UNFINISHED);
-    let mut file = File::create(&unfinished)?;
+    let mut file = options.write(true).create(true).truncate(true).open(&unfinished)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     std::fs::rename(&unfinished, path)

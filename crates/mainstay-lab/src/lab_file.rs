@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mainstay_api::Connection;
+use mainstay_block::durable::write_private;
 use serde::{Deserialize, Serialize};
 
 /// A lab as written down.
@@ -75,13 +76,9 @@ impl LabFile {
 
     /// Writes the file, whole or not at all. Only its owner can read it: it has a token in it.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
-        let temporary = dir.join("lab.json.new");
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(&serde_json::to_vec_pretty(self)?)?;
-        fs::rename(&temporary, dir.join(FILE))?;
-        Ok(())
+        let path = dir.join(FILE);
+        write_private(&path, &serde_json::to_vec_pretty(self)?)
+            .with_context(|| format!("write {}", path.display()))
     }
 
     /// How to connect to the lab's server.

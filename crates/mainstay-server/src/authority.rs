@@ -5,12 +5,11 @@
 
 use std::{
     fs,
-    io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use mainstay_block::durable::write_private;
 use mainstay_model::ProviderId;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
@@ -73,17 +72,9 @@ pub(crate) fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> Authorit
     move |source| AuthorityError::File { path: path.to_owned(), source }
 }
 
-/// Writes a file that only its owner can read, whole or not at all.
-pub(crate) fn write_private(path: &Path, text: &str) -> Result<(), AuthorityError> {
-    let temporary = path.with_extension("new");
-    let write = || {
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(file_error(path))
+/// Writes a secret; an error names the file.
+pub(crate) fn write_secret(path: &Path, text: &str) -> Result<(), AuthorityError> {
+    write_private(path, text.as_bytes()).map_err(file_error(path))
 }
 
 fn validity(params: &mut CertificateParams, days: i64) {
@@ -105,9 +96,9 @@ impl Authority {
             params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
             validity(&mut params, AUTHORITY_DAYS);
             let certificate = params.self_signed(&key)?;
-            write_private(&key_path, &key.serialize_pem())?;
+            write_secret(&key_path, &key.serialize_pem())?;
             // The certificate is written last: it is there means that the key is there.
-            write_private(&certificate_path, &certificate.pem())?;
+            write_secret(&certificate_path, &certificate.pem())?;
         }
         let key = fs::read_to_string(&key_path).map_err(file_error(&key_path))?;
         let key = KeyPair::from_pem(&key).map_err(|_| AuthorityError::Pem { path: key_path })?;

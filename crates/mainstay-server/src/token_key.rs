@@ -14,7 +14,7 @@ use ring::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::authority::{AuthorityError, file_error, write_private};
+use crate::authority::{AuthorityError, file_error, write_secret};
 
 /// Longest access token that is looked at; ours have less than 1 KiB.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
@@ -69,7 +69,7 @@ impl TokenKey {
     pub(crate) fn open(dir: &Path) -> Result<Self, AuthorityError> {
         let path = dir.join("token.key");
         if !path.exists() {
-            write_private(&path, &KeyPair::generate()?.serialize_pem())?;
+            write_secret(&path, &KeyPair::generate()?.serialize_pem())?;
         }
         let pem = fs::read_to_string(&path).map_err(file_error(&path))?;
         let random = SystemRandom::new();
