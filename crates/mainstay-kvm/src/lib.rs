@@ -32,7 +32,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use mainstay_model::VmId;
 use mainstay_provider::{
-    Capture, CaptureRequest, GuestAddress, HostFacts, Hydration, Hypervisor, Inventory, PowerState,
+    Capture, CaptureRequest, Disk, GuestAddress, HostFacts, Hydration, Hypervisor, Inventory, PowerState,
     RecoveryVmSpec, ShutdownOutcome, SiteError, Staging, StagingSpec, TrackerId, VirtualMachine,
     VmDefinition, WhenOff,
 };
@@ -73,6 +73,11 @@ impl Hypervisor for KvmHost {
 
     async fn vm(&self, vm: VmId) -> Result<VirtualMachine, SiteError> {
         inventory::machine(&self.host, vm, guest::AGENT_TIMEOUT).await
+    }
+
+    async fn disks(&self, vm: VmId) -> Result<Vec<Disk>, SiteError> {
+        let domain = self.host.domain(vm, libvirt::XmlKind::Live).await?;
+        Ok(inventory::disks(&self.host, &domain).await)
     }
 
     async fn definition(&self, vm: VmId) -> Result<VmDefinition, SiteError> {

@@ -7,7 +7,7 @@ use mainstay_model::VmId;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capture, CaptureRequest, GuestAddress, HostFacts, Hydration, Inventory, PowerState, RecoveryVmSpec,
+    Capture, CaptureRequest, Disk, GuestAddress, HostFacts, Hydration, Inventory, PowerState, RecoveryVmSpec,
     SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition, WhenOff,
 };
 
@@ -39,6 +39,10 @@ pub trait Hypervisor: Send + Sync {
 
     /// One VM, or an error of kind `NotFound`.
     async fn vm(&self, vm: VmId) -> Result<VirtualMachine, SiteError>;
+
+    /// The disks of one VM, as in [`Hypervisor::vm`], without a question to its guest: each capture asks for them, and must neither
+    /// wait for a guest that hangs nor take the time of one that works.
+    async fn disks(&self, vm: VmId) -> Result<Vec<Disk>, SiteError>;
 
     /// The VM's definition for a recovery point.
     async fn definition(&self, vm: VmId) -> Result<VmDefinition, SiteError>;

@@ -92,10 +92,10 @@ impl Inner {
 
     /// The disks to stage: as large as at home, where they may have grown since the recovery point, or larger.
     async fn home_sizes(&self, order: &PrepareHome) -> Result<Vec<(String, u64)>, SiteError> {
-        let home = self.hypervisor.vm(order.vm).await?;
+        let disks = self.hypervisor.disks(order.vm).await?;
         let size = |(key, point_bytes): &(String, u64)| {
-            let disk = home.disks.iter().find(|disk| disk.key == *key);
-            let size_bytes = disk.map(|disk| known_size(&home, disk)).transpose()?;
+            let disk = disks.iter().find(|disk| disk.key == *key);
+            let size_bytes = disk.map(known_size).transpose()?;
             Ok((key.clone(), size_bytes.unwrap_or(0).max(*point_bytes)))
         };
         order.disks.iter().map(size).collect()

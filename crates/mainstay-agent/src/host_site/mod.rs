@@ -206,7 +206,7 @@ impl HostSite {
                 // Where something is wrong with the VM, an image that is away perhaps, that is to be told.
                 if vm.findings.iter().all(|finding| finding.severity != FindingSeverity::Error) {
                     let replicable = vm.disks.iter().filter(|disk| disk.is_replicable);
-                    replicable.map(|disk| known_size(&vm, disk)).try_for_each(|size| size.map(drop))?;
+                    replicable.map(known_size).try_for_each(|size| size.map(drop))?;
                 }
                 answer(&Examination { host, vm })
             }

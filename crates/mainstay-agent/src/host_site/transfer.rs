@@ -11,7 +11,7 @@ use mainstay_block::{BLOCK_BYTES, hash_table::HashTable};
 use mainstay_model::{CaptureId, PointId, SessionId};
 use mainstay_provider::{
     Capture, CaptureLimits, CaptureRequest, Changed, Consistency, Disk, ErrorKind, Replicate, Replicated,
-    SiteError, VirtualMachine,
+    SiteError,
 };
 use mainstay_replication::{BeforePartial, SendDisk, SendJob, SendOptions, SendProgress, replicate};
 use mainstay_store::PointMeta;
@@ -228,15 +228,13 @@ impl Inner {
 
     /// Sizes of the item's disks, read from the VM: a disk may have grown since the last capture.
     async fn disk_sizes(&self, record: &ItemFile) -> Result<Vec<u64>, SiteError> {
-        let vm = self.hypervisor.vm(record.vm).await?;
-        let size = |key: &String| match vm.disks.iter().find(|disk| disk.key == *key) {
-            Some(disk) => known_size(&vm, disk),
-            None => {
-                Err(SiteError::new(ErrorKind::NotFound, format!("'{}' no longer has disk '{key}'", vm.name))
-                    .with_remedy(
-                        "Attach the disk again, or disable replication and enable it without the disk.",
-                    ))
-            }
+        let disks = self.hypervisor.disks(record.vm).await?;
+        let size = |key: &String| match disks.iter().find(|disk| disk.key == *key) {
+            Some(disk) => known_size(disk),
+            None => Err(SiteError::new(ErrorKind::NotFound, format!("the VM no longer has disk '{key}'"))
+                .with_remedy(
+                    "Attach the disk again, or disable replication and enable it without the disk.",
+                )),
         };
         record.disks.iter().map(size).collect()
     }
@@ -385,13 +383,13 @@ fn still_to_send(resend: &[Vec<Range<u64>>], left: &[Vec<(u64, u64)>]) -> Vec<Ve
 }
 
 /// The size of a VM's disk. One that is not told is not taken for none: tables and staging areas would be made for it.
-pub(super) fn known_size(vm: &VirtualMachine, disk: &Disk) -> Result<u64, SiteError> {
+pub(super) fn known_size(disk: &Disk) -> Result<u64, SiteError> {
     if disk.size_bytes > 0 {
         return Ok(disk.size_bytes);
     }
     Err(SiteError::new(
         ErrorKind::Unavailable,
-        format!("the size of disk '{}' of '{}' is not known at the moment", disk.key, vm.name),
+        format!("the size of the VM's disk '{}' is not known at the moment", disk.key),
     )
     .with_remedy(format!("If this stays, look whether {} is there and whole.", disk.path)))
 }

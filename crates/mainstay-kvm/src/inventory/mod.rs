@@ -73,21 +73,7 @@ pub(crate) async fn machine(
 ) -> Result<VirtualMachine, SiteError> {
     let domain = host.domain(id, XmlKind::Live).await?;
     let power = host.power(id).await?;
-    let mut disks = Vec::new();
-    let os_key = os_disk(&domain).map(|disk| disk.key.clone());
-    for disk in &domain.disks {
-        disks.push(Disk {
-            key: disk.key.clone(),
-            path: disk.path.clone().unwrap_or_default(),
-            format: format_of(disk),
-            size_bytes: host.libvirt.disk_bytes(id, &disk.key).await.unwrap_or_else(|error| {
-                tracing::debug!(vm = %id, disk = disk.key, %error, "the size of a disk is not known");
-                0
-            }),
-            is_os_disk: os_key.as_ref() == Some(&disk.key),
-            is_replicable: findings::obstacle(disk).is_none(),
-        });
-    }
+    let disks = disks(host, &domain).await;
     let addresses = if power == PowerState::Running && host.libvirt.is_agent_there(&domain).await {
         guest::addresses_within(host, id, guest_answer_max).await.unwrap_or_default()
     } else {
@@ -118,6 +104,26 @@ pub(crate) async fn machine(
         findings,
         name: domain.name,
     })
+}
+
+/// The disks of a VM.
+pub(crate) async fn disks(host: &Host, domain: &Domain) -> Vec<Disk> {
+    let mut disks = Vec::new();
+    let os_key = os_disk(domain).map(|disk| &disk.key);
+    for disk in &domain.disks {
+        disks.push(Disk {
+            key: disk.key.clone(),
+            path: disk.path.clone().unwrap_or_default(),
+            format: format_of(disk),
+            size_bytes: host.libvirt.disk_bytes(domain.id, &disk.key).await.unwrap_or_else(|error| {
+                tracing::debug!(vm = %domain.id, disk = disk.key, %error, "the size of a disk is not known");
+                0
+            }),
+            is_os_disk: os_key == Some(&disk.key),
+            is_replicable: findings::obstacle(disk).is_none(),
+        });
+    }
+    disks
 }
 
 fn os_disk(domain: &Domain) -> Option<&DomainDisk> {

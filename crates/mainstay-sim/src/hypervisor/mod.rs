@@ -72,6 +72,15 @@ impl State {
             .ok_or_else(|| SiteError::new(ErrorKind::NotFound, format!("there is no VM {vm}")))
     }
 
+    fn describe(&mut self, vm: VmId) -> Result<VirtualMachine, SiteError> {
+        let mut machine = self.machine(vm)?.describe(vm);
+        if let Some(left) = self.sizes_withheld.checked_sub(1) {
+            self.sizes_withheld = left;
+            machine.disks.iter_mut().for_each(|disk| disk.size_bytes = 0);
+        }
+        Ok(machine)
+    }
+
     fn next_opening(&mut self) -> u64 {
         self.openings += 1;
         self.openings
@@ -397,16 +406,11 @@ impl Hypervisor for SimHypervisor {
     }
 
     async fn vm(&self, vm: VmId) -> Result<VirtualMachine, SiteError> {
-        let read = async {
-            let mut state = self.lock();
-            let mut machine = state.machine(vm)?.describe(vm);
-            if let Some(left) = state.sizes_withheld.checked_sub(1) {
-                state.sizes_withheld = left;
-                machine.disks.iter_mut().for_each(|disk| disk.size_bytes = 0);
-            }
-            Ok(machine)
-        };
-        self.inner.faults.around("vm", read).await
+        self.inner.faults.around("vm", async { self.lock().describe(vm) }).await
+    }
+
+    async fn disks(&self, vm: VmId) -> Result<Vec<Disk>, SiteError> {
+        self.inner.faults.around("disks", async { Ok(self.lock().describe(vm)?.disks) }).await
     }
 
     async fn definition(&self, vm: VmId) -> Result<VmDefinition, SiteError> {

@@ -114,3 +114,18 @@ fn a_failover_is_cancelled_while_it_runs_and_not_when_it_is_done() {
         world.check().await;
     });
 }
+
+/// A description of a VM has its guest's addresses in it, so that whoever asks for one waits for the guest's agent.
+#[test]
+fn a_guest_that_answers_nobody_holds_up_no_cycle() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let never = Arc::new(Semaphore::new(0));
+        world.home.hypervisor.inject("vm", HostFault::Hang(never), 100);
+        world.write(VM, &[("vda", 3, 1)]).await;
+        world.cycle(VM).await;
+        world.check().await;
+    });
+}
