@@ -29,10 +29,10 @@ demo: guest
 test: guest
 	@cargo xtask ci
 
-# MAINSTAY_FUZZ_SECONDS: how long each fuzz target runs (an hour)
+# SOAK: only some of worlds, kills, fuzz. MAINSTAY_FUZZ_SECONDS: how long each fuzz target runs (an hour)
 soak: setup guest
 	@scripts/setup.sh soak
-	@cargo xtask soak
+	@cargo xtask soak $(SOAK)
 
 # BENCH_ARGS: --json FILE, --only NAME, --quick
 bench: guest

@@ -6,20 +6,14 @@ use std::{path::Path, process::Command};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use crate::cargo;
+
 /// Builds optimised and runs with these arguments.
 pub(crate) fn run(repository: &Path, arguments: &[String]) -> Result<()> {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let output = Command::new(cargo)
-        .args(["build", "--release", "--package", "mainstay-cli", "--package", "mainstay-bench"])
-        .args(["--message-format", "json-render-diagnostics"])
-        .current_dir(repository)
-        .stderr(std::process::Stdio::inherit())
-        .output()?;
-    if !output.status.success() {
-        bail!("the measuring program does not build");
-    }
+    let mut build = cargo::command(repository);
+    build.args(["build", "--release", "--package", "mainstay-cli", "--package", "mainstay-bench"]);
     // Cargo says where it put the program; the target directory may be anywhere.
-    let messages = String::from_utf8(output.stdout)?;
+    let messages = cargo::output_of(build.args(["--message-format", "json-render-diagnostics"]))?;
     let built = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let programs = built.filter_map(|message| message["executable"].as_str().map(str::to_owned));
     let program = programs.into_iter().find(|path| path.ends_with("/mainstay-bench"));

@@ -2,14 +2,15 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    process::{Child, Command},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum as _;
 use serde_json::Value;
 
-use crate::{fuzz, tidy};
+use crate::{cargo, fuzz, tidy};
 
 /// A suite, how long it took, and the share of that in which the machine's processors had nothing to do, not even to lint.
 struct Timed {
@@ -22,15 +23,20 @@ struct Timed {
 pub(crate) fn run(repository: &Path) -> Result<()> {
     let mut times = Vec::new();
     let outcome = suites(repository, &mut times);
+    tell(&times);
+    outcome
+}
+
+/// Prints the time of each suite.
+fn tell(times: &[Timed]) {
     say("");
     say("suite                                       seconds       idle");
-    for timed in &times {
+    for timed in times {
         let idle = timed.idle.map_or_else(String::new, |idle| format!("{:>9.0}%", idle * 100.0));
         say(&format!("{:<40} {:>10.1} {idle}", timed.name, timed.elapsed.as_secs_f64()));
     }
     let total: f64 = times.iter().map(|timed| timed.elapsed.as_secs_f64()).sum();
     say(&format!("{:<40} {total:>10.1}", "all"));
-    outcome
 }
 
 /// How long a soak begins new simulated worlds, in seconds, unless `SIM_SECONDS` says otherwise: some thousands.
@@ -39,22 +45,44 @@ const SOAK_SIM_SECONDS: &str = "7200";
 /// Rounds of kills in each lab of a soak, of a dozen or two each, unless `MAINSTAY_ROUNDS` says otherwise: more than an hour.
 const SOAK_KILL_ROUNDS: &str = "20";
 
-/// Runs the tests that take too long for every change.
-pub(crate) fn soak(repository: &Path) -> Result<()> {
-    let seconds = std::env::var("SIM_SECONDS").unwrap_or_else(|_| SOAK_SIM_SECONDS.to_owned());
-    let worlds = ["test", "--workspace", "--test", "sim", "random", "--", "--nocapture"];
-    cargo_with(repository, &worlds, &[("SIM_SECONDS", &seconds)])?;
-    let kills = ["test", "--workspace", "--test", "kills", "--", "--nocapture"];
-    let rounds = std::env::var("MAINSTAY_ROUNDS").unwrap_or_else(|_| SOAK_KILL_ROUNDS.to_owned());
-    cargo_with(repository, &kills, &[("MAINSTAY_ROUNDS", &rounds)])?;
-    fuzz::run(repository, &[])
+/// A part of a soak.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum SoakPart {
+    /// Random worlds of the simulation, for two hours (`SIM_SECONDS`).
+    Worlds,
+    /// Kills at random moments on real VMs, for more than an hour (`MAINSTAY_ROUNDS`).
+    Kills,
+    /// An hour of fuzzing for each target (`MAINSTAY_FUZZ_SECONDS`).
+    Fuzz,
+}
+
+/// Runs the tests that take too long for every change: all parts without any, and prints the time of each.
+pub(crate) fn soak(repository: &Path, parts: &[SoakPart]) -> Result<()> {
+    let parts = if parts.is_empty() { SoakPart::value_variants() } else { parts };
+    let mut times = Vec::new();
+    let outcome = parts
+        .iter()
+        .try_for_each(|&part| timed(&mut times, &format!("{part:?}"), || soak_part(repository, part)));
+    tell(&times);
+    outcome
+}
+
+fn soak_part(repository: &Path, part: SoakPart) -> Result<()> {
+    let (test, scope, default) = match part {
+        SoakPart::Worlds => (&["sim", "random"][..], "SIM_SECONDS", SOAK_SIM_SECONDS),
+        SoakPart::Kills => (&["kills"][..], "MAINSTAY_ROUNDS", SOAK_KILL_ROUNDS),
+        SoakPart::Fuzz => return fuzz::run(repository, &[]),
+    };
+    let chosen = std::env::var(scope).unwrap_or_else(|_| default.to_owned());
+    let arguments = [&["test", "--workspace", "--test"], test, &["--", "--nocapture"]].concat();
+    run_cargo(repository, &arguments, &[(scope, &chosen)])
 }
 
 fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
     // Downloads and compilers do not want the same things of the machine.
     let mut setup =
         Background::start("setup", Command::new(repository.join("scripts/setup.sh")).arg("test"))?;
-    timed(times, "formatting", || cargo(repository, &["fmt", "--all", "--check"]))?;
+    timed(times, "formatting", || run_cargo(repository, &["fmt", "--all", "--check"], &[]))?;
     timed(times, "tidy", || tidy::run(repository))?;
     let mut tests = Vec::new();
     timed(times, "build", || {
@@ -64,11 +92,14 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
     timed(times, "setup", || setup.finish())?;
     timed(times, "dependencies", || deny(repository, &["bans", "licenses", "sources"]))?;
     let mut lints = lints(repository)?;
-    for test in tests {
+    let mut worlds = worlds(&tests)?;
+    for test in &tests {
         timed(times, &test.name, || {
+            // The fresh worlds are those in the background.
             let status = Command::new(&test.executable)
                 .current_dir(&test.directory)
                 .env("CARGO_MANIFEST_DIR", &test.directory)
+                .env("SIM_SECONDS", "0")
                 .status()?;
             if !status.success() {
                 bail!("{} failed", test.executable.display());
@@ -76,17 +107,35 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
             Ok(())
         })?;
         lints.check()?;
+        worlds.check()?;
     }
-    timed(times, "lints", || lints.finish())
+    timed(times, "lints", || lints.finish())?;
+    timed(times, "fresh worlds", || worlds.finish())
+}
+
+/// Fresh random worlds of the simulation in a run of `ci`.
+const FRESH_WORLDS: u64 = 300;
+
+/// Begins fresh random worlds of the simulation: in the idle time of the other suites, like the lints.
+fn worlds(tests: &[TestBinary]) -> Result<Background> {
+    let sim = tests.iter().find(|test| test.name == "mainstay-sim: sim").context("the simulation's tests")?;
+    // Different ones each time, and far from those that people count.
+    let first = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() << 16;
+    say(&format!("fresh worlds: {FRESH_WORLDS} seeds from {first} on, in what time the suites leave"));
+    let mut command = Command::new("chrt");
+    command.args(["--idle", "0"]).arg(&sim.executable);
+    command.args(["random::random_worlds_keep_every_promise", "--exact", "--quiet"]);
+    command.env("SIM_FIRST_SEED", first.to_string()).env("SIM_SEEDS", FRESH_WORLDS.to_string());
+    Background::start("fresh worlds", command.current_dir(&sim.directory))
 }
 
 /// Begins to lint. It compiles all dependencies once more, which takes minutes in a fresh clone, in the time that the tests leave
 /// the processors idle: they wait for virtual machines to boot, and nothing waits for the lints.
 fn lints(repository: &Path) -> Result<Background> {
     let mut command = Command::new("chrt");
-    command.args(["--idle", "0", &cargo_program(), "clippy", "--quiet", "--workspace", "--all-targets"]);
+    command.args(["--idle", "0", &cargo::program(), "clippy", "--quiet", "--workspace", "--all-targets"]);
     command.args(["--", "--deny", "warnings"]).current_dir(repository);
-    Background::start("lints", &mut command)
+    Background::start("lints", cargo::from_shell(&mut command))
 }
 
 /// A program that runs beside the suites. Ended with them.
@@ -158,16 +207,10 @@ struct TestBinary {
 /// Builds all tests at once and answers their binaries, in the order of the layers. Built package by package, libraries
 /// would be compiled again for each set of features.
 fn test_binaries(repository: &Path) -> Result<Vec<TestBinary>> {
-    let output = Command::new(cargo_program())
-        .args(["test", "--quiet", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"])
-        .current_dir(repository)
-        .stderr(Stdio::inherit())
-        .output()?;
-    if !output.status.success() {
-        bail!("the tests do not build");
-    }
+    let mut build = cargo::command(repository);
+    build.args(["test", "--quiet", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]);
     let mut found = Vec::new();
-    for line in String::from_utf8(output.stdout)?.lines() {
+    for line in cargo::output_of(&mut build)?.lines() {
         let message: Value = serde_json::from_str(line)?;
         let (Some(executable), Some(manifest), Some(true)) = (
             message["executable"].as_str(),
@@ -223,18 +266,9 @@ impl Ticks {
     }
 }
 
-fn cargo_program() -> String {
-    std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
-}
-
-fn cargo(repository: &Path, arguments: &[&str]) -> Result<()> {
-    cargo_with(repository, arguments, &[])
-}
-
-fn cargo_with(repository: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
-    let mut command = Command::new(cargo_program());
-    let status =
-        command.args(arguments).envs(environment.iter().copied()).current_dir(repository).status()?;
+fn run_cargo(repository: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+    let mut command = cargo::command(repository);
+    let status = command.args(arguments).envs(environment.iter().copied()).status()?;
     if !status.success() {
         bail!("cargo {} failed", arguments.join(" "));
     }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
-use crate::ci;
+use crate::{cargo, ci};
 
 /// How long each target runs, unless `MAINSTAY_FUZZ_SECONDS` says otherwise.
 const SECONDS: u64 = 3600;
@@ -77,7 +77,7 @@ impl Fuzz<'_> {
         let mut command = Command::new(&self.program);
         command.args([verb, "--features", "control"]).current_dir(self.repository);
         // Ours is that of the toolchain that builds the rest.
-        command.env("RUSTUP_TOOLCHAIN", "nightly").env_remove("CARGO");
+        cargo::from_shell(&mut command).env("RUSTUP_TOOLCHAIN", "nightly").env_remove("CARGO");
         command
     }
 

@@ -15,7 +15,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::cpio::Archive;
+use crate::{cargo, cpio::Archive};
 
 /// What the guest needs from the kernel, in the order in which it is loaded; what these depend on comes
 /// before them. ext4 is built into Debian's cloud kernel. `button` and `evdev` carry the power button.
@@ -140,13 +140,13 @@ fn agent_libraries() -> Result<Vec<String>> {
 
 /// Builds the `ledger` program so that it needs nothing from the guest.
 fn build_ledger(repository: &Path) -> Result<PathBuf> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(repository).args(["build", "--quiet", "--release", "--package", "mainstay-ledger"]);
-    cargo.args(["--target", TARGET, "--message-format", "json-render-diagnostics"]);
-    cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
-    cargo.env("CARGO_PROFILE_RELEASE_PANIC", "abort");
+    let mut build = cargo::command(repository);
+    build.args(["build", "--quiet", "--release", "--package", "mainstay-ledger"]);
+    build.args(["--target", TARGET, "--message-format", "json-render-diagnostics"]);
+    build.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
+    build.env("CARGO_PROFILE_RELEASE_PANIC", "abort");
     // Cargo says where it put the program; the target directory may be anywhere.
-    let messages = output_of(&mut cargo)?;
+    let messages = output_of(&mut build)?;
     let marker = "\"executable\":\"";
     let line = messages.lines().rfind(|line| line.contains(marker)).context("cargo built no program")?;
     let path = line.split_once(marker).and_then(|(_, rest)| rest.split_once('"'));

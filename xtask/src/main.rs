@@ -1,6 +1,7 @@
 //! Tasks of the repository itself: `cargo xtask <task>`.
 
 mod bench;
+mod cargo;
 mod ci;
 mod cpio;
 mod fuzz;
@@ -23,7 +24,7 @@ fn main() -> anyhow::Result<()> {
         Xtask::Fuzz { targets } => fuzz::run(repository, &targets),
         Xtask::Guest { refresh } => guest::run(refresh),
         Xtask::Openapi => openapi::run(repository),
-        Xtask::Soak => ci::soak(repository),
+        Xtask::Soak { parts } => ci::soak(repository, &parts),
         Xtask::Tidy => tidy::run(repository),
     }
 }
@@ -48,8 +49,11 @@ enum Xtask {
     },
     /// Writes `docs/api/openapi-v1.json` anew, from the server's code.
     Openapi,
-    /// The long tests: random kills on real VMs, an hour of fuzzing for each target.
-    Soak,
+    /// The long tests: random worlds, random kills on real VMs, an hour of fuzzing for each target.
+    Soak {
+        /// All parts without any.
+        parts: Vec<ci::SoakPart>,
+    },
     /// Dependency direction, file sizes, format documents.
     Tidy,
     /// Builds the ledger guest (kernel and initramfs) into `.cache/guest`, without root.

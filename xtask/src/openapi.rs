@@ -1,20 +1,16 @@
 //! `cargo xtask openapi`: the document that is checked in, as the server answers it.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
+
+use crate::cargo;
 
 /// Has the server say it and writes it down.
 pub(crate) fn run(repository: &Path) -> Result<()> {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let output = Command::new(cargo)
-        .args(["run", "--quiet", "--bin", "mainstay", "--", "server", "openapi"])
-        .current_dir(repository)
-        .stderr(std::process::Stdio::inherit())
-        .output()?;
-    if !output.status.success() {
-        bail!("the server does not say its document");
-    }
+    let mut server = cargo::command(repository);
+    let document =
+        cargo::output_of(server.args(["run", "--quiet", "--bin", "mainstay", "--", "server", "openapi"]))?;
     let path = repository.join("docs/api/openapi-v1.json");
-    fs::write(&path, output.stdout).with_context(|| format!("write {}", path.display()))
+    fs::write(&path, document).with_context(|| format!("write {}", path.display()))
 }
