@@ -468,9 +468,9 @@ impl Seeds {
         }
         // Different ones each time, and far from those that people count.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let seconds = number("SIM_SECONDS").unwrap_or(FRESH_SECONDS);
+        let time = Duration::from_secs(number("SIM_SECONDS").unwrap_or(FRESH_SECONDS));
         let fixed = (first..first + SEEDS).chain(REGRESSIONS).collect();
-        Self { fixed, fresh: Some((now.as_secs() << 16, Duration::from_secs(seconds))) }
+        Self { fixed, fresh: (!time.is_zero()).then_some((now.as_secs() << 16, time)) }
     }
 }
 
