@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
 use serde_json::Value;
 
@@ -115,16 +115,21 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
 
 /// Fresh random worlds of the simulation in a run of `ci`.
 const FRESH_WORLDS: u64 = 300;
+/// The test that runs them.
+const WORLDS_TEST: &str = "random::random_worlds_keep_every_promise";
 
 /// Begins fresh random worlds of the simulation: in the idle time of the other suites, like the lints.
 fn worlds(tests: &[TestBinary]) -> Result<Background> {
     let sim = tests.iter().find(|test| test.name == "mainstay-sim: sim").context("the simulation's tests")?;
+    // Without a test of that name nothing would run, and nothing fail.
+    let listed = Command::new(&sim.executable).args(["--list", "--exact", WORLDS_TEST]).output()?;
+    ensure!(listed.stdout.starts_with(WORLDS_TEST.as_bytes()), "there is no test '{WORLDS_TEST}'");
     // Different ones each time, and far from those that people count.
     let first = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() << 16;
     say(&format!("fresh worlds: {FRESH_WORLDS} seeds from {first} on, in what time the suites leave"));
     let mut command = Command::new("chrt");
     command.args(["--idle", "0"]).arg(&sim.executable);
-    command.args(["random::random_worlds_keep_every_promise", "--exact", "--quiet"]);
+    command.args([WORLDS_TEST, "--exact", "--quiet"]);
     command.env("SIM_FIRST_SEED", first.to_string()).env("SIM_SEEDS", FRESH_WORLDS.to_string());
     Background::start("fresh worlds", command.current_dir(&sim.directory))
 }
