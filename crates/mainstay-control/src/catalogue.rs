@@ -4,7 +4,7 @@
 //! Each item is a document of its own, with the job that has it, so that a job goes on in a database that never heard of it;
 //! everything else that people have set up is one document. They are written a moment after the database, which is the
 //! truth as long as it is not older than they are: the database counts its writes, and each document says how many there
-//! were. What is not in it: history (ended jobs, events, the audit trail) and who may sign in.
+//! were. A job's item is written before each step does anything: a log that did not know of a step would not undo it. What is not in it: history (ended jobs, events, the audit trail) and who may sign in.
 //!
 //! A third document names the server process that looks after the store. A second server over the same store, started from a
 //! copy of the first one's database, takes its place; the first finds that out and stops.
@@ -59,6 +59,19 @@ impl CataloguedItem {
     }
 }
 
+/// What became of an item that was to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Catalogued {
+    /// It is there anew.
+    Written,
+    /// It was there.
+    Known,
+    /// It is gone, or changes too fast for this pass.
+    Left,
+    /// The store is another server's.
+    Superseded,
+}
+
 /// What people have set up.
 #[derive(Serialize, Deserialize)]
 struct CataloguedResources {
@@ -97,6 +110,13 @@ struct Known {
 impl Default for Catalogue {
     fn default() -> Self {
         Self { server: Uuid::new_v4(), superseded: CancellationToken::new(), known: Mutex::default() }
+    }
+}
+
+impl Catalogue {
+    /// Whether another server has taken this one's place.
+    pub(crate) fn is_superseded(&self) -> bool {
+        self.superseded.is_cancelled()
     }
 }
 
@@ -347,10 +367,10 @@ impl Control {
         }
         self.end_lost_jobs(&item, job.as_ref()).await?;
         let mut transaction = self.db.begin().await?;
-        transaction.adopt_item(&item, version).await?;
         if let Some(job) = &job {
             transaction.put_job(job).await?;
         }
+        transaction.adopt_item(&item, version).await?;
         transaction.commit().await?;
         adoption.items.push(item.name);
         Ok(())
@@ -398,37 +418,59 @@ impl Control {
 
     /// Writes down what has changed.
     pub async fn reconcile_catalogue(&self) -> Result<(), ControlError> {
-        if self.catalogue.superseded.is_cancelled() {
+        if self.catalogue.is_superseded() {
             return Ok(());
         }
-        let mut known = self.catalogue.known.lock().await;
-        // One of the future was done before the clock was set back.
-        let is_due = |checked_ms| !(0..SERVER_CHECK_MS).contains(&(self.clock.now_ms() - checked_ms));
-        if known.checked_ms.is_none_or(is_due) && self.is_superseded(&mut known).await? {
-            return Ok(());
+        {
+            let mut known = self.catalogue.known.lock().await;
+            // One of the future was done before the clock was set back.
+            let is_due = |checked_ms| !(0..SERVER_CHECK_MS).contains(&(self.clock.now_ms() - checked_ms));
+            if known.checked_ms.is_none_or(is_due) && self.is_superseded(&mut known).await? {
+                return Ok(());
+            }
+            self.catalogue_resources(&mut known).await?;
         }
-        self.catalogue_resources(&mut known).await?;
         let items = self.db.items().await?;
         let mut written = 0;
         for item in items.iter() {
-            let seen = known.items.get(&item.id).copied();
-            if item.state.running.is_none() && seen.is_some_and(|(version, _)| version == Some(item.version))
-            {
+            // Taken anew for each: a job waits for this before it goes on.
+            let mut known = self.catalogue.known.lock().await;
+            let version = known.items.get(&item.id).and_then(|(version, _)| *version);
+            if item.state.running.is_none() && version == Some(item.version) {
                 continue;
             }
             // Thousands of items must not hold up whoever waits for this thread.
             tokio::task::consume_budget().await;
-            if written < ITEMS_PER_PASS && self.catalogue_item(item, seen, &mut known).await? {
+            if written < ITEMS_PER_PASS && self.catalogue_item(item, &mut known).await? == Catalogued::Written
+            {
                 written += 1;
             }
         }
-        let present: HashSet<_> = items.iter().map(|item| item.id).collect();
+        let mut known = self.catalogue.known.lock().await;
+        // Read while nothing is added: an item that is younger than the list above is not gone.
+        let present: HashSet<_> = self.db.items().await?.iter().map(|item| item.id).collect();
         let gone: Vec<_> = known.items.keys().filter(|id| !present.contains(id)).copied().collect();
         for id in gone {
             self.store.remove_document(&name_of(id)).await?;
             known.items.remove(&id);
         }
         Ok(())
+    }
+
+    /// Writes down an item whose job is about to do something, before it does: should the database be lost in the middle of it,
+    /// the job is known, and how far it may have come.
+    pub(crate) async fn catalogue_ahead(&self, item: ItemId) -> Result<(), ControlError> {
+        let record = self.item(item).await?;
+        match self.catalogue_item(&record, &mut *self.catalogue.known.lock().await).await? {
+            Catalogued::Written | Catalogued::Known => Ok(()),
+            Catalogued::Left => Err(ControlError::Conflict(format!(
+                "'{}' changed too often while it was written to the store's catalogue",
+                record.name
+            ))),
+            Catalogued::Superseded => Err(ControlError::Conflict(
+                "another server has taken over the replica store: this one does nothing more".to_owned(),
+            )),
+        }
     }
 
     /// Whether another server has taken this one's place. Looked at before each write, too: what a server writes that has lost
@@ -464,23 +506,17 @@ impl Control {
         Ok(())
     }
 
-    /// Answers whether something was written.
-    async fn catalogue_item(
-        &self,
-        item: &ItemRecord,
-        seen: Option<(Option<i64>, Sum)>,
-        known: &mut Known,
-    ) -> Result<bool, ControlError> {
-        let Some((item, mut job)) = self.item_with_job(item).await? else { return Ok(false) };
+    async fn catalogue_item(&self, item: &ItemRecord, known: &mut Known) -> Result<Catalogued, ControlError> {
+        let Some((item, mut job)) = self.item_with_job(item).await? else { return Ok(Catalogued::Left) };
         for step in job.iter_mut().flat_map(|job| &mut job.steps) {
             step.progress = mainstay_provider::Progress::default();
         }
         let mut found = CataloguedItem { writes: 0, version: 0, item: lasting(&item), job };
         let sum = found.sum()?;
-        let is_new = seen.is_none_or(|(_, before)| before != sum);
+        let is_new = known.items.get(&item.id).is_none_or(|(_, before)| *before != sum);
         if is_new {
             if self.is_superseded(known).await? {
-                return Ok(false);
+                return Ok(Catalogued::Superseded);
             }
             // After reading the item: at least as many as made it what it is.
             found.writes = self.db.item_writes().await?;
@@ -488,7 +524,7 @@ impl Control {
             self.store.put_document(&name_of(item.id), &write(&found)?).await?;
         }
         known.items.insert(item.id, (Some(item.version), sum));
-        Ok(is_new)
+        Ok(if is_new { Catalogued::Written } else { Catalogued::Known })
     }
 
     /// An item and the job that has it, as they were at one moment: a step that the job says was done has changed the item.

@@ -52,6 +52,8 @@ struct State {
     /// What a crash may bring back: earlier contents, oldest first; `None` = the object was not there.
     earlier: BTreeMap<Path, Vec<Option<Bytes>>>,
     trouble: Option<StorageTrouble>,
+    /// Whether a request failed by it.
+    has_failed: bool,
     rng: StdRng,
     /// Objects read since [`SimStorage::record_reads`].
     reads: Option<BTreeSet<Path>>,
@@ -145,6 +147,7 @@ impl State {
                 }
             }
         }
+        self.has_failed |= plan.fails_before.is_some() || plan.fails_after.is_some();
         plan
     }
 }
@@ -156,6 +159,7 @@ impl SimStorage {
             objects: InMemory::new(),
             earlier: BTreeMap::new(),
             trouble: None,
+            has_failed: false,
             rng: StdRng::seed_from_u64(seed),
             reads: None,
         };
@@ -169,6 +173,13 @@ impl SimStorage {
     /// Begins or ends trouble.
     pub fn set_trouble(&self, trouble: Option<StorageTrouble>) {
         self.lock().trouble = trouble;
+    }
+
+    /// Ends trouble; answers whether a request failed by it since this was last asked.
+    pub(crate) fn end_trouble(&self) -> bool {
+        let mut state = self.lock();
+        state.trouble = None;
+        std::mem::take(&mut state.has_failed)
     }
 
     /// Whether anything can be written.

@@ -329,6 +329,17 @@ impl Transaction {
         Ok(())
     }
 
+    /// Counts an item as written that is as it was.
+    pub(super) async fn touch_item(&mut self, id: ItemId) -> Result<(), DbError> {
+        let written = self.item_write().await?;
+        sqlx::query("UPDATE items SET version = version + 1, written = $1 WHERE id = $2")
+            .bind(written)
+            .bind(id.to_string())
+            .execute(&mut self.inner)
+            .await?;
+        Ok(())
+    }
+
     /// Writes an item in the place of whatever is there of it, as if it had been written `version` times.
     pub async fn adopt_item(&mut self, item: &ItemRecord, version: i64) -> Result<(), DbError> {
         self.remove_item(item.id).await?;

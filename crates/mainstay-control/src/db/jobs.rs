@@ -346,8 +346,12 @@ impl Transaction {
         row.map(|row| read(&row)).transpose()
     }
 
-    /// Writes a job.
+    /// Writes a job. What its log says belongs to its item, which thereby counts as written: whoever compares two copies of an
+    /// item sees which one is ahead.
     pub async fn put_job(&mut self, job: &JobRecord) -> Result<(), DbError> {
+        if job.plan.is_none() {
+            self.touch_item(job.item).await?;
+        }
         sqlx::query(
             "INSERT INTO jobs (id, kind, item, state, scenario, object, created_ms, document)
              VALUES ($1, 'Item', $2, $3, $4, $5, $6, $7)

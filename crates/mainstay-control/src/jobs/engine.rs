@@ -461,6 +461,7 @@ impl Control {
         if job.is_cancel_requested && !job_log(&job).is_past_return() {
             return Ok(std::ops::ControlFlow::Continue(()));
         }
+        self.write_ahead(&job).await?;
         *lock(&active.progress) = Progress::default();
         let context = StepContext {
             control: self,
@@ -539,6 +540,7 @@ impl Control {
                 Ok(())
             })
             .await?;
+        self.write_ahead(&job).await?;
         *lock(&active.progress) = Progress::default();
         let never = CancellationToken::new();
         let context =
@@ -574,6 +576,21 @@ impl Control {
         })
         .await?;
         Ok(std::ops::ControlFlow::Continue(()))
+    }
+
+    /// Has the store know what a job is about to do, before it does it. A store that takes no writes does not keep a job from
+    /// going on: only together with the loss of the database would that be missed.
+    async fn write_ahead(&self, job: &JobRecord) -> Result<(), ControlError> {
+        if job.plan.is_some() {
+            return Ok(());
+        }
+        match self.catalogue_ahead(job.item).await {
+            Err(error) if !self.catalogue.is_superseded() => {
+                tracing::warn!(job = %job.id, item = job.item_name, %error, "a step is not in the store's catalogue");
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {

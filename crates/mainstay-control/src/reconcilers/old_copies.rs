@@ -86,11 +86,6 @@ impl Control {
         provider: ProviderId,
         runs: bool,
     ) -> Result<(), ControlError> {
-        self.change_item(item.id, |item| {
-            item.old_copy = runs.then_some(provider);
-            Ok(())
-        })
-        .await?;
         let host = self.provider(provider).await?.name;
         let (code, severity, text) = match runs {
             true => {
@@ -99,8 +94,14 @@ impl Control {
             false => ("OldCopyOff", Health::Normal, "does not run any more"),
         };
         let text = format!("the copy of '{}' on '{host}' {text}", item.vm_name);
+        // Told before it is noted: a crash in between has it told again.
         self.record_event(self.item_event(item, code, severity, text)).await?;
-        Ok(())
+        self.change_item(item.id, |item| {
+            item.old_copy = runs.then_some(provider);
+            Ok(())
+        })
+        .await
+        .map(drop)
     }
 
     /// An order to stop a copy that was found running was carried out.

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use mainstay_model::{Health, PointId, ProviderId, VmId};
+use mainstay_model::{Generation, Health, ItemId, PointId, ProviderId, VmId};
 use mainstay_provider::{
     CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerOffVm, PowerState, PrepareHome, ReadPower,
     ShutDownVm, ShutdownOutcome, StageHome, Staged, StartVm, VerifyHome, VmDefinition,
@@ -89,6 +89,10 @@ struct Prepared {
     home: HomePrepared,
     /// The item's home before this failback.
     former: ProviderId,
+    /// The item's generation before this failback; `None` in jobs of earlier versions. A database that was lost in the middle
+    /// of it comes back with the generation that the job had reached.
+    #[serde(default)]
+    generation: Option<Generation>,
 }
 
 /// What a home VM is made of. The point that was failed over to has the definition that was written at home; it is
@@ -132,7 +136,8 @@ impl StepAction for PrepareHomeVm {
             }
         })?;
         let (former, is_start_prevented) = (item.primary_provider, prepared.is_start_prevented);
-        let done = Done::with(&Prepared { home: prepared, former })?;
+        let generation = Some(item.state.generation);
+        let done = Done::with(&Prepared { home: prepared, former, generation })?;
         let done = if is_start_prevented {
             done
         } else {
@@ -305,10 +310,11 @@ struct BroughtHome {
 /// which nobody can replace any more.
 async fn point_of_interrupted_run(
     step: &StepContext<'_>,
-    item: &ItemRecord,
+    item: ItemId,
+    generation_before: Generation,
 ) -> Result<Option<PointId>, JobError> {
-    let replica = step.control.store.replica(item.id.0).await.map_err(ControlError::from)?;
-    Ok(replica.head.filter(|_| replica.generation > item.state.generation.0).map(PointId))
+    let replica = step.control.store.replica(item.0).await.map_err(ControlError::from)?;
+    Ok(replica.head.filter(|_| replica.generation > generation_before.0).map(PointId))
 }
 
 struct BringHome;
@@ -318,11 +324,12 @@ impl StepAction for BringHome {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
         let params: FailbackParams = step.params()?;
-        let Prepared { home: prepared, .. } = step.expect_output(PREPARE)?;
+        let Prepared { home: prepared, generation: before, .. } = step.expect_output(PREPARE)?;
+        let before = before.unwrap_or(item.state.generation);
         let mut moved = Moved::default();
         let full = !params.synchronize_before || prepared.was_created;
         let generation = item.state.generation.next();
-        let point = match point_of_interrupted_run(step, &item).await? {
+        let point = match point_of_interrupted_run(step, item.id, before).await? {
             Some(point) => point,
             None => synchronize_once(step, &item, full, &mut moved).await?.0,
         };

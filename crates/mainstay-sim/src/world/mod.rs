@@ -12,7 +12,7 @@ mod wire;
 use std::{
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -109,6 +109,7 @@ pub struct World {
     vault_key: Option<String>,
     network: Arc<Network>,
     server: Option<Server>,
+    faults: Mutex<Option<Arc<dyn Faults>>>,
     // Last, so that it is removed when nothing writes into it any more.
     dir: TempDir,
 }
@@ -205,6 +206,7 @@ impl World {
             network,
             server: Some(server),
             dir,
+            faults: Mutex::default(),
         };
         for name in &options.vms {
             mainstay_provider::Hypervisor::start(&world.home.hypervisor, vm_named(name))
@@ -259,9 +261,10 @@ impl World {
         server.process.handle().spawn(work(server.control.clone())).await.expect("the server answers")
     }
 
-    /// Installs faults in the job engine; they end with the server's process.
+    /// Installs faults in the job engine, of this server's process and of those that follow it.
     pub fn set_faults(&self, faults: Option<Arc<dyn Faults>>) {
-        self.control().engine.set_faults(faults);
+        self.control().engine.set_faults(faults.clone());
+        *self.faults.lock().expect("no test panics here") = faults;
     }
 
     /// Kills the server and starts it over the same database and storage.
@@ -289,12 +292,13 @@ impl World {
     }
 
     async fn lose_database_after(&mut self, replace: impl FnOnce(&Path, &Path)) {
-        // What was asked for a moment ago may be lost with the database; what was answered is not, as long as the storage
-        // takes it.
-        self.storage.set_trouble(None);
-        self.ask(|control| async move { control.reconcile_catalogue().await })
-            .await
-            .expect("the catalogue is written");
+        // What was asked for a moment ago may be lost with the database, what has been begun may not: where the storage takes it,
+        // the catalogue has it before.
+        if self.storage.end_trouble() {
+            self.ask(|control| async move { control.reconcile_catalogue().await })
+                .await
+                .expect("the catalogue is written");
+        }
         self.restart_server_after(|database, backup| {
             remove_files(database);
             replace(backup, database);
@@ -316,6 +320,8 @@ impl World {
         let server = start_server(database.join("db"), storage, clock, vault_key).await;
         self.network.set_server(Some((server.process.handle().clone(), server.control.clone())));
         self.server = Some(server);
+        let faults = self.faults.lock().expect("no test panics here").clone();
+        self.control().engine.set_faults(faults);
         self.ask(|control| async move { control.resume_jobs().await }).await.expect("jobs go on");
     }
 

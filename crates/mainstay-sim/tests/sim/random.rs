@@ -104,10 +104,7 @@ impl Run {
             30..58 => self.begin(vm).await,
             58..64 => self.touch_a_job().await,
             64..69 => self.world.restart_agent(is_home).await,
-            69..74 => {
-                self.world.restart_server().await;
-                self.set_faults();
-            }
+            69..74 => self.world.restart_server().await,
             74..76 => self.world.hiccup(is_home),
             76..80 => {
                 let direction = self.direction();
@@ -128,14 +125,11 @@ impl Run {
                 let _ = host.hypervisor.crash_vm(id);
             }
             89..91 => self.start_active(vm).await,
-            91..93 => {
-                match self.rng.random_range(0..3) {
-                    0 => self.world.back_up_database().await,
-                    1 => self.world.restore_database().await,
-                    _ => self.world.lose_database().await,
-                }
-                self.set_faults();
-            }
+            91..93 => match self.rng.random_range(0..3) {
+                0 => self.world.back_up_database().await,
+                1 => self.world.restore_database().await,
+                _ => self.world.lose_database().await,
+            },
             93..95 => self.world.home.hypervisor.let_guests_refuse(self.rng.random()),
             95..97 => {
                 let (host, id) = self.world.active(vm).await;
@@ -340,6 +334,7 @@ impl Run {
 
     /// Ends all trouble, brings every job to its end, and checks everything.
     async fn calm(&mut self) {
+        self.world.set_faults(None);
         self.world.storage.set_trouble(None);
         self.world.home.hypervisor.clear_faults();
         self.world.recovery.hypervisor.clear_faults();
@@ -435,7 +430,6 @@ async fn run(seed: u64) {
         }
         run.calm().await;
     }
-    run.world.set_faults(None);
     for vm in VMS {
         finish_journey(&run.world, vm, 1).await;
     }

@@ -1,5 +1,5 @@
-//! Four questions to every step of every workflow: what if it is done twice, fails, the process dies, or somebody
-//! cancels?
+//! Five questions to every step of every workflow: what if it is done twice, fails, the process dies, the database is lost
+//! with it, or somebody cancels?
 
 use std::sync::{
     Arc,
@@ -60,6 +60,29 @@ fn install_undo(
     once
 }
 
+/// The process dies after a step, and what takes the job up afterwards is cancelled at once, or is not.
+struct Lost {
+    operation: Operation,
+    step: usize,
+    is_cancelled: bool,
+    has_died: AtomicBool,
+}
+
+impl Faults for Lost {
+    fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {
+        if job.operation != self.operation || is_undo {
+            return Fault::None;
+        }
+        if step == self.step && !self.has_died.swap(true, Ordering::SeqCst) {
+            return Fault::StopAfter;
+        }
+        match self.is_cancelled && self.has_died.load(Ordering::SeqCst) {
+            true => Fault::CancelBefore,
+            false => Fault::None,
+        }
+    }
+}
+
 async fn world_before(workflow: Workflow) -> World {
     let world = World::new(WorldOptions::default()).await;
     workflow.prepare(&world).await;
@@ -74,9 +97,9 @@ async fn resume(world: &World, job: JobId) {
 }
 
 /// Completes a job up to where its run stops without having ended.
-async fn drive_until_stopped(world: &World, job: JobId, once: &Once) {
+async fn drive_until_stopped(world: &World, job: JobId, has_struck: &AtomicBool) {
     drive_until_over(world, job).await;
-    assert!(once.has_struck.load(Ordering::SeqCst), "the job ended: {}", world.tell(job).await);
+    assert!(has_struck.load(Ordering::SeqCst), "the job ended: {}", world.tell(job).await);
 }
 
 async fn settle_and_check(world: &World) {
@@ -118,11 +141,41 @@ async fn kill(workflow: Workflow, step: usize, expected: &Snapshot) {
     let mut world = world_before(workflow).await;
     let once = install(&world, workflow, step, Fault::StopAfter);
     let job = workflow.begin(&world).await;
-    drive_until_stopped(&world, job.id, &once).await;
+    drive_until_stopped(&world, job.id, &once.has_struck).await;
     world.restart_server().await;
     assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
     settle_and_check(&world).await;
     assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: killed after step {step}");
+    finish_journey(&world, VM, 0).await;
+}
+
+/// Begins the workflow and loses the database when a step is done.
+async fn begin_and_lose(world: &mut World, workflow: Workflow, step: usize, is_cancelled: bool) -> JobRecord {
+    let operation = workflow.operation();
+    let lost = Arc::new(Lost { operation, step, is_cancelled, has_died: AtomicBool::new(false) });
+    world.set_faults(Some(lost.clone()));
+    let job = workflow.begin(world).await;
+    drive_until_stopped(world, job.id, &lost.has_died).await;
+    world.lose_database().await;
+    job
+}
+
+/// (e) The process dies after the step, and the database is lost with it: the store's catalogue knows the job.
+async fn lose(workflow: Workflow, step: usize, expected: &Snapshot) {
+    let mut world = world_before(workflow).await;
+    let job = begin_and_lose(&mut world, workflow, step, false).await;
+    // An item that was removed is not in the catalogue any more, and neither is its job.
+    if world.item(VM).await.is_some() {
+        assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+    }
+    settle_and_check(&world).await;
+    let snapshot = world.snapshot(VM).await;
+    let what = format!("{workflow:?}: lost the database after step {step}");
+    assert_eq!((snapshot.phase, snapshot.vcpus), (expected.phase, expected.vcpus), "{what}");
+    // A new database takes a recovery point at once.
+    if !expected.phase.is_some_and(Phase::is_replicating) {
+        assert_eq!(snapshot, *expected, "{what}");
+    }
     finish_journey(&world, VM, 0).await;
 }
 
@@ -149,16 +202,20 @@ async fn home_disks(world: &World, vm: Option<VmId>) -> Option<Vec<Vec<u8>>> {
     world.home.hypervisor.disks(vm?).await.ok()
 }
 
-/// (b) and (d): the job is undone and the item is what it was.
-async fn undone(world: &World, workflow: Workflow, step: usize, fault: Fault) {
+/// (b) and (d): the job is undone and the item is what it was. A stop is the loss of the database, and a cancel after it.
+async fn undone(world: &mut World, workflow: Workflow, step: usize, fault: Fault) {
     let what = format!("{workflow:?}: {fault:?} at step {step}");
     let before = world.phase(VM).await;
     let (host, vm) = world.active(VM).await;
     let power_before = host.hypervisor.view(vm).unwrap().power;
     let home_vm = world.item(VM).await.map(|item| item.vm);
     let home_before = home_disks(world, home_vm).await;
-    install(world, workflow, step, fault);
-    let job = workflow.begin(world).await;
+    let job = if fault == Fault::StopAfter {
+        begin_and_lose(world, workflow, step, true).await
+    } else {
+        install(world, workflow, step, fault);
+        workflow.begin(world).await
+    };
     let ending = world.complete(job.id).await;
     let expected = if fault == Fault::FailAfter { Ending::Failed } else { Ending::Cancelled };
     assert_eq!(ending, expected, "{what}: {}", world.tell(job.id).await);
@@ -226,12 +283,13 @@ async fn drive_until_over(world: &World, job: JobId) {
     }
 }
 
-async fn four_questions(workflow: Workflow) {
+async fn five_questions(workflow: Workflow) {
     log();
     let (expected, steps, point_of_no_return) = undisturbed(workflow).await;
     for step in 0..steps {
         repeat(workflow, step, &expected).await;
         kill(workflow, step, &expected).await;
+        lose(workflow, step, &expected).await;
     }
     let first_final = point_of_no_return.unwrap_or(steps);
     for step in first_final..steps {
@@ -242,11 +300,11 @@ async fn four_questions(workflow: Workflow) {
     // All in one world: what is undone leaves a world in which everything can be done again.
     let mut world = world_before(workflow).await;
     for step in 0..first_final {
-        for fault in [Fault::FailAfter, Fault::Cancel, Fault::CancelBefore] {
+        for fault in [Fault::FailAfter, Fault::Cancel, Fault::CancelBefore, Fault::StopAfter] {
             if workflow == Workflow::Finalize {
                 world = world_before(workflow).await;
             }
-            undone(&world, workflow, step, fault).await;
+            undone(&mut world, workflow, step, fault).await;
         }
     }
     if workflow != Workflow::Finalize {
@@ -257,7 +315,7 @@ async fn four_questions(workflow: Workflow) {
         }
     }
     if let Some(step) = point_of_no_return {
-        undone(&world, workflow, step, Fault::CancelBefore).await;
+        undone(&mut world, workflow, step, Fault::CancelBefore).await;
     }
     if workflow != Workflow::Finalize {
         let job = workflow.begin(&world).await;
@@ -267,18 +325,18 @@ async fn four_questions(workflow: Workflow) {
     finish_journey(&world, VM, 0).await;
 }
 
-macro_rules! four_questions {
+macro_rules! five_questions {
     ($($name:ident: $workflow:ident,)*) => {
         $(
             #[test]
             fn $name() {
-                simulate(|| four_questions(Workflow::$workflow));
+                simulate(|| five_questions(Workflow::$workflow));
             }
         )*
     };
 }
 
-four_questions! {
+five_questions! {
     enable: Enable,
     finalize: Finalize,
     test_failover: TestFailover,
