@@ -100,6 +100,7 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
                 .current_dir(&test.directory)
                 .env("CARGO_MANIFEST_DIR", &test.directory)
                 .env("SIM_SECONDS", "0")
+                .env("RUST_TEST_THREADS", at_once(test).to_string())
                 .status()?;
             if !status.success() {
                 bail!("{} failed", test.executable.display());
@@ -111,6 +112,13 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
     }
     timed(times, "lints", || lints.finish())?;
     timed(times, "fresh worlds", || worlds.finish())
+}
+
+/// How many tests of a suite run at a time: one for each processor, and twice as many where they wait for virtual machines to boot
+/// most of the time.
+fn at_once(test: &TestBinary) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    if test.name.starts_with("mainstay-cli:") { 2 * processors } else { processors }
 }
 
 /// Fresh random worlds of the simulation in a run of `ci`.

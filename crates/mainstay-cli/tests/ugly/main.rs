@@ -3,6 +3,7 @@
 //! Every test has a lab of its own and takes it down; with `MAINSTAY_KEEP=1` a failed one leaves it for a look.
 
 mod access;
+mod bad_line;
 mod boot;
 mod changes;
 mod crashes;
@@ -16,4 +17,3 @@ mod space;
 mod split;
 mod stubborn;
 mod support;
-mod wan;

@@ -16,7 +16,7 @@ fn the_journey_over_a_bad_line_loses_nothing() {
         println!("left out: /dev/net/tun cannot be opened here, so no line can be made");
         return;
     }
-    mainstay_lab::run_in_own_network("wan::the_journey_over_a_bad_line").unwrap();
+    mainstay_lab::run_in_own_network("bad_line::the_journey_over_a_bad_line").unwrap();
 }
 
 /// Cuts the line in the middle of a transfer, and brings it back.
@@ -35,7 +35,7 @@ async fn cut_a_transfer(world: &World) -> Result<()> {
 #[ignore = "runs within the_journey_over_a_bad_line_loses_nothing"]
 async fn the_journey_over_a_bad_line() -> Result<()> {
     let wan = Wan::open(BADNESS)?;
-    let mut world = World::up_with("wan", Some(FAR)).await?;
+    let mut world = World::up_with("bad-line", Some(FAR)).await?;
     let mut vm = world.guest("vm1", "ledger.rate=10")?;
     vm.disk_mib = 64;
     world.protect(&vm).await?;
