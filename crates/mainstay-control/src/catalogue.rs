@@ -59,7 +59,7 @@ impl CataloguedItem {
     }
 }
 
-/// What became of an item that was to be written.
+/// What became of what was to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Catalogued {
     /// It is there anew.
@@ -289,10 +289,10 @@ impl Control {
             return Ok(());
         }
         let mut transaction = self.db.begin().await?;
-        transaction.replace_catalogued_resources(&found.resources, found.writes).await?;
         for job in &found.plan_jobs {
             transaction.put_job(job).await?;
         }
+        transaction.replace_catalogued_resources(&found.resources, found.writes).await?;
         transaction.commit().await?;
         adoption.resources = true;
         self.forget_lost_plan_jobs().await
@@ -457,15 +457,19 @@ impl Control {
         Ok(())
     }
 
-    /// Writes down an item whose job is about to do something, before it does: should the database be lost in the middle of it,
-    /// the job is known, and how far it may have come.
-    pub(crate) async fn catalogue_ahead(&self, item: ItemId) -> Result<(), ControlError> {
-        let record = self.item(item).await?;
-        match self.catalogue_item(&record, &mut *self.catalogue.known.lock().await).await? {
+    /// Writes down a job that is about to do something, before it does: should the database be lost in the middle of it, the job
+    /// is known, and how far it may have come.
+    pub(crate) async fn catalogue_ahead(&self, job: &JobRecord) -> Result<(), ControlError> {
+        let mut known = self.catalogue.known.lock().await;
+        let catalogued = match job.plan {
+            Some(_) => self.catalogue_resources(&mut known).await?,
+            None => self.catalogue_item(&self.item(job.item).await?, &mut known).await?,
+        };
+        match catalogued {
             Catalogued::Written | Catalogued::Known => Ok(()),
             Catalogued::Left => Err(ControlError::Conflict(format!(
                 "'{}' changed too often while it was written to the store's catalogue",
-                record.name
+                job.item_name
             ))),
             Catalogued::Superseded => Err(ControlError::Conflict(
                 "another server has taken over the replica store: this one does nothing more".to_owned(),
@@ -548,12 +552,12 @@ impl Control {
         Ok(None)
     }
 
-    async fn catalogue_resources(&self, known: &mut Known) -> Result<(), ControlError> {
+    async fn catalogue_resources(&self, known: &mut Known) -> Result<Catalogued, ControlError> {
         let before = self.db.resource_writes().await?;
         let plans: Vec<RecoveryPlanRecord> = self.db.resources().await?;
         let running: Vec<_> = plans.iter().filter_map(|plan| plan.running).collect();
         if running.is_empty() && known.resources.is_some_and(|(seen, _)| seen == before) {
-            return Ok(());
+            return Ok(Catalogued::Known);
         }
         let mut plan_jobs = Vec::new();
         for job in running {
@@ -565,15 +569,16 @@ impl Control {
         let resources = self.db.catalogued_resources().await?.into_iter().map(lasting_resource).collect();
         let mut found = CataloguedResources { writes: 0, resources, plan_jobs };
         let sum: Sum = Sha256::digest(write(&found)?).into();
-        if known.resources.is_none_or(|(_, known)| known != sum) {
+        let is_new = known.resources.is_none_or(|(_, known)| known != sum);
+        if is_new {
             if self.is_superseded(known).await? {
-                return Ok(());
+                return Ok(Catalogued::Superseded);
             }
             found.writes = self.db.resource_writes().await?;
             self.store.put_document(RESOURCES, &write(&found)?).await?;
         }
         // Before reading: what was written meanwhile is looked at next time.
         known.resources = Some((before, sum));
-        Ok(())
+        Ok(if is_new { Catalogued::Written } else { Catalogued::Known })
     }
 }

@@ -346,11 +346,12 @@ impl Transaction {
         row.map(|row| read(&row)).transpose()
     }
 
-    /// Writes a job. What its log says belongs to its item, which thereby counts as written: whoever compares two copies of an
-    /// item sees which one is ahead.
+    /// Writes a job. What its log says belongs to its item or plan, which thereby counts as written: whoever compares two copies
+    /// of one sees which is ahead.
     pub async fn put_job(&mut self, job: &JobRecord) -> Result<(), DbError> {
-        if job.plan.is_none() {
-            self.touch_item(job.item).await?;
+        match job.plan {
+            None => self.touch_item(job.item).await?,
+            Some(_) => self.count_resource_write().await?,
         }
         sqlx::query(
             "INSERT INTO jobs (id, kind, item, state, scenario, object, created_ms, document)

@@ -228,7 +228,7 @@ impl Transaction {
         row.map(|row| decode(kind, name, row.try_get("document")?)).transpose()
     }
 
-    async fn count_resource_write(&mut self) -> Result<(), DbError> {
+    pub(super) async fn count_resource_write(&mut self) -> Result<(), DbError> {
         if !self.has_counted_resources {
             count(self, "resource-writes").await?;
             self.has_counted_resources = true;

@@ -581,10 +581,7 @@ impl Control {
     /// Has the store know what a job is about to do, before it does it. A store that takes no writes does not keep a job from
     /// going on: only together with the loss of the database would that be missed.
     async fn write_ahead(&self, job: &JobRecord) -> Result<(), ControlError> {
-        if job.plan.is_some() {
-            return Ok(());
-        }
-        match self.catalogue_ahead(job.item).await {
+        match self.catalogue_ahead(job).await {
             Err(error) if !self.catalogue.is_superseded() => {
                 tracing::warn!(job = %job.id, item = job.item_name, %error, "a step is not in the store's catalogue");
                 Ok(())

@@ -286,7 +286,8 @@ fn members(plan: &RecoveryPlan, checked: &Checked, group: Option<usize>) -> Vec<
         .collect()
 }
 
-/// Starts the jobs of machines that have none yet; those that cannot be started are told with the reason.
+/// Starts the jobs of machines that have none yet, and where it has not been done; those that cannot be started are told with
+/// the reason.
 async fn start(step: &StepContext<'_>, items: &[ItemId]) -> Result<Vec<String>, JobError> {
     let mut refused = Vec::new();
     for item in items {
@@ -299,9 +300,13 @@ async fn start(step: &StepContext<'_>, items: &[ItemId]) -> Result<Vec<String>, 
             Ok(_) => {}
             Err(error @ ControlError::Db(_)) => return Err(error.into()),
             Err(error) => {
-                let name = step.control.db.item(*item).await.map_err(ControlError::from)?;
-                let name = name.map_or_else(|| item.to_string(), |item| item.vm_name);
-                refused.push(format!("'{name}': {error}"));
+                let record = step.control.db.item(*item).await.map_err(ControlError::from)?;
+                let standing = record.as_ref().map(|item| Standing::of(item, step.job.operation));
+                // By somebody else, or by a job that was lost with the database.
+                if !matches!(standing, Some(Standing::Done(_))) {
+                    let name = record.map_or_else(|| item.to_string(), |item| item.vm_name.clone());
+                    refused.push(format!("'{name}': {error}"));
+                }
             }
         }
     }

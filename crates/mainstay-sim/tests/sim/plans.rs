@@ -321,9 +321,11 @@ impl Faults for Once {
 }
 
 #[test]
-fn every_step_of_a_plan_can_be_repeated_fail_be_cancelled_and_survive_a_crash() {
+fn every_step_of_a_plan_can_be_repeated_fail_be_cancelled_and_survive_a_crash_and_the_loss_of_the_database() {
     simulate(|| async {
-        for fault in [Fault::Repeat, Fault::FailAfter, Fault::StopAfter, Fault::Cancel, Fault::CancelBefore] {
+        let crashes = [(Fault::StopAfter, false), (Fault::StopAfter, true)];
+        let others = [Fault::Repeat, Fault::FailAfter, Fault::Cancel, Fault::CancelBefore];
+        for (fault, is_database_lost) in crashes.into_iter().chain(others.map(|fault| (fault, false))) {
             for operation in [Operation::PlannedFailover, Operation::UnplannedFailover] {
                 for step in 0.. {
                     let mut world = world_with_plan(|_| {}).await;
@@ -339,7 +341,10 @@ fn every_step_of_a_plan_can_be_repeated_fail_be_cancelled_and_survive_a_crash() 
                                 once.2.load(Ordering::SeqCst) && !world.control().engine.is_active(job.id)
                             })
                             .await;
-                        world.restart_server().await;
+                        match is_database_lost {
+                            true => world.lose_database().await,
+                            false => world.restart_server().await,
+                        }
                     }
                     let ending = world.complete(job.id).await;
                     let told = format!("{operation:?} {fault:?} at {step}: {}", world.tell(job.id).await);
