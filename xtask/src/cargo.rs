@@ -1,11 +1,12 @@
 //! Cargo, as if it were called from a shell.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 /// Cargo in the repository.
 pub(crate) fn command(repository: &Path) -> Command {
@@ -29,6 +30,27 @@ pub(crate) fn from_shell(command: &mut Command) -> &mut Command {
         }
     }
     command
+}
+
+/// Builds, and answers what cargo says of each program that there is then: the target directory may be anywhere.
+pub(crate) fn programs(build: &mut Command) -> Result<Vec<Value>> {
+    let messages = output_of(build.args(["--message-format", "json-render-diagnostics"]))?;
+    let mut programs = Vec::new();
+    for line in messages.lines() {
+        let message: Value = serde_json::from_str(line)?;
+        if message["executable"].is_string() {
+            programs.push(message);
+        }
+    }
+    Ok(programs)
+}
+
+/// Builds, and answers where the program of this name is.
+pub(crate) fn program_of(build: &mut Command, name: &str) -> Result<PathBuf> {
+    let built = programs(build)?;
+    let program = built.iter().find(|program| program["target"]["name"] == name);
+    let path = program.and_then(|program| program["executable"].as_str());
+    Ok(path.with_context(|| format!("cargo built no program '{name}'"))?.into())
 }
 
 /// What a command of cargo's says on its standard output.

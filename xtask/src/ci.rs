@@ -8,7 +8,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum as _;
-use serde_json::Value;
 
 use crate::{cargo, fuzz, tidy};
 
@@ -221,10 +220,9 @@ struct TestBinary {
 /// would be compiled again for each set of features.
 fn test_binaries(repository: &Path) -> Result<Vec<TestBinary>> {
     let mut build = cargo::command(repository);
-    build.args(["test", "--quiet", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]);
+    build.args(["test", "--quiet", "--workspace", "--no-run"]);
     let mut found = Vec::new();
-    for line in cargo::output_of(&mut build)?.lines() {
-        let message: Value = serde_json::from_str(line)?;
+    for message in cargo::programs(&mut build)? {
         let (Some(executable), Some(manifest), Some(true)) = (
             message["executable"].as_str(),
             message["manifest_path"].as_str(),

@@ -142,15 +142,10 @@ fn agent_libraries() -> Result<Vec<String>> {
 fn build_ledger(repository: &Path) -> Result<PathBuf> {
     let mut build = cargo::command(repository);
     build.args(["build", "--quiet", "--release", "--package", "mainstay-ledger"]);
-    build.args(["--target", TARGET, "--message-format", "json-render-diagnostics"]);
+    build.args(["--target", TARGET]);
     build.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
     build.env("CARGO_PROFILE_RELEASE_PANIC", "abort");
-    // Cargo says where it put the program; the target directory may be anywhere.
-    let messages = output_of(&mut build)?;
-    let marker = "\"executable\":\"";
-    let line = messages.lines().rfind(|line| line.contains(marker)).context("cargo built no program")?;
-    let path = line.split_once(marker).and_then(|(_, rest)| rest.split_once('"'));
-    Ok(PathBuf::from(path.context("cargo's message has no end")?.0))
+    cargo::program_of(&mut build, "ledger")
 }
 
 fn find_kernel(root: &Path) -> Result<(PathBuf, String)> {

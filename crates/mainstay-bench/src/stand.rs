@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 pub(crate) const GUEST_TIMEOUT: Duration = Duration::from_secs(180);
 /// How often a change is looked for whose time is measured: a hundredth of the smallest time that matters here.
 const LOOK: Duration = Duration::from_millis(10);
+/// How long one look may take.
+const LOOK_MAX: Duration = Duration::from_secs(5);
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +124,9 @@ impl Stand {
             elapsed = &mut running => elapsed?,
             job = item.finish(&job) => {
                 job?;
-                bail!("the failover ended, but '{vm}' does not run at the recovery site");
+                // The job may have ended while libvirt was being asked.
+                let late = tokio::time::timeout(LOOK_MAX, &mut running).await;
+                late.with_context(|| format!("the failover ended, but '{vm}' does not run at the recovery site"))??
             }
         };
         item.finish(&job).await?;
