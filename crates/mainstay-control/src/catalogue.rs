@@ -4,7 +4,8 @@
 //! Each item is a document of its own, with the job that has it, so that a job goes on in a database that never heard of it;
 //! everything else that people have set up is one document. They are written a moment after the database, which is the
 //! truth as long as it is not older than they are: the database counts its writes, and each document says how many there
-//! were. A job's item is written before each step does anything: a log that did not know of a step would not undo it. What is not in it: history (ended jobs, events, the audit trail) and who may sign in.
+//! were. What has a job is also written before each of its steps does anything: a log that did not know of a step would not
+//! undo it. What is not in it: history (ended jobs, events, the audit trail) and who may sign in.
 //!
 //! A third document names the server process that looks after the store. A second server over the same store, started from a
 //! copy of the first one's database, takes its place; the first finds that out and stops.

@@ -60,11 +60,21 @@ impl From<LibvirtError> for SiteError {
 const GONE: [&str; 3] =
     ["process exited while connecting to monitor", "guest unexpectedly quit", "domain is no longer running"];
 
+/// What it says when QEMU goes while it is being asked; the system's word for it follows. QEMU itself says nothing there.
+const CUT_OFF: [&str; 4] = [
+    "Unable to read from monitor",
+    "Unable to write to monitor",
+    "QEMU monitor was closed",
+    "End of file from qemu monitor",
+];
+
 /// Whether QEMU was killed, while it started or meanwhile: what was asked for can be asked for again. One that ends by itself
 /// says why.
 fn was_killed(message: &str) -> bool {
     let is_closed = message.contains("unexpectedly closed the monitor") && message.ends_with("')");
-    is_closed || GONE.iter().any(|gone| message.ends_with(gone))
+    is_closed
+        || GONE.iter().any(|gone| message.ends_with(gone))
+        || CUT_OFF.iter().any(|cut_off| message.contains(cut_off))
 }
 
 #[cfg(test)]
@@ -85,6 +95,12 @@ mod tests {
                 ErrorKind::Failed,
                 "{killed}"
             );
+        }
+        for cut_off in [
+            "Unable to read from monitor: Connection reset by peer",
+            "Unable to write to monitor: Broken pipe",
+        ] {
+            assert_eq!(kind(cut_off), ErrorKind::Unavailable, "{cut_off}");
         }
         assert_eq!(kind("internal error: there is no disk 'vda' (vm='web')"), ErrorKind::Failed);
     }

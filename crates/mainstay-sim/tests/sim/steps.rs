@@ -3,14 +3,14 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use mainstay_control::{
     db::{JobRecord, JobState},
     jobs::{Fault, Faults, job_log},
 };
-use mainstay_model::{Ending, JobId, Operation, Phase, VmId};
+use mainstay_model::{Ending, JobId, Operation, Phase, StepState, VmId};
 use mainstay_provider::PowerState;
 use mainstay_sim::{Snapshot, World, WorldOptions, simulate};
 
@@ -60,27 +60,62 @@ fn install_undo(
     once
 }
 
-/// The process dies after a step, and what takes the job up afterwards is cancelled at once, or is not.
-struct Lost {
+/// The process dies after a step, and perhaps once more after the next one; what takes the job up then is cancelled at once, or
+/// is not.
+struct Deaths {
     operation: Operation,
     step: usize,
+    wanted: usize,
     is_cancelled: bool,
-    has_died: AtomicBool,
+    so_far: AtomicUsize,
 }
 
-impl Faults for Lost {
+impl Deaths {
+    fn install(
+        world: &World,
+        workflow: Workflow,
+        step: usize,
+        wanted: usize,
+        is_cancelled: bool,
+    ) -> Arc<Self> {
+        let operation = workflow.operation();
+        let deaths = Arc::new(Self { operation, step, wanted, is_cancelled, so_far: AtomicUsize::new(0) });
+        world.set_faults(Some(deaths.clone()));
+        deaths
+    }
+
+    /// Completes a job up to where the process has died so often.
+    async fn reach(&self, world: &World, job: JobId, count: usize) {
+        drive_until_over(world, job).await;
+        assert_eq!(self.so_far.load(Ordering::SeqCst), count, "the job ended: {}", world.tell(job).await);
+    }
+}
+
+impl Faults for Deaths {
     fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {
         if job.operation != self.operation || is_undo {
             return Fault::None;
         }
-        if step == self.step && !self.has_died.swap(true, Ordering::SeqCst) {
+        let so_far = self.so_far.load(Ordering::SeqCst);
+        if so_far < self.wanted {
+            if step < self.step + so_far {
+                return Fault::None;
+            }
+            self.so_far.store(so_far + 1, Ordering::SeqCst);
             return Fault::StopAfter;
         }
-        match self.is_cancelled && self.has_died.load(Ordering::SeqCst) {
-            true => Fault::CancelBefore,
-            false => Fault::None,
-        }
+        if self.is_cancelled { Fault::CancelBefore } else { Fault::None }
     }
+}
+
+/// What becomes of a job that is undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Disturbance {
+    Fault(Fault),
+    /// The database is lost with the step, and the job cancelled afterwards.
+    DatabaseLost,
+    /// A copy of the database from after the step takes its place after the next one, and the job is cancelled then.
+    DatabaseRestored,
 }
 
 async fn world_before(workflow: Workflow) -> World {
@@ -97,9 +132,9 @@ async fn resume(world: &World, job: JobId) {
 }
 
 /// Completes a job up to where its run stops without having ended.
-async fn drive_until_stopped(world: &World, job: JobId, has_struck: &AtomicBool) {
+async fn drive_until_stopped(world: &World, job: JobId, once: &Once) {
     drive_until_over(world, job).await;
-    assert!(has_struck.load(Ordering::SeqCst), "the job ended: {}", world.tell(job).await);
+    assert!(once.has_struck.load(Ordering::SeqCst), "the job ended: {}", world.tell(job).await);
 }
 
 async fn settle_and_check(world: &World) {
@@ -141,7 +176,7 @@ async fn kill(workflow: Workflow, step: usize, expected: &Snapshot) {
     let mut world = world_before(workflow).await;
     let once = install(&world, workflow, step, Fault::StopAfter);
     let job = workflow.begin(&world).await;
-    drive_until_stopped(&world, job.id, &once.has_struck).await;
+    drive_until_stopped(&world, job.id, &once).await;
     world.restart_server().await;
     assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
     settle_and_check(&world).await;
@@ -151,12 +186,21 @@ async fn kill(workflow: Workflow, step: usize, expected: &Snapshot) {
 
 /// Begins the workflow and loses the database when a step is done.
 async fn begin_and_lose(world: &mut World, workflow: Workflow, step: usize, is_cancelled: bool) -> JobRecord {
-    let operation = workflow.operation();
-    let lost = Arc::new(Lost { operation, step, is_cancelled, has_died: AtomicBool::new(false) });
-    world.set_faults(Some(lost.clone()));
+    let deaths = Deaths::install(world, workflow, step, 1, is_cancelled);
     let job = workflow.begin(world).await;
-    drive_until_stopped(world, job.id, &lost.has_died).await;
+    deaths.reach(world, job.id, 1).await;
     world.lose_database().await;
+    job
+}
+
+/// Begins the workflow, and when the next step is done restores the database of the step before.
+async fn begin_and_restore(world: &mut World, workflow: Workflow, step: usize) -> JobRecord {
+    let deaths = Deaths::install(world, workflow, step, 2, true);
+    let job = workflow.begin(world).await;
+    deaths.reach(world, job.id, 1).await;
+    world.back_up_database().await;
+    deaths.reach(world, job.id, 2).await;
+    world.restore_database().await;
     job
 }
 
@@ -202,22 +246,25 @@ async fn home_disks(world: &World, vm: Option<VmId>) -> Option<Vec<Vec<u8>>> {
     world.home.hypervisor.disks(vm?).await.ok()
 }
 
-/// (b) and (d): the job is undone and the item is what it was. A stop is the loss of the database, and a cancel after it.
-async fn undone(world: &mut World, workflow: Workflow, step: usize, fault: Fault) {
-    let what = format!("{workflow:?}: {fault:?} at step {step}");
+/// (b), (d) and (e): the job is undone and the item is what it was.
+async fn undone(world: &mut World, workflow: Workflow, step: usize, disturbance: Disturbance) {
+    let what = format!("{workflow:?}: {disturbance:?} at step {step}");
     let before = world.phase(VM).await;
     let (host, vm) = world.active(VM).await;
     let power_before = host.hypervisor.view(vm).unwrap().power;
     let home_vm = world.item(VM).await.map(|item| item.vm);
     let home_before = home_disks(world, home_vm).await;
-    let job = if fault == Fault::StopAfter {
-        begin_and_lose(world, workflow, step, true).await
-    } else {
-        install(world, workflow, step, fault);
-        workflow.begin(world).await
+    let job = match disturbance {
+        Disturbance::Fault(fault) => {
+            install(world, workflow, step, fault);
+            workflow.begin(world).await
+        }
+        Disturbance::DatabaseLost => begin_and_lose(world, workflow, step, true).await,
+        Disturbance::DatabaseRestored => begin_and_restore(world, workflow, step).await,
     };
     let ending = world.complete(job.id).await;
-    let expected = if fault == Fault::FailAfter { Ending::Failed } else { Ending::Cancelled };
+    let is_failed = disturbance == Disturbance::Fault(Fault::FailAfter);
+    let expected = if is_failed { Ending::Failed } else { Ending::Cancelled };
     assert_eq!(ending, expected, "{what}: {}", world.tell(job.id).await);
     world.set_faults(None);
     settle_and_check(world).await;
@@ -228,7 +275,8 @@ async fn undone(world: &mut World, workflow: Workflow, step: usize, fault: Fault
     let power = host.hypervisor.view(vm).unwrap().power;
     assert_eq!(power, power_before, "{what}: the active VM");
     let merge = job.steps.iter().position(|step| step.name == "VmFailback");
-    if merge.is_some_and(|merge| step < merge) {
+    let last = if disturbance == Disturbance::DatabaseRestored { step + 1 } else { step };
+    if merge.is_some_and(|merge| last < merge) {
         assert!(home_disks(world, home_vm).await == home_before, "{what}: the home disks were changed");
     }
     if power == PowerState::Running {
@@ -268,15 +316,23 @@ async fn undo_disturbed(world: &mut World, workflow: Workflow, failing: usize, s
     assert_eq!(host.hypervisor.view(vm).unwrap().power, power_before, "{what}: the active VM");
 }
 
+/// Whether a job's run has stopped, ended or not. One that nobody asked for may be written down and not launched yet.
+async fn is_over(world: &World, job: JobId) -> bool {
+    let record = world.job(job).await;
+    let has_begun = matches!(record.state, JobState::Ended(_))
+        || record.steps.iter().any(|step| step.state != StepState::NotStarted);
+    has_begun && !world.control().engine.is_active(job)
+}
+
 /// Completes a job up to where its run stops, ended or not.
 async fn drive_until_over(world: &World, job: JobId) {
     loop {
         world
             .until("the job has stopped", async |world| {
-                world.job(job).await.state == JobState::Suspended || !world.control().engine.is_active(job)
+                world.job(job).await.state == JobState::Suspended || is_over(world, job).await
             })
             .await;
-        if !world.control().engine.is_active(job) {
+        if is_over(world, job).await {
             return;
         }
         resume(world, job).await;
@@ -300,11 +356,18 @@ async fn five_questions(workflow: Workflow) {
     // All in one world: what is undone leaves a world in which everything can be done again.
     let mut world = world_before(workflow).await;
     for step in 0..first_final {
-        for fault in [Fault::FailAfter, Fault::Cancel, Fault::CancelBefore, Fault::StopAfter] {
+        let faults = [Fault::FailAfter, Fault::Cancel, Fault::CancelBefore].map(Disturbance::Fault);
+        for disturbance in
+            faults.into_iter().chain([Disturbance::DatabaseLost, Disturbance::DatabaseRestored])
+        {
+            // After the last step that can be undone there is no next one to be undone.
+            if disturbance == Disturbance::DatabaseRestored && step + 1 == first_final {
+                continue;
+            }
             if workflow == Workflow::Finalize {
                 world = world_before(workflow).await;
             }
-            undone(&mut world, workflow, step, fault).await;
+            undone(&mut world, workflow, step, disturbance).await;
         }
     }
     if workflow != Workflow::Finalize {
@@ -315,7 +378,7 @@ async fn five_questions(workflow: Workflow) {
         }
     }
     if let Some(step) = point_of_no_return {
-        undone(&mut world, workflow, step, Fault::CancelBefore).await;
+        undone(&mut world, workflow, step, Disturbance::Fault(Fault::CancelBefore)).await;
     }
     if workflow != Workflow::Finalize {
         let job = workflow.begin(&world).await;
