@@ -117,7 +117,9 @@ fn suites(repository: &Path, times: &mut Vec<Timed>) -> Result<()> {
 /// most of the time.
 fn at_once(test: &TestBinary) -> usize {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    if test.name.starts_with("mainstay-cli:") { 2 * processors } else { processors }
+    let has_machines =
+        ["mainstay-cli:", "mainstay-kvm:"].iter().any(|package| test.name.starts_with(package));
+    if has_machines { 2 * processors } else { processors }
 }
 
 /// Fresh random worlds of the simulation in a run of `ci`.
