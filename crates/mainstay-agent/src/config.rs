@@ -8,10 +8,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AgentConfig {
-    /// Where everything is kept: certificate, records, hash tables, recovery VMs' disks.
+    /// Where the agent keeps what it knows: certificate, records, hash tables.
     pub data_dir: PathBuf,
-    /// Where sockets and scratch files go; short, because a socket's path ends at 107 bytes. The hypervisor
-    /// must be able to write here.
+    /// Where the disks of recovery VMs and of staging areas lie, and the scratch files of captures: it needs room, must
+    /// outlive a boot, and QEMU's account must be able to pass through its parents. At most 60 bytes, for sockets lie there,
+    /// too. Empty = `kvm` in `data_dir`.
+    pub vm_dir: PathBuf,
+    /// Where the sockets lie over which recovery VMs read the store; short, because a socket's path ends at 107 bytes.
     pub run_dir: PathBuf,
     /// The hypervisor: a libvirt URI.
     pub libvirt_uri: String,
@@ -40,6 +43,7 @@ impl Default for AgentConfig {
     fn default() -> Self {
         Self {
             data_dir: PathBuf::from("/var/lib/mainstay/agent"),
+            vm_dir: PathBuf::new(),
             run_dir: PathBuf::from("/run/mainstay"),
             libvirt_uri: "qemu:///system".to_owned(),
             networks: Vec::new(),
@@ -57,6 +61,11 @@ impl AgentConfig {
     /// Reads a configuration text.
     pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
         toml::from_str(text)
+    }
+
+    /// Where the disks of recovery VMs lie.
+    pub fn vm_dir(&self) -> PathBuf {
+        if self.vm_dir.as_os_str().is_empty() { self.data_dir.join("kvm") } else { self.vm_dir.clone() }
     }
 
     /// Says what is wrong with the settings although each can be read.
@@ -102,6 +111,14 @@ fn check_network(name: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_must_outlive_a_boot_is_never_kept_in_run() {
+        let with = |text: &str| AgentConfig::parse(text).unwrap().vm_dir();
+        assert_eq!(with(""), PathBuf::from("/var/lib/mainstay/agent/kvm"));
+        assert_eq!(with("data_dir = '/srv/a'\nrun_dir = '/run/a'"), PathBuf::from("/srv/a/kvm"));
+        assert_eq!(with("data_dir = '/srv/a'\nvm_dir = '/vms'"), PathBuf::from("/vms"));
+    }
 
     #[test]
     fn values_are_checked() {

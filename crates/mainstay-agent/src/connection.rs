@@ -174,6 +174,17 @@ pub async fn run(link: ServerLink, site: Arc<dyn Site>, stop: CancellationToken)
             }
             Err(error) => {
                 tracing::warn!(server = link.address, %error, "the server cannot be reached; trying on");
+                // TLS says no more than that the server broke it off.
+                match link.identity.lapse() {
+                    Ok(None) => {}
+                    Ok(Some(finding)) => tracing::error!("{} {}", finding.message, finding.remedy),
+                    Err(error) => {
+                        tracing::error!(
+                            error = format!("{error:#}"),
+                            "this host's certificate cannot be read"
+                        );
+                    }
+                }
                 is_told = true;
             }
         }

@@ -1,10 +1,9 @@
 //! Who the agent is: a key that never leaves the host, and the certificate that the server signed for it.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -14,12 +13,14 @@ use mainstay_api::{
     v1::{RegisterAnswer, RegisterRequest},
 };
 use mainstay_block::durable::write_private;
+use mainstay_provider::{Finding, FindingSeverity};
 use rcgen::{CertificateParams, KeyPair};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
 use serde::{Deserialize, Serialize};
+use x509_parser::{certificate::Validity, time::ASN1Time};
 
 /// What a registration key says.
 #[derive(Clone, Deserialize)]
@@ -102,18 +103,27 @@ pub async fn register(
 impl Identity {
     /// Reads the identity of a registered agent.
     pub fn load(data_dir: &Path) -> anyhow::Result<Self> {
-        let dir = identity_dir(data_dir);
-        let path = dir.join(IDENTITY_FILE);
-        let text = fs::read_to_string(&path).with_context(|| {
+        Self::find(data_dir)?.with_context(|| {
+            let path = identity_dir(data_dir).join(IDENTITY_FILE);
             format!(
                 "this agent is not registered ({} is missing): run `mainstay agent register --key KEY`",
                 path.display()
             )
-        })?;
+        })
+    }
+
+    /// The identity of an agent, if it is registered.
+    pub fn find(data_dir: &Path) -> anyhow::Result<Option<Self>> {
+        let dir = identity_dir(data_dir);
+        let path = dir.join(IDENTITY_FILE);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            read => read.with_context(|| format!("read {}", path.display()))?,
+        };
         let mut identity: Self =
             serde_json::from_str(&text).with_context(|| format!("read {}", path.display()))?;
         identity.dir = dir;
-        Ok(identity)
+        Ok(Some(identity))
     }
 
     /// TLS towards the server, with this agent's certificate, for one protocol.
@@ -132,20 +142,43 @@ impl Identity {
         Ok(Arc::new(config))
     }
 
-    /// When the certificate begins and ends, seconds since 1970.
-    fn validity(&self) -> anyhow::Result<(i64, i64)> {
+    /// When the certificate is valid.
+    fn validity(&self) -> anyhow::Result<Validity> {
         let certificate =
             CertificateDer::from_pem_file(self.dir.join(CERTIFICATE_FILE)).context("read agent.pem")?;
         let (_, certificate) = x509_parser::parse_x509_certificate(&certificate).context("read agent.pem")?;
-        let validity = certificate.validity();
-        Ok((validity.not_before.timestamp(), validity.not_after.timestamp()))
+        Ok(certificate.validity().clone())
     }
 
     /// Whether less than a third of the certificate's time is left, and some still is.
     pub(crate) fn is_renewal_due(&self) -> anyhow::Result<bool> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs().try_into()?;
-        let (begin, end) = self.validity()?;
-        Ok((begin + (end - begin) / 3 * 2..end).contains(&now))
+        let validity = self.validity()?;
+        let (begin, end) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+        Ok((begin + (end - begin) / 3 * 2..end).contains(&ASN1Time::now().timestamp()))
+    }
+
+    /// What keeps the server from letting this host in, whatever else is right: a certificate that is not valid now.
+    pub fn lapse(&self) -> anyhow::Result<Option<Finding>> {
+        let (validity, now) = (self.validity()?, ASN1Time::now());
+        let (message, remedy) = if now > validity.not_after {
+            (
+                format!("This host's certificate ended on {}.", validity.not_after),
+                "Register the host again: `mainstay host key`, then `mainstay agent register --key KEY` here.",
+            )
+        } else if now < validity.not_before {
+            (
+                format!("This host's certificate begins on {}; the clock says {now}.", validity.not_before),
+                "Set this host's clock.",
+            )
+        } else {
+            return Ok(None);
+        };
+        Ok(Some(Finding {
+            code: "CertificateNotValid".to_owned(),
+            severity: FindingSeverity::Error,
+            message,
+            remedy: remedy.to_owned(),
+        }))
     }
 
     /// A request for a certificate for the key that this agent has.
@@ -163,5 +196,39 @@ impl Identity {
             .keys_match()
             .context("not one for this agent's key")?;
         Ok(write_private(&self.dir.join(CERTIFICATE_FILE), pem.as_bytes())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::{Duration, OffsetDateTime};
+
+    use super::*;
+
+    /// An agent whose certificate is valid from so many days from now until so many.
+    fn registered(data_dir: &Path, from: i64, until: i64) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let now = OffsetDateTime::now_utc();
+        let mut params = CertificateParams::default();
+        params.not_before = now + Duration::days(from);
+        params.not_after = now + Duration::days(until);
+        let dir = identity_dir(data_dir);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join(CERTIFICATE_FILE), params.self_signed(&key).unwrap().pem()).unwrap();
+        fs::write(dir.join(IDENTITY_FILE), br#"{"provider":"p","fabric":"f","endpoint":"vault.example:1"}"#)
+            .unwrap();
+        Identity::load(data_dir).unwrap()
+    }
+
+    #[test]
+    fn a_certificate_that_is_not_valid_now_is_told_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Identity::find(dir.path()).unwrap().is_none());
+        assert!(Identity::load(dir.path()).unwrap_err().to_string().contains("agent register"));
+        assert_eq!(registered(dir.path(), -700, 30).lapse().unwrap(), None);
+        let ended = registered(dir.path(), -731, -1).lapse().unwrap().unwrap();
+        assert!(ended.message.contains(" ended on ") && ended.remedy.contains("agent register"), "{ended:?}");
+        let early = registered(dir.path(), 1, 731).lapse().unwrap().unwrap();
+        assert!(early.message.contains(" begins on ") && early.remedy.contains("clock"), "{early:?}");
     }
 }

@@ -145,7 +145,7 @@ impl Replica {
             async move {
                 let (near, far) = tokio::io::duplex(1 << 20);
                 tokio::spawn(async move {
-                    serve_connection(Box::new(far), &store, &|_| Box::pin(std::future::ready(true))).await
+                    serve_connection(Box::new(far), &store, &|_| Box::pin(std::future::ready(Ok(())))).await
                 });
                 Ok(Box::new(near) as BoxStream)
             }

@@ -11,7 +11,7 @@ use mainstay_kvm::{
     KvmHost, KvmOptions,
     libvirt::{mend_statuses, status_directory},
 };
-use mainstay_provider::{Acceleration, Hypervisor, Network, NetworkKind, Site};
+use mainstay_provider::{Acceleration, FindingSeverity, Hypervisor, Network, NetworkKind, Site};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -57,8 +57,9 @@ impl AgentArguments {
 }
 
 fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
-    std::fs::create_dir_all(&config.run_dir)
-        .with_context(|| format!("create {}", config.run_dir.display()))?;
+    for path in [config.run_dir.clone(), config.vm_dir()] {
+        std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+    }
     let of_kind = |names: &[String], kind: NetworkKind| {
         names.iter().map(|name| Network { name: name.clone(), kind }).collect::<Vec<_>>()
     };
@@ -66,7 +67,7 @@ fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     networks.extend(of_kind(&config.isolated_networks, NetworkKind::Isolated));
     let options = KvmOptions {
         uri: config.libvirt_uri.clone(),
-        directory: config.run_dir.clone(),
+        directory: config.vm_dir(),
         networks,
         hydration_bytes_per_second: Some(config.hydration_bytes_per_second).filter(|limit| *limit > 0),
     };
@@ -208,10 +209,11 @@ fn host_name() -> anyhow::Result<String> {
 }
 
 async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
-    let host = match hypervisor(config) {
-        Ok(host) => host.host().await.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?,
-        Err(error) => return Err(error),
-    };
+    let host = hypervisor(config)?.host().await;
+    let mut host = host.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?;
+    if let Some(identity) = Identity::find(&config.data_dir)? {
+        host.findings.extend(identity.lapse()?);
+    }
     if json {
         output::json(&host)?;
     } else {
@@ -232,7 +234,6 @@ async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
             output::line(&format!("{:?}: {} {}", finding.severity, finding.message, finding.remedy));
         }
     }
-    let is_fit =
-        host.findings.iter().all(|finding| finding.severity != mainstay_provider::FindingSeverity::Error);
+    let is_fit = host.findings.iter().all(|finding| finding.severity != FindingSeverity::Error);
     Ok(if is_fit { Exit::Done } else { Exit::Failed })
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use mainstay_lab::{
     DiskImage, GuestImages, Lab, LabOptions,
-    demo::{DemoReport, Narrator, PhaseReport},
+    demo::{DemoReport, Narrator, PhaseReport, Progress},
 };
 
 use crate::{exit::Exit, lab::parse_mebibytes, output};
@@ -31,21 +31,51 @@ pub(crate) struct DemoArguments {
 /// Tells the journey on standard error.
 struct Terminal {
     bar: ProgressBar,
+    /// Where nothing tells how much there is to do.
+    open: ProgressStyle,
+    /// Where something does.
+    measured: ProgressStyle,
 }
 
 impl Terminal {
     fn new() -> anyhow::Result<Self> {
         let bar = ProgressBar::new_spinner();
-        bar.set_style(ProgressStyle::with_template("{spinner} {msg} ({elapsed})")?);
+        let open = ProgressStyle::with_template("{spinner} {prefix} ({elapsed})  {msg}")?;
+        let measured = ProgressStyle::with_template(
+            "{spinner} {prefix} ({elapsed})  [{bar:24}] {binary_bytes}/{binary_total_bytes}  {msg}",
+        )?;
+        bar.set_style(open.clone());
         bar.enable_steady_tick(Duration::from_millis(200));
-        Ok(Self { bar })
+        Ok(Self { bar, open, measured: measured.progress_chars("=> ") })
     }
 }
 
 impl Narrator for Terminal {
     fn begin(&self, name: &str) {
         self.bar.reset_elapsed();
-        self.bar.set_message(name.to_owned());
+        self.bar.set_prefix(name.to_owned());
+        self.progress(&Progress::default());
+    }
+
+    fn progress(&self, progress: &Progress) {
+        if progress.bytes_total > 0 {
+            self.bar.set_style(self.measured.clone());
+            self.bar.set_length(progress.bytes_total);
+            self.bar.set_position(progress.bytes_done);
+        } else {
+            self.bar.set_style(self.open.clone());
+        }
+        let mut parts = Vec::new();
+        if !progress.task.is_empty() {
+            parts.push(progress.task.clone());
+        }
+        if progress.bytes_moved > 0 {
+            parts.push(format!("{} moved", output::bytes(progress.bytes_moved)));
+        }
+        if let Some(seconds) = progress.rpo_seconds {
+            parts.push(format!("RPO {seconds} s"));
+        }
+        self.bar.set_message(parts.join(" · "));
     }
 
     fn say(&self, text: &str) {
@@ -74,6 +104,8 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<Exit> {
         program: std::env::current_exe()?,
         images: GuestImages::find()?,
     };
+    // What is there already is not ours to take down.
+    Lab::claim(&dir)?;
     let terminal = Terminal::new()?;
     terminal.begin("two sites, a server, two agents, a guest");
     let outcome = tokio::select! {
@@ -83,18 +115,22 @@ pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<Exit> {
     terminal.bar.finish_and_clear();
     if arguments.keep {
         output::note(&format!("the lab is left up in {}; go on with:", dir.display()));
-        output::hint(&format!("mainstay --lab {} item list", dir.display()));
-        output::hint(&format!("mainstay lab status --dir {}", dir.display()));
-        output::hint(&format!("mainstay lab down --dir {}", dir.display()));
-    } else if dir.exists() {
-        Lab::down(&dir).await.context("take the lab down")?;
+        let program = options.program.display();
+        output::hint(&format!("{program} --lab {} item list", dir.display()));
+        output::hint(&format!("{program} lab status --dir {}", dir.display()));
+        output::hint(&format!("{program} lab down --dir {}", dir.display()));
+    }
+    let is_down = if arguments.keep { Ok(()) } else { Lab::down(&dir).await.context("take the lab down") };
+    // Written in any case: whoever reads it wants to know above all when it did not work.
+    if let Some(path) = &arguments.json {
+        let failed = DemoReport::default();
+        let report = outcome.as_ref().unwrap_or(&failed);
+        std::fs::write(path, serde_json::to_vec_pretty(report)?)
+            .with_context(|| format!("write {}", path.display()))?;
     }
     let report = outcome?;
     table(&report);
-    if let Some(path) = &arguments.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&report)?)
-            .with_context(|| format!("write {}", path.display()))?;
-    }
+    is_down?;
     Ok(if report.ok { Exit::Done } else { Exit::Failed })
 }
 
@@ -103,7 +139,7 @@ async fn journey(
     options: &LabOptions,
     terminal: &Terminal,
 ) -> anyhow::Result<DemoReport> {
-    let mut lab = Lab::up(dir, options).await?;
+    let mut lab = Lab::build(dir, options).await?;
     terminal.say("✓ two sites, a server, two agents and a guest are up");
     Ok(mainstay_lab::demo::run(&mut lab, terminal).await)
 }

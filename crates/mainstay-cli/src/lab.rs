@@ -173,8 +173,9 @@ pub(crate) async fn run(command: LabCommand) -> anyhow::Result<Exit> {
             };
             let made = Lab::up(&lab.dir, &options).await?;
             output::note(&format!(
-                "the lab is up; {} has its addresses; try: mainstay --lab {} vm list",
+                "the lab is up; {} has its addresses; try: {} --lab {} vm list",
                 made.dir().join("lab.json").display(),
+                options.program.display(),
                 made.dir().display()
             ));
         }

@@ -203,7 +203,7 @@ pub(crate) struct PolicyValues {
     /// Time between two deltas: seconds from 5 up, or a preset.
     #[arg(long, value_name = "SECONDS|30s|5m", value_parser = parse_frequency)]
     copy_frequency: Option<u32>,
-    /// Hours for which recovery points are kept; 0 = only the latest.
+    /// Hours for which recovery points are kept, counted back from the newest one; 0 = only the newest.
     #[arg(long, value_name = "HOURS")]
     retention: Option<u32>,
     /// Hours between two application-consistent recovery points; 0 = none.

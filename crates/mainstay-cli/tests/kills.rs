@@ -13,6 +13,9 @@ use mainstay_lab::{DiskImage, GuestImages, Lab, LabOptions, kills};
 /// Labs side by side: what one waits for leaves the processors to the other.
 const LABS: u64 = 2;
 
+/// So many kills of the server or an agent there are in each lab at least.
+const OURS_MIN: usize = 10;
+
 /// One round, unless `MAINSTAY_ROUNDS` says otherwise: a few dozen kills. `MAINSTAY_SEED`: the first lab's; the next have the next.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_change_nothing_but_time() {
@@ -46,7 +49,7 @@ async fn in_a_lab(seed: u64, rounds: u64) -> kills::KillReport {
         images: GuestImages::find().unwrap(),
     };
     let mut lab = Lab::up(&dir, &options).await.unwrap();
-    let outcome = kills::run(&mut lab, seed, rounds, &|text| println!("{seed}: {text}")).await;
+    let outcome = kills::run(&mut lab, seed, rounds, OURS_MIN, &|text| println!("{seed}: {text}")).await;
     if outcome.is_ok() {
         Lab::down(&dir).await.unwrap();
     }

@@ -23,8 +23,9 @@ pub mod reconcilers;
 mod sites;
 pub mod workflows;
 
-use std::sync::Arc;
+use std::{panic::AssertUnwindSafe, sync::Arc};
 
+use futures::FutureExt as _;
 use mainstay_model::{Health, ItemId};
 use mainstay_store::Store;
 use uuid::Uuid;
@@ -36,6 +37,15 @@ pub use sites::SiteDirectory;
 
 use db::{Db, DbError, EventRecord, ItemRecord};
 use jobs::Engine;
+
+/// What a future comes to, or the words of its panic: a mistake of ours in one job must not leave it without an end, nor stop what
+/// looks after all the others.
+pub(crate) async fn caught<T>(work: impl Future<Output = T>) -> Result<T, String> {
+    AssertUnwindSafe(work).catch_unwind().await.map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".to_owned())
+    })
+}
 
 /// What every part of the control plane works with.
 pub struct Control {

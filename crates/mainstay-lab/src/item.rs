@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::{Lab, RECOVERY};
+use crate::{Lab, LabFile, RECOVERY, demo::Progress};
 
 const POLL: Duration = Duration::from_millis(50);
 /// Nothing in the journey takes longer, also in software emulation on a busy machine.
@@ -64,6 +64,18 @@ impl Item {
         copy_frequency_seconds: u32,
         application_consistent_hours: u32,
     ) -> Result<Self> {
+        let settings = (policy, copy_frequency_seconds, application_consistent_hours);
+        let (item, job) = Self::begin_protection(lab, vm, settings).await?;
+        item.finish(&job).await?;
+        Ok(item)
+    }
+
+    /// Begins what [`Self::protect_under`] does; answers the job's name as well. `policy`: its name and its two times.
+    pub(crate) async fn begin_protection(
+        lab: &Lab,
+        vm: &str,
+        (policy, copy_frequency_seconds, application_consistent_hours): (&str, u32, u32),
+    ) -> Result<(Self, String)> {
         let (client, vault) = (lab.client()?, lab.vault_path());
         let (name, policy) = (policy, format!("{vault}/replicationPolicies/{policy}"));
         let settings = json!({ "properties": { "providerSpecificInput": {
@@ -86,8 +98,34 @@ impl Item {
         };
         let body = json!({ "properties": { "policyId": policy, "protectableItemId": found.protectable_item_id,
             "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure" } } });
-        item.run(Method::PUT, "", &body).await?;
-        Ok(item)
+        let job = item.begin(Method::PUT, "", &body).await?;
+        Ok((item, job))
+    }
+
+    /// What goes on with a VM of the lab, if it is protected: what its job does, else its replication cycle.
+    pub async fn progress_of(client: &Client, lab: &LabFile, vm: &str) -> Result<Progress> {
+        let found = lab.vms.iter().find(|found| found.name == vm).context("a VM of the lab")?;
+        let container =
+            found.protectable_item_id.split("/replicationProtectableItems/").next().context("an ARM id")?;
+        let path = format!("{container}/replicationProtectedItems/{vm}");
+        let item = client.get::<Resource<ItemProperties>>(&path).await?.properties;
+        let status: ItemStatus = client.get(&format!("/api/v1/items/{vm}")).await?;
+        let job = item.current_scenario.job_id.rsplit('/').next().unwrap_or_default();
+        let (task, cycle) = if job.is_empty() {
+            let phase = status.cycle.as_ref().map(|cycle| cycle.phase.clone()).unwrap_or_default();
+            (phase, status.cycle)
+        } else {
+            let vault = path.split("/replicationFabrics/").next().unwrap_or_default();
+            let resource: Resource<JobProperties> =
+                client.get(&format!("{vault}/replicationJobs/{job}")).await?;
+            let current = resource.properties.tasks.iter().find(|task| task.state == "InProgress");
+            let known: JobStatus = client.get(&format!("/api/v1/jobs/{job}")).await?;
+            let progress = current.and_then(|task| known.task(&task.name)).map(|task| task.progress.clone());
+            (current.map(|task| task.friendly_name.clone()).unwrap_or_default(), progress)
+        };
+        let (bytes_done, bytes_total, bytes_moved) =
+            cycle.map_or((0, 0, 0), |cycle| (cycle.bytes_done, cycle.bytes_total, cycle.bytes_moved));
+        Ok(Progress { task, bytes_done, bytes_total, bytes_moved, rpo_seconds: status.rpo_seconds })
     }
 
     /// The item's state.

@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use mainstay_api::ClientError;
 use mainstay_model::VmId;
 use mainstay_provider::PowerState;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
@@ -26,8 +27,19 @@ const BREAKS_MAX: usize = 5;
 const BREAK_AGAIN_WITHIN_MS: u64 = 700;
 
 /// What may be killed, each with -9: `vm` is the active copy, which its administrator then starts again. Or the job is cancelled.
-const VICTIMS: [&str; 7] =
-    ["server", "agent:home", "agent:recovery", "hypervisor:home", "hypervisor:recovery", "vm", CANCEL];
+/// What carries the jobs comes twice as often.
+const VICTIMS: [&str; 10] = [
+    "server",
+    "server",
+    "agent:home",
+    "agent:home",
+    "agent:recovery",
+    "agent:recovery",
+    "hypervisor:home",
+    "hypervisor:recovery",
+    "vm",
+    CANCEL,
+];
 const CANCEL: &str = "cancel";
 /// Incompressible bytes on the VM's disks. An operation that moves as much has sent everything again.
 const CONTENT_MIB: u64 = 32;
@@ -44,6 +56,18 @@ pub struct KillReport {
     pub cancels: Vec<(String, Option<Duration>)>,
 }
 
+/// The policy: its name, seconds between two deltas, hours between two application-consistent points.
+const POLICY: (&str, u32, u32) = ("demo", 5, 1);
+
+fn to_recovery() -> Value {
+    json!({ "properties": { "failoverDirection": "PrimaryToRecovery",
+        "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure" } } })
+}
+
+fn is_missing(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ClientError::Refused { status: 404, .. }))
+}
+
 struct Killer<'a> {
     lab: &'a mut Lab,
     item: Item,
@@ -53,50 +77,83 @@ struct Killer<'a> {
     say: &'a (dyn Fn(&str) + Send + Sync),
 }
 
-/// Carries rounds of the journey out, in every operation of which something breaks.
+/// Carries rounds of the journey out, in every operation of which something breaks, and more until `least` processes of ours were
+/// killed.
 pub async fn run(
     lab: &mut Lab,
     seed: u64,
     rounds: u64,
+    least: usize,
     say: &(dyn Fn(&str) + Send + Sync),
 ) -> Result<KillReport> {
     let vm = lab.file().vms.first().context("the lab has no VM")?.name.clone();
     lab.ledger(&vm, LedgerCopy::Active, GUEST_TIMEOUT).await?;
-    let item = Item::protect(lab, &vm, 5).await?;
+    let (item, job) = Item::begin_protection(lab, &vm, POLICY).await?;
     let random = StdRng::seed_from_u64(seed);
     let mut killer = Killer { lab, item, vm, random, report: KillReport::default(), say };
+    let home = (HOME, killer.lab.vm_at(killer.lab.home(), &killer.vm).await?);
+    if killer.trouble("enable", &job, home).await?.is_none() {
+        killer.item = Item::protect(killer.lab, &killer.vm, POLICY.1).await?;
+    }
     killer.item.wait("protection", |item| item.protection_state == "Protected").await?;
     killer.write_content().await?;
-    for round in 1..=rounds {
+    for round in 1.. {
+        if round > rounds && killer.report.ours() >= least {
+            break;
+        }
         say(&format!("round {round} of {rounds}"));
-        killer
-            .round()
-            .await
-            .with_context(|| format!("seed {seed}, round {round}, kills {:?}", killer.report.kills))?;
+        // Labs with seeds one after the other have different rounds at the same time.
+        let outcome = if (seed + round) % 2 == 0 { killer.planned().await } else { killer.unplanned().await };
+        outcome.with_context(|| format!("seed {seed}, round {round}, kills {:?}", killer.report.kills))?;
     }
     Ok(killer.report)
 }
 
+impl KillReport {
+    /// How many processes of ours were killed.
+    pub fn ours(&self) -> usize {
+        self.kills.iter().filter(|(_, victim, _)| victim == "server" || victim.starts_with("agent:")).count()
+    }
+}
+
 impl Killer<'_> {
-    async fn round(&mut self) -> Result<()> {
-        let to_recovery = json!({ "properties": { "failoverDirection": "PrimaryToRecovery",
-            "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure" } } });
-        let home = json!({ "properties": { "failoverDirection": "RecoveryToPrimary", "providerSpecificDetails": {
-            "instanceType": "HyperVReplicaAzureFailback", "dataSyncOption": "ForDownTime",
-            "recoveryVmCreationOption": "NoAction" } } });
-        self.operation("testFailover", &to_recovery).await?;
+    /// Rehearsal, planned failover, failback while the recovery VM runs, reversal.
+    async fn planned(&mut self) -> Result<()> {
+        self.operation("testFailover", &to_recovery()).await?;
         self.operation("testFailoverCleanup", &json!({ "properties": { "comments": "" } })).await?;
         ensure!(self.item.remains(self.lab).await?.is_empty(), "the clean-up left something behind");
-        self.operation("plannedFailover", &to_recovery).await?;
+        self.operation("plannedFailover", &to_recovery()).await?;
         self.whole_at(RECOVERY).await?;
         self.operation("failoverCommit", &json!({})).await?;
+        self.come_home("ForDownTime").await
+    }
+
+    /// Comparison of everything, failover with what is there, another recovery point, failback with all that there is, reversal.
+    async fn unplanned(&mut self) -> Result<()> {
+        self.operation("repairReplication", &json!({})).await?;
+        let mut body = to_recovery();
+        body["properties"]["sourceSiteOperations"] = "Required".into();
+        self.operation("unplannedFailover", &body).await?;
+        self.whole_at(RECOVERY).await?;
+        let points = self.item.points().await?;
+        let older = points.iter().rev().nth(1).context("another recovery point")?;
+        let mut body = to_recovery();
+        body["properties"]["recoveryPointId"] = older.id.to_string().into();
+        self.operation("applyRecoveryPoint", &body).await?;
+        self.whole_at(RECOVERY).await?;
+        self.operation("failoverCommit", &json!({})).await?;
+        self.come_home("ForSynchronization").await
+    }
+
+    /// Fails back, and is protected again.
+    async fn come_home(&mut self, synchronization: &str) -> Result<()> {
+        let home = json!({ "properties": { "failoverDirection": "RecoveryToPrimary", "providerSpecificDetails": {
+            "instanceType": "HyperVReplicaAzureFailback", "dataSyncOption": synchronization,
+            "recoveryVmCreationOption": "NoAction" } } });
         let before = self.whole_at(RECOVERY).await?;
         let job = self.operation("plannedFailover", &home).await?;
-        ensure!(
-            job.resource.properties.state == "Suspended",
-            "the failback is {}",
-            job.resource.properties.state
-        );
+        let state = &job.resource.properties.state;
+        ensure!(state == "Suspended", "the failback is {state}");
         self.complete(job, &home).await?;
         let after = self.whole_at(HOME).await?;
         ensure!(
@@ -107,7 +164,7 @@ impl Killer<'_> {
         );
         self.operation("failoverCommit", &json!({})).await?;
         ensure!(self.item.remains(self.lab).await?.is_empty(), "the commit left something behind");
-        self.operation("reProtect", &to_recovery).await?;
+        self.operation("reProtect", &to_recovery()).await?;
         self.item.wait("protection", |item| item.protection_state == "Protected").await?;
         self.whole_at(HOME).await?;
         Ok(())
@@ -131,7 +188,11 @@ impl Killer<'_> {
             None => self.item.run(Method::POST, verb, body).await.context("again, after it was cancelled")?,
         };
         let moved = self.item.status().await?.bytes_moved.saturating_sub(moved);
-        ensure!(moved < CONTENT_MIB << 20, "{verb}: {moved} bytes were moved, which is everything");
+        let is_full = body["properties"]["providerSpecificDetails"]["dataSyncOption"] == "ForSynchronization";
+        ensure!(
+            is_full || moved < CONTENT_MIB << 20,
+            "{verb}: {moved} bytes were moved, which is everything"
+        );
         Ok(done)
     }
 
@@ -149,7 +210,12 @@ impl Killer<'_> {
 
     /// The copy that is active now, and where.
     async fn active(&self) -> Result<(&'static str, VmId)> {
-        let site = if self.item.show().await?.active_location == "Recovery" { RECOVERY } else { HOME };
+        let site = match self.item.show().await {
+            Ok(item) if item.active_location == "Recovery" => RECOVERY,
+            // Not protected (any more).
+            Err(error) if is_missing(&error) => HOME,
+            item => item.map(|_| HOME)?,
+        };
         Ok((site, self.lab.vm_at(self.lab.site(site)?, &self.vm).await?))
     }
 

@@ -104,6 +104,9 @@ pub struct SiteStatus {
     pub vms: Vec<(String, String)>,
 }
 
+/// The file that says that a directory is a lab's.
+const MARK: &str = ".mainstay-lab";
+
 fn free_port() -> Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
@@ -118,15 +121,29 @@ fn network(port: u16) -> String {
 }
 
 impl Lab {
-    /// Makes a lab and starts all of it.
-    pub async fn up(dir: &Path, options: &LabOptions) -> Result<Self> {
-        if dir.join("lab.json").exists() {
+    /// Takes a directory for a lab: one that does not exist yet, or is empty, because all of it goes when the lab is taken down.
+    pub fn claim(dir: &Path) -> Result<()> {
+        if dir.join(MARK).exists() {
             bail!(
                 "there is a lab in {} already; see `mainstay lab status`, or take it down first",
                 dir.display()
             );
         }
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        if fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))?.next().is_some() {
+            bail!("{} is not empty; a lab wants a directory of its own, which goes with it", dir.display());
+        }
+        write(&dir.join(MARK), "A lab of Mainstay's: `mainstay lab down` removes this directory.\n")
+    }
+
+    /// Makes a lab and starts all of it.
+    pub async fn up(dir: &Path, options: &LabOptions) -> Result<Self> {
+        Self::claim(dir)?;
+        Self::build(dir, options).await
+    }
+
+    /// Makes a lab in a directory that was [claimed](Self::claim) for it.
+    pub async fn build(dir: &Path, options: &LabOptions) -> Result<Self> {
         let dir = dir.canonicalize()?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
         let (home, recovery) = (Site::open(&dir, HOME).await?, Site::open(&dir, RECOVERY).await?);
@@ -244,7 +261,7 @@ impl Lab {
         fs::create_dir_all(&data_dir)?;
         site.account().give(&data_dir)?;
         let config = format!(
-            "data_dir = {data_dir:?}\nrun_dir = {:?}\nlibvirt_uri = {:?}\nserver = {server:?}\nnetworks = [\"mcast:{network}\"]\nboot_id_file = {:?}\n",
+            "data_dir = {data_dir:?}\nvm_dir = {0:?}\nrun_dir = {0:?}\nlibvirt_uri = {1:?}\nserver = {server:?}\nnetworks = [\"mcast:{network}\"]\nboot_id_file = {2:?}\n",
             site.driver_directory_short(),
             site.uri(),
             self.boot_id_file(name),
@@ -625,7 +642,7 @@ impl Lab {
     /// Ends everything and removes the lab's directory. Works on a lab in any state.
     pub async fn down(dir: &Path) -> Result<()> {
         let dir = dir.canonicalize().with_context(|| format!("there is no {}", dir.display()))?;
-        if !dir.join("server.toml").exists() && !dir.join("lab.json").exists() && !dir.join(HOME).exists() {
+        if !dir.join(MARK).exists() {
             bail!("{} is not a lab's directory; nothing was removed", dir.display());
         }
         for name in ["server", "agent-home", "agent-recovery", "link-home", "link-recovery"] {
@@ -677,4 +694,27 @@ fn install(dir: &Path, options: &LabOptions) -> Result<GuestImages> {
         .with_context(|| format!("copy {}", options.program.display()))?;
     fs::set_permissions(program(dir), fs::Permissions::from_mode(0o755))?;
     options.images.install(&dir.join("guest"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_what_was_made_for_a_lab_is_removed_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mine = dir.path().join("mine");
+        fs::create_dir_all(mine.join(HOME)).unwrap();
+        fs::write(mine.join("server.toml"), "precious").unwrap();
+        assert!(Lab::claim(&mine).unwrap_err().to_string().contains("not empty"));
+        assert!(Lab::down(&mine).await.unwrap_err().to_string().contains("nothing was removed"));
+        assert!(mine.join("server.toml").exists() && !mine.join(MARK).exists());
+
+        let lab = dir.path().join("new/lab");
+        Lab::claim(&lab).unwrap();
+        assert!(Lab::claim(&lab).unwrap_err().to_string().contains("there is a lab"));
+        // Also one that was never built.
+        Lab::down(&lab).await.unwrap();
+        assert!(!lab.exists());
+    }
 }

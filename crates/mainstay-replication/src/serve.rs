@@ -32,7 +32,10 @@ pub(crate) const FLAG_REFUSED: u8 = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SessionKind {
     /// Make a recovery point.
-    Replicate,
+    Replicate {
+        /// In this generation of the item. It is the peer's word: who counts must compare it with what he knows.
+        generation: u64,
+    },
     /// Read a recovery point.
     Mount,
     /// Receive differences.
@@ -50,8 +53,8 @@ pub struct Access {
     pub kind: SessionKind,
 }
 
-/// Decides whether a peer, which the caller has authenticated, may do what it asks for.
-pub type Authorize<'a> = dyn Fn(Access) -> BoxFuture<'a, bool> + Send + Sync + 'a;
+/// Decides whether a peer, which the caller has authenticated, may do what it asks for, or why not.
+pub type Authorize<'a> = dyn Fn(Access) -> BoxFuture<'a, Result<(), RefusalKind>> + Send + Sync + 'a;
 
 /// A connection that ended well.
 #[derive(Clone, Debug)]
@@ -104,15 +107,15 @@ async fn serve(
         return Err(refused(RefusalKind::Version, "this server speaks version 1"));
     }
     let kind = match &hello.purpose {
-        Purpose::Replicate { .. } => SessionKind::Replicate,
+        Purpose::Replicate { generation, .. } => SessionKind::Replicate { generation: *generation },
         Purpose::Mount { .. } => SessionKind::Mount,
         Purpose::Fetch(_) => SessionKind::Fetch,
         Purpose::Outcome { .. } => SessionKind::Outcome,
     };
     let replica = hello.replica;
     let access = Access { replica, kind };
-    if !authorize(access).await {
-        return Err(refused(RefusalKind::NotAuthorized, "not allowed for this replica"));
+    if let Err(kind) = authorize(access).await {
+        return Err(refused(kind, "not allowed for this replica"));
     }
     let committed = match hello.purpose {
         Purpose::Replicate { session, generation, parent, disks, fork } => {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{anyhow, ensure};
 use futures::FutureExt as _;
 use mainstay_control::Control;
-use mainstay_model::{Health, ItemId, ProviderId};
+use mainstay_model::{Health, ProviderId};
 use mainstay_provider::{RemoteSite, Site};
 use mainstay_replication::{Access, serve_connection};
 use rustls::ServerConfig;
@@ -194,7 +194,7 @@ async fn renew(
 async fn serve_data(stream: Secured, provider: ProviderId, control: Arc<Control>) {
     let authorize = |access: Access| {
         let control = control.clone();
-        async move { control.may_touch(provider, ItemId(access.replica)).await }.boxed()
+        async move { control.authorize(provider, access).await }.boxed()
     };
     match serve_connection(Box::new(stream), &control.store, &authorize).await {
         Ok(report) => {

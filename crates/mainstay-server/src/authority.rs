@@ -6,7 +6,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use mainstay_block::durable::write_private;
@@ -17,8 +17,10 @@ use rcgen::{
 };
 use rustls::{
     RootCertStore, ServerConfig,
+    crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
-    server::WebPkiClientVerifier,
+    server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier},
+    sign::CertifiedKey,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -77,8 +79,7 @@ pub(crate) fn write_secret(path: &Path, text: &str) -> Result<(), AuthorityError
     write_private(path, text.as_bytes()).map_err(file_error(path))
 }
 
-fn validity(params: &mut CertificateParams, days: i64) {
-    let now = OffsetDateTime::now_utc();
+fn validity(params: &mut CertificateParams, now: OffsetDateTime, days: i64) {
     params.not_before = now - Duration::days(CLOCK_SLACK_DAYS);
     params.not_after = now + Duration::days(days);
 }
@@ -94,7 +95,7 @@ impl Authority {
             params.distinguished_name.push(DnType::CommonName, "Mainstay certificate authority");
             params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
             params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-            validity(&mut params, AUTHORITY_DAYS);
+            validity(&mut params, OffsetDateTime::now_utc(), AUTHORITY_DAYS);
             let certificate = params.self_signed(&key)?;
             write_secret(&key_path, &key.serialize_pem())?;
             // The certificate is written last: it is there means that the key is there.
@@ -126,15 +127,16 @@ impl Authority {
         params.distinguished_name.push(DnType::CommonName, provider.to_string());
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        validity(&mut params, CERTIFICATE_DAYS);
+        validity(&mut params, OffsetDateTime::now_utc(), CERTIFICATE_DAYS);
         Ok(params.signed_by(&request.public_key, &self.issuer)?.pem())
     }
 
-    /// A certificate for the server under its names, made anew at every start: nothing depends on it living long.
+    /// A certificate for the server under its names, with a new key.
     fn server_certificate(
         &self,
         names: &[String],
-    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), AuthorityError> {
+        now: OffsetDateTime,
+    ) -> Result<CertifiedKey, AuthorityError> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "Mainstay server");
@@ -145,31 +147,33 @@ impl Authority {
                 Err(_) => SanType::DnsName(name.as_str().try_into()?),
             });
         }
-        validity(&mut params, CERTIFICATE_DAYS);
+        validity(&mut params, now, CERTIFICATE_DAYS);
         let certificate = params.signed_by(&key, &self.issuer)?;
         let key = PrivateKeyDer::try_from(key.serialize_der())
             .map_err(|error| AuthorityError::Tls(error.to_owned()))?;
-        Ok((vec![certificate.der().clone()], key))
+        CertifiedKey::from_der(vec![certificate.der().clone()], key, &Self::provider())
+            .map_err(|error| AuthorityError::Tls(error.to_string()))
     }
 
-    fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    fn provider() -> Arc<CryptoProvider> {
         Arc::new(rustls::crypto::ring::default_provider())
     }
 
     /// TLS for the API: clients authenticate by token.
-    pub(crate) fn api_tls(&self, names: &[String]) -> Result<Arc<ServerConfig>, AuthorityError> {
-        let (chain, key) = self.server_certificate(names)?;
+    pub(crate) fn api_tls(self: &Arc<Self>, names: &[String]) -> Result<Arc<ServerConfig>, AuthorityError> {
+        let certificate = ServerCertificate::new(self.clone(), names)?;
         let mut config = ServerConfig::builder_with_provider(Self::provider())
             .with_safe_default_protocol_versions()
-            .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
-            .map_err(|error| AuthorityError::Tls(error.to_string()))?;
+            .map_err(|error| AuthorityError::Tls(error.to_string()))?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(certificate));
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Arc::new(config))
     }
 
     /// TLS for agents: a certificate of this authority is demanded.
-    pub(crate) fn agent_tls(&self, names: &[String]) -> Result<Arc<ServerConfig>, AuthorityError> {
-        let (chain, key) = self.server_certificate(names)?;
+    pub(crate) fn agent_tls(self: &Arc<Self>, names: &[String]) -> Result<Arc<ServerConfig>, AuthorityError> {
+        let certificate = ServerCertificate::new(self.clone(), names)?;
         let path = self.dir.join("ca.pem");
         let mut roots = RootCertStore::empty();
         let authority = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes())
@@ -180,11 +184,52 @@ impl Authority {
             .map_err(|error| AuthorityError::Tls(error.to_string()))?;
         let mut config = ServerConfig::builder_with_provider(Self::provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
-            .and_then(|builder| builder.with_client_cert_verifier(verifier).with_single_cert(chain, key))
-            .map_err(|error| AuthorityError::Tls(error.to_string()))?;
+            .map_err(|error| AuthorityError::Tls(error.to_string()))?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::new(certificate));
         config.alpn_protocols =
             [CONTROL_PROTOCOL, DATA_PROTOCOL, RENEWAL_PROTOCOL].map(<[u8]>::to_vec).to_vec();
         Ok(Arc::new(config))
+    }
+}
+
+/// The server's own certificate: made at its start, and anew when half of its time is over, for servers run for years.
+struct ServerCertificate {
+    authority: Arc<Authority>,
+    names: Vec<String>,
+    current: Mutex<(OffsetDateTime, Arc<CertifiedKey>)>,
+}
+
+impl ServerCertificate {
+    fn new(authority: Arc<Authority>, names: &[String]) -> Result<Self, AuthorityError> {
+        let now = OffsetDateTime::now_utc();
+        let made = Arc::new(authority.server_certificate(names, now)?);
+        Ok(Self { authority, names: names.to_vec(), current: Mutex::new((now, made)) })
+    }
+
+    fn at(&self, now: OffsetDateTime) -> Arc<CertifiedKey> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let good = current.0..current.0 + Duration::days(CERTIFICATE_DAYS / 2);
+        // Clients do not take one from a time to come: the clock was ahead, and has been set.
+        if !good.contains(&now) {
+            match self.authority.server_certificate(&self.names, now) {
+                Ok(made) => *current = (now, Arc::new(made)),
+                Err(error) => tracing::error!(%error, "the server's certificate could not be renewed"),
+            }
+        }
+        current.1.clone()
+    }
+}
+
+impl ResolvesServerCert for ServerCertificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.at(OffsetDateTime::now_utc()))
+    }
+}
+
+impl std::fmt::Debug for ServerCertificate {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("ServerCertificate").field("names", &self.names).finish_non_exhaustive()
     }
 }
 
@@ -230,6 +275,29 @@ mod tests {
         let subject = CertificateSubject::of(&certificate).unwrap();
         assert_eq!(subject.provider, provider);
         assert_eq!(subject.public_key, Authority::request_key(&request).unwrap());
+    }
+
+    #[test]
+    fn a_server_that_runs_for_years_has_a_valid_certificate_every_day() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Arc::new(Authority::open(dir.path()).unwrap());
+        let certificate = ServerCertificate::new(authority, &["vault.example".to_owned()]).unwrap();
+        let start = OffsetDateTime::now_utc();
+        let mut made = std::collections::HashSet::new();
+        // Five years, and a day of before the server's start.
+        for day in (0..5 * 365).chain([-900]) {
+            let now = start + Duration::days(day);
+            let key = certificate.at(now);
+            let (_, parsed) = x509_parser::parse_x509_certificate(&key.cert[0]).unwrap();
+            let validity = parsed.validity();
+            let now = now.unix_timestamp();
+            assert!(
+                validity.not_before.timestamp() <= now && now < validity.not_after.timestamp(),
+                "day {day}"
+            );
+            made.insert(key.cert[0].to_vec());
+        }
+        assert_eq!(made.len(), 6, "one a year, and one more");
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod trace;
 mod turns;
 mod world;
 
-pub use hypervisor::{HostFault, SimHypervisor, VmView};
+pub use hypervisor::{HostFault, SimHypervisor, VmView, moment};
 pub use oracle::Oracle;
 pub use storage::{SimStorage, StorageTrouble};
 pub use trace::{Digest, note};

@@ -12,6 +12,7 @@ mod disaster;
 mod firmware;
 mod isolation;
 mod migration;
+mod outcomes;
 mod rescue;
 mod space;
 mod split;

@@ -6,6 +6,7 @@ use mainstay_model::{
     ConfigurationChange, Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId,
     ReplicationPolicy, VmId, replication_health, rpo_seconds,
 };
+use mainstay_replication::{Access, RefusalKind, SessionKind};
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -152,16 +153,31 @@ impl Control {
         item.map(Arc::unwrap_or_clone).ok_or_else(|| ControlError::not_found("replicated item", name))
     }
 
-    /// Whether a host may touch an item's data in the store: it must be a side of the item. What cannot be found out is not
-    /// allowed.
-    pub async fn may_touch(&self, provider: ProviderId, item: ItemId) -> bool {
-        match self.db.item(item).await {
-            Ok(item) => item
-                .is_some_and(|item| item.primary_provider == provider || item.recovery_provider == provider),
+    /// Whether a host may do something with an item's data in the store. It must be a side of the item; and new recovery points
+    /// come from the active side alone, in a generation that the item has had: what a host says of itself is not what fences
+    /// it. What cannot be found out is not allowed.
+    pub async fn authorize(&self, provider: ProviderId, access: Access) -> Result<(), RefusalKind> {
+        let id = ItemId(access.replica);
+        let item = match self.db.item(id).await {
+            Ok(item) => item,
             Err(error) => {
-                tracing::error!(%provider, %item, %error, "a data connection could not be authorised");
-                false
+                tracing::error!(%provider, item = %id, %error, "a data connection could not be authorised");
+                None
             }
+        };
+        let item = item.ok_or(RefusalKind::NotAuthorized)?;
+        if provider != item.primary_provider && provider != item.recovery_provider {
+            return Err(RefusalKind::NotAuthorized);
+        }
+        let current = item.state.generation;
+        match access.kind {
+            SessionKind::Replicate { generation }
+                if provider != item.active_provider() || generation > current.0 =>
+            {
+                tracing::warn!(%provider, item = %id, generation, %current, "a host that is not the active side wants to write");
+                Err(RefusalKind::Fenced { current: current.0 })
+            }
+            _ => Ok(()),
         }
     }
 

@@ -7,6 +7,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use mainstay_model::{
@@ -23,6 +24,7 @@ use super::{Done, ItemChange, Step, StepContext, Task, Undone};
 use crate::{
     Control, ControlError,
     app::RecoveryPlanRecord,
+    caught,
     db::{ItemRecord, JobError, JobRecord, JobState, StepRecord},
     workflows,
 };
@@ -71,6 +73,13 @@ pub trait Faults: Send + Sync {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// First pause before a job is taken up again whose state could not be written; doubles up to the longest.
+const WRITE_PAUSE_MIN: Duration = Duration::from_millis(500);
+/// Longest pause.
+const WRITE_PAUSE_MAX: Duration = Duration::from_secs(15);
+/// How often a job is tried again after errors that should not pass.
+const RUNS_MAX: u32 = 3;
 
 /// What a request for a job says.
 pub struct JobRequest {
@@ -378,19 +387,72 @@ impl Control {
         };
         let control = self.clone();
         self.engine.tasks.spawn(async move {
-            let work = control.run_job(id, &active);
-            let result = tokio::select! {
-                result = work => result,
-                () = control.engine.stopping.cancelled() => Ok(()),
-            };
-            if let Err(error) = result {
-                // The database is away: the job stays as it was last written and goes on after a restart.
-                tracing::error!(job = %id, %error, "a job could not be carried on");
+            tokio::select! {
+                () = control.carry_out(id, &active) => {}
+                () = control.engine.stopping.cancelled() => {}
             }
             lock(&control.engine.active).remove(&id);
             control.engine.ended.notify_waiters();
             control.changed.notify_waiters();
         });
+    }
+
+    /// Runs a job to its end. What it has done cannot always be written down at once: the database may be away, or its disk
+    /// full. What cannot pass, an error of our own, is for a person to look at.
+    async fn carry_out(self: &Arc<Self>, id: JobId, active: &Active) {
+        let mut hopeless: Option<JobError> = None;
+        let (mut failures, mut pause) = (0, WRITE_PAUSE_MIN);
+        loop {
+            let run = async {
+                match &hopeless {
+                    None => self.run_job(id, active).await,
+                    Some(reason) => self.give_up(id, reason).await,
+                }
+            };
+            match caught(run).await {
+                Ok(Ok(())) | Ok(Err(ControlError::NotFound { .. })) => return,
+                Ok(Err(_)) if self.catalogue.is_superseded() => return,
+                Ok(Err(error @ (ControlError::Db(_) | ControlError::Conflict(_)))) => {
+                    tracing::error!(job = %id, %error, "what a job does cannot be written down; trying on");
+                }
+                Ok(Err(error)) => {
+                    tracing::error!(job = %id, %error, "a job cannot be carried on");
+                    failures += 1;
+                    if failures >= RUNS_MAX {
+                        hopeless.get_or_insert_with(|| error.into());
+                    }
+                }
+                Err(panic) => {
+                    tracing::error!(job = %id, panic, "a job was broken off by an error of the server");
+                    hopeless.get_or_insert_with(|| {
+                        JobError::new(
+                            "InternalError",
+                            format!("the server made a mistake: {panic}"),
+                            "Restart the job, and please report this with the server's log.",
+                        )
+                    });
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(WRITE_PAUSE_MAX);
+        }
+    }
+
+    /// Ends a job that only a person can help, and says why.
+    async fn give_up(self: &Arc<Self>, id: JobId, reason: &JobError) -> Result<(), ControlError> {
+        self.change_job(id, |job| {
+            let is_open = |step: &&mut StepRecord| {
+                !matches!(step.state, StepState::Succeeded | StepState::Skipped | StepState::Undone)
+            };
+            if let Some(step) = job.steps.iter_mut().find(is_open)
+                && step.errors.last() != Some(reason)
+            {
+                step.errors.push(reason.clone());
+            }
+            Ok(())
+        })
+        .await?;
+        self.end_job(id, Ending::Stuck).await
     }
 
     async fn run_job(self: &Arc<Self>, id: JobId, active: &Active) -> Result<(), ControlError> {

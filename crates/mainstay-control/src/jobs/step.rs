@@ -240,6 +240,16 @@ impl StepContext<'_> {
     ) -> Result<O::Answer, SiteError> {
         call_patiently(self.control, provider, operation, patience, self).await
     }
+
+    /// Asks a site once; gives up when nothing was heard of the operation for `silence_max`.
+    pub(crate) async fn call_once<O: Operation>(
+        &self,
+        provider: ProviderId,
+        operation: O,
+        silence_max: Duration,
+    ) -> Result<O::Answer, SiteError> {
+        call_heard(&*self.control.sites.get(provider)?, operation, self, silence_max).await
+    }
 }
 
 /// Asks a site to carry out an operation; see [`StepContext::call`].
@@ -253,12 +263,57 @@ pub(crate) async fn call_patiently<O: Operation + Clone + Send + 'static>(
     let mut retry = Retry::new(patience);
     loop {
         let result = match control.sites.get(provider) {
-            Ok(site) => call(&*site, operation.clone(), progress).await,
+            Ok(site) => call_heard(&*site, operation.clone(), progress, SILENCE_MAX).await,
             Err(error) => Err(error),
         };
         match result {
             Err(error) if retry.pause(&error).await => {}
             result => return result,
+        }
+    }
+}
+
+/// How long an operation may say nothing before it counts as hung: reading the hashes of large disks over a slow line, and
+/// merging them, take long and are silent.
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(12 * 3600);
+
+/// Passes progress on and remembers when there was some.
+struct Heard<'a> {
+    sink: &'a dyn ProgressSink,
+    last: Mutex<tokio::time::Instant>,
+}
+
+impl ProgressSink for Heard<'_> {
+    fn report(&self, progress: Progress) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = tokio::time::Instant::now();
+        self.sink.report(progress);
+    }
+}
+
+/// Asks a site to carry out an operation, and gives up when nothing was heard of it for `silence_max`: the agent lives, but what
+/// it waits for does not answer. The operation is cancelled then.
+pub(crate) async fn call_heard<O: Operation>(
+    site: &dyn mainstay_provider::Site,
+    operation: O,
+    sink: &dyn ProgressSink,
+    silence_max: Duration,
+) -> Result<O::Answer, SiteError> {
+    let heard = Heard { sink, last: Mutex::new(tokio::time::Instant::now()) };
+    let answer = call(site, operation, &heard);
+    tokio::pin!(answer);
+    loop {
+        let silent_until = *heard.last.lock().unwrap_or_else(PoisonError::into_inner) + silence_max;
+        tokio::select! {
+            biased;
+            answer = &mut answer => return answer,
+            () = tokio::time::sleep_until(silent_until) => {}
+        }
+        if *heard.last.lock().unwrap_or_else(PoisonError::into_inner) + silence_max
+            <= tokio::time::Instant::now()
+        {
+            let message = format!("the host has said nothing of this for {} s", silence_max.as_secs());
+            let remedy = "See on the host whether its hypervisor answers (`virsh list`), and restart its daemon if not.";
+            return Err(SiteError::new(ErrorKind::TimedOut, message).with_remedy(remedy));
         }
     }
 }

@@ -2,35 +2,43 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use futures::future::join_all;
 use mainstay_model::{Health, ItemId, ProviderId, VmId};
 use mainstay_provider::{AnswerWaiting, Discovery, NoProgress, VirtualMachine, call};
 
-use crate::{Control, ControlError, db::DiskRecord};
+use super::{ANSWER_MAX, within};
+use crate::{Control, ControlError, app::ProviderRecord, db::DiskRecord};
 
 /// How old a discovery may be: new VMs show within this time.
 const DISCOVERY_AGE_MAX_MS: i64 = 30_000;
 
 impl Control {
     pub(super) async fn reconcile_inventory(self: Arc<Self>) -> Result<(), ControlError> {
-        let now_ms = self.clock.now_ms();
-        for provider in self.providers().await?.iter() {
-            // One of the future was read before the clock was set back.
-            let is_fresh = provider
-                .discovered_ms
-                .is_some_and(|discovered_ms| (0..DISCOVERY_AGE_MAX_MS).contains(&(now_ms - discovered_ms)));
-            if !self.sites.is_connected(provider.id) {
-                continue;
-            }
-            let has_arrived = self.sites.take_arrival(provider.id);
-            if is_fresh && !has_arrived {
-                continue;
-            }
-            match self.refresh_provider(provider.id).await {
-                Ok(discovery) => self.answer_waiting(provider.id, &discovery.waiting, has_arrived).await?,
-                Err(error) => tracing::debug!(host = provider.name, %error, "a host could not be read now"),
+        let (now_ms, providers) = (self.clock.now_ms(), self.providers().await?);
+        // Side by side: one that hangs holds up itself.
+        let looks = providers.iter().map(|provider| self.look_at(provider, now_ms));
+        join_all(looks).await.into_iter().collect()
+    }
+
+    async fn look_at(&self, provider: &ProviderRecord, now_ms: i64) -> Result<(), ControlError> {
+        // One of the future was read before the clock was set back.
+        let is_fresh = provider
+            .discovered_ms
+            .is_some_and(|discovered_ms| (0..DISCOVERY_AGE_MAX_MS).contains(&(now_ms - discovered_ms)));
+        if !self.sites.is_connected(provider.id) {
+            return Ok(());
+        }
+        let has_arrived = self.sites.take_arrival(provider.id);
+        if is_fresh && !has_arrived {
+            return Ok(());
+        }
+        match within(ANSWER_MAX, self.refresh_provider(provider.id)).await {
+            Ok(discovery) => self.answer_waiting(provider.id, &discovery.waiting, has_arrived).await,
+            Err(error) => {
+                tracing::debug!(host = provider.name, %error, "a host could not be read now");
+                Ok(())
             }
         }
-        Ok(())
     }
 
     /// The host has booted and asks whether VMs that it would have started are still the active copies. What fails is tried
@@ -50,7 +58,7 @@ impl Control {
             let may_start = item.active_provider() == provider;
             let answer = AnswerWaiting { item: *id, generation: item.state.generation, may_start };
             let site = self.sites.get(provider)?;
-            let (code, severity, text) = match call(&*site, answer, &NoProgress).await {
+            let (code, severity, text) = match within(ANSWER_MAX, call(&*site, answer, &NoProgress)).await {
                 Ok(()) if may_start => {
                     ("StartedAfterBoot", Health::Normal, "was started after its host's boot".to_owned())
                 }

@@ -16,9 +16,10 @@ use std::{
 };
 
 use futures::future::BoxFuture;
+use mainstay_provider::{ErrorKind, SiteError};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{Control, ControlError};
+use crate::{Control, ControlError, caught};
 
 pub use old_copies::OldCopies;
 pub use replication::Cycles;
@@ -30,6 +31,20 @@ pub use scrub::{ScrubPace, Scrubs};
 const TICK: Duration = Duration::from_millis(500);
 /// How often retention and the store's maintenance run.
 const MAINTENANCE_TICK: Duration = Duration::from_secs(30);
+
+/// How long a host may take to answer one of the questions and orders that belong to no job.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
+
+/// Gives a host up that does not answer in time: the next pass asks again.
+async fn within<T, E: From<SiteError>>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+        let text = format!("the host did not answer within {} s", limit.as_secs());
+        Err(SiteError::new(ErrorKind::TimedOut, text).into())
+    })
+}
 
 /// How often a reconciler that goes on failing says so.
 const REMINDER: Duration = Duration::from_secs(60);
@@ -73,12 +88,12 @@ impl Control {
             let woken = self.changed.notified();
             let result = tokio::select! {
                 () = stop.cancelled() => return,
-                result = reconcile(self.clone()) => result,
+                result = caught(reconcile(self.clone())) => result,
             };
-            match result {
-                // The next pass sees the same difference and tries again.
-                Err(error) if complaint.is_due(error.to_string(), Instant::now()) => {
-                    tracing::warn!(reconciler = name, %error, "a pass failed");
+            // The next pass sees the same difference and tries again.
+            match result.and_then(|result| result.map_err(|error| error.to_string())) {
+                Err(error) if complaint.is_due(error.clone(), Instant::now()) => {
+                    tracing::warn!(reconciler = name, error, "a pass failed");
                 }
                 Err(_) => {}
                 Ok(()) if complaint.ends() => tracing::info!(reconciler = name, "passes succeed again"),

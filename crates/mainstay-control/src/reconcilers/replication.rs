@@ -3,23 +3,23 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use mainstay_model::{
     CycleError, Event, Health, ItemId, Operation, Outcome, Phase, ReplicationPolicy, SessionId,
     retry_delay_seconds,
 };
-use mainstay_provider::{
-    Consistency, ErrorKind, Progress, ProgressSink, Replicate, Replicated, SiteError, call,
-};
-use tokio::{sync::watch, task::AbortHandle};
+use mainstay_provider::{Consistency, ErrorKind, Progress, ProgressSink, Replicate, Replicated, SiteError};
+use tokio::{sync::watch, task::AbortHandle, time::Instant};
 use uuid::Uuid;
 
 use super::note_replicated;
 use crate::{
     Control, ControlError,
     db::{ItemRecord, ScrubRecord},
-    jobs::JobRequest,
+    jobs::{JobRequest, call_heard},
+    workflows::transfer_error,
 };
 
 /// The reconcilers' tick, in milliseconds.
@@ -28,6 +28,11 @@ const TICK_MS: i64 = super::TICK.as_millis() as i64;
 const PAUSE_MS_MAX: i64 = 30 * 60_000;
 /// Cycles under way in all: each holds a capture open on some host and a transfer into the store.
 const CYCLES_MAX: usize = 16;
+/// A cycle of which nothing is heard for so long is not counted among them: a host that hangs must not keep others from
+/// replicating.
+const QUIET: Duration = Duration::from_secs(60);
+/// And after so long it is given up: its agent may be reading the hashes of a large disk over a slow line until then.
+const SILENCE_MAX: Duration = Duration::from_secs(3600);
 
 /// Replication cycles under way.
 #[derive(Default)]
@@ -45,6 +50,8 @@ struct CycleState {
 struct Running {
     task: AbortHandle,
     ended: watch::Receiver<bool>,
+    /// When something was last heard of it.
+    heard: Instant,
 }
 
 /// Keeps cycles of an item from beginning while it lives.
@@ -121,7 +128,11 @@ struct CycleProgress<'a> {
 
 impl ProgressSink for CycleProgress<'_> {
     fn report(&self, progress: Progress) {
-        self.control.cycles.lock().progress.insert(self.item, progress);
+        let mut state = self.control.cycles.lock();
+        if let Some(running) = state.running.get_mut(&self.item) {
+            running.heard = Instant::now();
+        }
+        state.progress.insert(self.item, progress);
     }
 }
 
@@ -188,7 +199,7 @@ impl Control {
         let mut state = self.cycles.lock();
         if state.running.contains_key(&item.id)
             || state.paused.contains(&item.id)
-            || state.running.len() >= CYCLES_MAX
+            || state.running.values().filter(|running| running.heard.elapsed() < QUIET).count() >= CYCLES_MAX
         {
             return;
         }
@@ -201,7 +212,8 @@ impl Control {
                 tracing::warn!(item = %id, %error, "a replication cycle could not be written down");
             }
         });
-        state.running.insert(item.id, Running { task: task.abort_handle(), ended: watching });
+        let running = Running { task: task.abort_handle(), ended: watching, heard: Instant::now() };
+        state.running.insert(item.id, running);
     }
 
     async fn run_cycle(self: &Arc<Self>, id: ItemId, policy: ReplicationPolicy) -> Result<(), ControlError> {
@@ -215,20 +227,24 @@ impl Control {
             Ok(site) => site,
             Err(_) => return Ok(()),
         };
+        let parent = match self.parent_of_next(&item).await {
+            Ok(parent) => parent,
+            Err(error) => return self.cycle_failed(id, started_ms, transfer_error(&error)).await,
+        };
         // One of the future was taken before the clock was set back.
         let last_app_ms = item.replication.last_app_point_ms.filter(|last_ms| *last_ms <= started_ms);
         let operation = Replicate {
             item: id,
             generation: item.state.generation,
             session: SessionId(Uuid::now_v7()),
-            parent: self.parent_of_next(&item).await?,
+            parent,
             resend: item.scrub.resend.clone(),
             application_consistent: policy.wants_app_consistent(last_app_ms, started_ms),
             compare_all: false,
             bytes_per_second_max: policy.bytes_per_second_max,
         };
         let sink = CycleProgress { control: self, item: id };
-        match call(&*site, operation, &sink).await {
+        match call_heard(&*site, operation, &sink, SILENCE_MAX).await {
             Ok(replicated) => self.cycle_succeeded(id, started_ms, &item.scrub, &replicated).await,
             Err(error) => self.cycle_failed(id, started_ms, error).await,
         }

@@ -13,19 +13,29 @@ use crate::{Control, ControlError, db::ItemRecord, workflows::point_time_ms};
 const HISTORY_MS: i64 = 90 * 24 * 3_600_000;
 
 impl Control {
-    pub(super) async fn reconcile_retention(self: Arc<Self>) -> Result<(), ControlError> {
+    /// Deletes the recovery points that the policies no longer keep, and puts the store in order.
+    pub async fn reconcile_retention(self: Arc<Self>) -> Result<(), ControlError> {
         let now_ms = self.clock.now_ms();
+        let mut trouble = Ok(());
         for item in self.db.items().await?.iter() {
-            if item.state.is_replicating() {
-                self.expire_points(item, now_ms).await?;
+            // One replica that cannot be read must not keep the others from getting their space back.
+            if let Err(error) = self.keep_points(item, now_ms).await {
+                tracing::debug!(item = %item.id, %error, "an item's recovery points could not be looked after");
+                trouble = Err(error);
             }
-            self.forget_gone_points(item).await?;
         }
         self.maintain_store(now_ms).await?;
         let mut transaction = self.db.begin().await?;
         transaction.trim_history(now_ms - HISTORY_MS).await?;
         transaction.commit().await?;
-        Ok(())
+        trouble
+    }
+
+    async fn keep_points(&self, item: &ItemRecord, now_ms: i64) -> Result<(), ControlError> {
+        if item.state.is_replicating() {
+            self.expire_points(item, now_ms).await?;
+        }
+        self.forget_gone_points(item).await
     }
 
     // Boxed, as `maintain_store`: the compiler cannot prove the unboxed futures `Send` (rust-lang/rust#102211).
@@ -73,6 +83,7 @@ impl Control {
 fn point_age(point: &PointInfo, newest: Option<Uuid>) -> PointAge {
     PointAge {
         point: PointId(point.id),
+        sequence: point.sequence,
         taken_at_ms: point_time_ms(point),
         is_app_consistent: point.consistency == Consistency::App,
         is_held: point.pins > 0 || newest == Some(point.id),

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use futures::future::join_all;
 use mainstay_model::Health;
 use mainstay_provider::{NoProgress, SiteError, StandDown, Unprotect, call};
 
+use super::{ANSWER_MAX, within};
 use crate::{
     Control, ControlError,
     db::{ItemRecord, StandDownRecord},
@@ -12,16 +14,13 @@ use crate::{
 
 impl Control {
     pub(super) async fn reconcile_stand_down(self: Arc<Self>) -> Result<(), ControlError> {
-        for item in self.db.items().await?.iter() {
-            // Until the failover's job has ended it may still be undone, and the old side be the active one again.
-            if item.state.running.is_some() {
-                continue;
-            }
-            for order in &item.stand_downs {
-                self.stand_down(item, *order).await?;
-            }
-        }
-        Ok(())
+        let (control, items) = (&*self, self.db.items().await?);
+        // Until the failover's job has ended it may still be undone, and the old side be the active one again.
+        let free = items.iter().filter(|item| item.state.running.is_none());
+        let orders =
+            free.flat_map(|item| item.stand_downs.iter().map(move |order| control.stand_down(item, *order)));
+        // Side by side: a host that hangs must not keep others from standing down.
+        join_all(orders).await.into_iter().collect()
     }
 
     async fn stand_down(&self, item: &ItemRecord, order: StandDownRecord) -> Result<(), ControlError> {
@@ -37,7 +36,7 @@ impl Control {
             }
             Ok::<_, SiteError>(answer)
         };
-        let answer = match stood.await {
+        let answer = match within(ANSWER_MAX, stood).await {
             Ok(answer) => answer,
             Err(error) => {
                 tracing::warn!(item = %item.id, %error, "the former active side has not stood down yet");

@@ -18,7 +18,7 @@ use super::replicate;
 use crate::{
     ControlError,
     db::{ItemRecord, JobError, VmCopy},
-    jobs::{Done, ItemChange, Patience, Step, StepAction, StepContext, Undone},
+    jobs::{Done, ItemChange, Patience, SILENCE_MAX, Step, StepAction, StepContext, Undone},
 };
 
 /// What a failback is asked for.
@@ -214,7 +214,7 @@ async fn synchronize_once(
     if let Some(head) = control.head(item.id).await? {
         control.hold_point(item.id, head, head_holder(item)).await?;
     }
-    let replicated = replicate(step, item, Patience::OUTAGE, false).await?;
+    let replicated = replicate(step, item, Patience::OUTAGE, SILENCE_MAX, false).await?;
     moved.bytes_captured += replicated.bytes_moved;
     let (_, disks) = control.point_contents(item.id, replicated.point).await?;
     // Nothing to fail over to: it leaves the catalogue at once, with those whose answer was lost, and stays as the head

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use mainstay_model::{Generation, Health, PointId};
 use mainstay_provider::{
     ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, PowerState, ReadPower, RemoveRecoveryVm,
-    ShutDownVm, ShutdownOutcome, StartVm,
+    ShutDownVm, ShutdownOutcome, SiteError, StartVm,
 };
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +20,7 @@ use super::{
 use crate::{
     ControlError,
     db::{FailoverRecord, ItemRecord, JobError, StandDownRecord, VmCopy},
-    jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
+    jobs::{Done, Patience, SILENCE_MAX, Step, StepAction, StepContext, Undone},
 };
 
 /// What a failover is asked for.
@@ -213,24 +213,19 @@ impl StepAction for ShutDownSource {
             return Ok(Done::skipped());
         }
         let patience = if self.is_planned { Patience::RESTART } else { patience_with_source(step) };
-        let result = async {
+        let shutdown = async {
             let power = step.call(item.primary_provider, ReadPower { vm: item.vm }, patience).await?;
             if power == PowerState::Off {
                 return Ok(ShutdownOutcome::Off);
             }
             let shutdown = ShutDownVm { item: item.id, vm: item.vm, timeout_ms: params.shutdown_timeout_ms };
-            let patient = step.call(item.primary_provider, shutdown, patience);
-            // The agent watches the guest's time-out; this one is for an agent that does not answer.
-            let limit = Duration::from_millis(params.shutdown_timeout_ms) + AGENT_ANSWER_MAX + patience.0;
-            let outcome = tokio::time::timeout(limit, patient).await.unwrap_or_else(|_| {
-                Err(mainstay_provider::SiteError::new(
-                    ErrorKind::TimedOut,
-                    "the agent did not answer to the shutdown in time",
-                ))
-            })?;
-            Ok::<_, mainstay_provider::SiteError>(outcome)
-        }
-        .await;
+            step.call(item.primary_provider, shutdown, patience).await
+        };
+        // The agent watches the guest's time-out; this one is for a host that does not answer.
+        let limit = Duration::from_millis(params.shutdown_timeout_ms) + AGENT_ANSWER_MAX + patience.0 * 2;
+        let result = tokio::time::timeout(limit, shutdown).await.unwrap_or_else(|_| {
+            Err(SiteError::new(ErrorKind::TimedOut, "the host did not answer to the shutdown in time"))
+        });
         let why = match result {
             Ok(ShutdownOutcome::Off) => return Done::with(&ShutDown { is_off: true }),
             Ok(ShutdownOutcome::Refused) => JobError::new(
@@ -292,7 +287,9 @@ impl StepAction for SynchronizeLatest {
         // The cycle that may be under way would hold the item's lock at the agent.
         step.control.cycles.stop(item.id).await;
         let patience = if self.is_planned { Patience::OUTAGE } else { patience_with_source(step) };
-        match replicate(step, &item, patience, false).await {
+        // Nobody waits for a dying source to say what it has when the VM can run without.
+        let silence_max = if self.is_planned { SILENCE_MAX } else { AGENT_ANSWER_MAX * 2 };
+        match replicate(step, &item, patience, silence_max, false).await {
             Ok(replicated) => {
                 let synchronized = Synchronized {
                     point: replicated.point,

@@ -15,11 +15,15 @@ mod script;
 mod test_failover;
 mod update;
 
+use std::time::Duration;
+
 use mainstay_model::{Ending, ItemId, JobId, Operation, Phase, RecoveryPlan, SessionId};
 use mainstay_provider::{ErrorKind, Replicate, Replicated, SiteError};
+use mainstay_store::StoreError;
 use uuid::Uuid;
 
 use crate::{
+    ControlError,
     db::ItemRecord,
     jobs::{Patience, Retry, Step, StepContext},
     reconcilers::note_replicated,
@@ -77,6 +81,7 @@ async fn replicate(
     step: &StepContext<'_>,
     item: &ItemRecord,
     patience: Patience,
+    silence_max: Duration,
     compare_all: bool,
 ) -> Result<Replicated, SiteError> {
     let provider = item.active_provider();
@@ -85,8 +90,8 @@ async fn replicate(
         // A transfer whose answer was lost may have become a point: each try is a session of its own, on top of the
         // head of its moment.
         // Read anew: a scrub may have found something since the job began.
-        let scrub = step.control.item(item.id).await.map_err(|error| store_unavailable(&error))?.scrub;
-        let parent = step.control.parent_of_next(item).await.map_err(|error| store_unavailable(&error))?;
+        let scrub = step.control.item(item.id).await.map_err(|error| transfer_error(&error))?.scrub;
+        let parent = step.control.parent_of_next(item).await.map_err(|error| transfer_error(&error))?;
         let operation = Replicate {
             item: item.id,
             generation: item.state.generation,
@@ -97,7 +102,7 @@ async fn replicate(
             compare_all,
             bytes_per_second_max: None,
         };
-        match step.call(provider, operation, Patience::NONE).await {
+        match step.call_once(provider, operation, silence_max).await {
             Err(error) if retry.pause(&error).await => {}
             Err(error) => return Err(error),
             Ok(replicated) => {
@@ -105,15 +110,27 @@ async fn replicate(
                     note_replicated(item, &scrub, &replicated);
                     Ok(())
                 });
-                noted.await.map_err(|error| store_unavailable(&error))?;
+                noted.await.map_err(|error| transfer_error(&error))?;
                 return Ok(replicated);
             }
         }
     }
 }
 
-fn store_unavailable(error: &crate::ControlError) -> SiteError {
-    SiteError::new(ErrorKind::Unavailable, error.to_string())
+/// What the store's or the database's trouble means to a transfer that cannot begin: it passes, or somebody must do something.
+pub(crate) fn transfer_error(error: &ControlError) -> SiteError {
+    let (kind, remedy) = match error {
+        ControlError::Store(StoreError::Damaged { .. }) => (
+            ErrorKind::Failed,
+            "Restore the object from a backup of the store, or disable replication and enable it again.",
+        ),
+        ControlError::Store(StoreError::NoAccess { .. }) => {
+            (ErrorKind::Failed, "Let the server write to its store again; nothing else need be done.")
+        }
+        ControlError::Store(StoreError::Full) => (ErrorKind::NoSpace, "Make room at the recovery site."),
+        _ => (ErrorKind::Busy, ""),
+    };
+    SiteError::new(kind, error.to_string()).with_remedy(remedy)
 }
 
 /// A VM identifier that belongs to a job: asking again gives the same, so that a step that creates the VM can be

@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use super::replicate;
 use crate::{
     db::JobError,
-    jobs::{Done, Patience, Step, StepAction, StepContext},
+    jobs::{Done, Patience, SILENCE_MAX, Step, StepAction, StepContext},
 };
 
 pub(super) fn steps() -> Vec<Step> {
@@ -20,7 +20,7 @@ impl StepAction for Compare {
         let item = step.item().await?;
         step.control.cycles.stop(item.id).await;
         let _pause = step.control.cycles.pause(item.id);
-        let replicated = replicate(step, &item, Patience::OUTAGE, true).await?;
+        let replicated = replicate(step, &item, Patience::OUTAGE, SILENCE_MAX, true).await?;
         Ok(Done::with(&replicated)?.changing(move |item| {
             item.replication.last_point = Some(replicated.point);
             item.replication.last_point_ms = Some(replicated.taken_at_ms);

@@ -7,7 +7,7 @@ use super::replicate;
 use crate::{
     ControlError,
     db::JobError,
-    jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
+    jobs::{Done, Patience, SILENCE_MAX, Step, StepAction, StepContext, Undone},
 };
 
 pub(super) fn steps() -> Vec<Step> {
@@ -74,7 +74,7 @@ struct ReplicateChanges;
 impl StepAction for ReplicateChanges {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
-        let replicated: Replicated = replicate(step, &item, Patience::OUTAGE, false).await?;
+        let replicated: Replicated = replicate(step, &item, Patience::OUTAGE, SILENCE_MAX, false).await?;
         let (point, taken_at_ms) = (replicated.point, replicated.taken_at_ms);
         Ok(Done::with(&replicated)?.changing(move |item| {
             item.replication = crate::db::ReplicationRecord {

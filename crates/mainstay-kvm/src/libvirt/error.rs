@@ -1,5 +1,7 @@
 //! libvirt's errors, and what they mean to a caller.
 
+use std::time::Duration;
+
 use mainstay_provider::{ErrorKind, SiteError};
 
 /// What libvirt said.
@@ -23,10 +25,17 @@ const AUTH_FAILED: i32 = 45;
 const OPERATION_TIMEOUT: i32 = 68;
 pub(super) const AGENT_UNRESPONSIVE: i32 = 86;
 const ACCESS_DENIED: i32 = 88;
+/// Ours: libvirt's numbers are positive.
+const HUNG: i32 = -1;
 
 impl LibvirtError {
     pub(crate) fn new(code: i32, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), is_disconnected: false }
+    }
+
+    /// A call was given up.
+    pub(super) fn hung(after: Duration) -> Self {
+        Self::new(HUNG, format!("no answer within {} s", after.as_secs()))
     }
 
     /// Whether libvirt (11.3) takes a backup for running of which it knows nothing: its daemon died just when one was begun.
@@ -41,6 +50,11 @@ impl From<LibvirtError> for SiteError {
         if error.is_disconnected {
             return Self::new(ErrorKind::Unavailable, format!("libvirt is away: {}", error.message))
                 .with_remedy("Check that libvirtd runs on the host.");
+        }
+        if error.code == HUNG {
+            let remedy =
+                "See whether `virsh list` answers on the host; if not, restart libvirt's daemon: VMs run on.";
+            return Self::new(ErrorKind::TimedOut, format!("libvirt: {}", error.message)).with_remedy(remedy);
         }
         let kind = match error.code {
             NO_DOMAIN | NO_NETWORK => ErrorKind::NotFound,

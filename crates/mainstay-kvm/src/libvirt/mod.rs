@@ -3,7 +3,7 @@
 //! [`Libvirt`] is a connection that mends itself: every call looks its domain up anew by UUID, so a
 //! daemon that was restarted in between does not matter. Calls block in C and therefore run on threads of
 //! their own, a bounded number at once. No event loop is registered, hence no keep-alives: a daemon that
-//! hangs is noticed by whoever waits, one that dies at once.
+//! dies is noticed at once, one that hangs, or a QEMU that it waits for, after [`ANSWER_MAX`].
 
 #![expect(unsafe_code, reason = "libvirt is a C library; everything unsafe in this crate is in this module")]
 
@@ -31,6 +31,10 @@ pub use status::{StatusError, lock_holder, mend_statuses, status_directory};
 
 /// Calls at once. libvirtd serves twenty clients' calls at once and queues the rest itself.
 const CALLS_MAX: usize = 16;
+
+/// How long a call may take: looking at QEMU anew takes minutes on a host with a broken `/dev/kvm`. The thread of a call that has
+/// taken longer stays with libvirt until that answers; whoever waits for it goes on.
+const ANSWER_MAX: Duration = Duration::from_secs(300);
 
 /// Which description of a domain to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,19 +100,22 @@ impl Libvirt {
         work: impl FnOnce(&RawConnection) -> Result<T, LibvirtError> + Send + 'static,
     ) -> Result<T, LibvirtError> {
         let permits = Arc::clone(&self.permits);
-        let permit =
-            permits.acquire_owned().await.map_err(|_closed| LibvirtError::new(0, "shutting down"))?;
         let (slot, uri) = (Arc::clone(&self.connection), self.uri.clone());
-        let task = tokio::task::spawn_blocking(move || {
-            // Held until C returns, also when nobody waits for it any more.
-            let _permit = permit;
-            let connection = connect(&slot, &uri)?;
-            work(&connection).map_err(|mut error| {
-                error.is_disconnected = !connection.is_alive();
-                error
-            })
-        });
-        task.await.map_err(|error| LibvirtError::new(0, format!("a call was interrupted: {error}")))?
+        let answer = async {
+            let permit =
+                permits.acquire_owned().await.map_err(|_closed| LibvirtError::new(0, "shutting down"))?;
+            let task = tokio::task::spawn_blocking(move || {
+                // Held until C returns, also when nobody waits for it any more.
+                let _permit = permit;
+                let connection = connect(&slot, &uri)?;
+                work(&connection).map_err(|mut error| {
+                    error.is_disconnected = !connection.is_alive();
+                    error
+                })
+            });
+            task.await.map_err(|error| LibvirtError::new(0, format!("a call was interrupted: {error}")))?
+        };
+        tokio::time::timeout(ANSWER_MAX, answer).await.unwrap_or_else(|_| Err(LibvirtError::hung(ANSWER_MAX)))
     }
 
     async fn with_domain<T: Send + 'static>(

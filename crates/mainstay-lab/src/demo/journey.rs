@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use mainstay_api::Client;
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -12,7 +13,7 @@ use super::{
     acknowledgements::{Watch, now_ms},
 };
 use crate::{
-    HOME, Image, Images, Lab, LabAction, LedgerCopy, RECOVERY,
+    HOME, Image, Images, Lab, LabAction, LabFile, LedgerCopy, RECOVERY,
     item::{Item, Job, Point},
     ledger::{self, Ledger, Status},
 };
@@ -27,7 +28,11 @@ const DELTAS: usize = 3;
 /// Carries the journey out on the lab's first VM. The report's phases end with the first that failed.
 pub async fn run(lab: &mut Lab, narrator: &dyn Narrator) -> DemoReport {
     let mut report = DemoReport::default();
-    let outcome = journey(lab, narrator, &mut report).await;
+    let file = lab.file().clone();
+    let outcome = tokio::select! {
+        outcome = journey(lab, narrator, &mut report) => outcome,
+        never = tell_progress(&file, narrator) => never,
+    };
     if let Err(error) = outcome {
         let mut failed = report.phases.pop().unwrap_or_default();
         failed.proved = false;
@@ -38,6 +43,20 @@ pub async fn run(lab: &mut Lab, narrator: &dyn Narrator) -> DemoReport {
     report.ok = report.phases.len() == PHASES.len() && report.phases.iter().all(|phase| phase.proved);
     report
 }
+
+/// Tells how far what goes on is, for ever. While the VM is not protected, or the server is away, there is nothing to tell.
+async fn tell_progress(lab: &LabFile, narrator: &dyn Narrator) -> Result<()> {
+    let client = Client::new(&lab.connection()?)?;
+    let vm = lab.vms.first().context("a VM")?.name.clone();
+    loop {
+        let progress = Item::progress_of(&client, lab, &vm).await.unwrap_or_default();
+        narrator.progress(&progress);
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// How often it is asked how far what goes on is.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// The phases in order.
 const PHASES: [&str; 12] = [

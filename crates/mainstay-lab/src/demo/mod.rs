@@ -41,12 +41,29 @@ pub struct PhaseReport {
     pub notes: String,
 }
 
+/// How far something is, as the server tells it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being done; empty if nothing is.
+    pub task: String,
+    /// Bytes dealt with.
+    pub bytes_done: u64,
+    /// Bytes to deal with; 0 = not known.
+    pub bytes_total: u64,
+    /// Bytes that went over the data connection.
+    pub bytes_moved: u64,
+    /// Age of the newest recovery point.
+    pub rpo_seconds: Option<i64>,
+}
+
 /// Tells a person what goes on.
 pub trait Narrator: Send + Sync {
     /// A phase begins.
     fn begin(&self, name: &str);
     /// What goes on within the phase.
     fn say(&self, text: &str);
+    /// How far it is.
+    fn progress(&self, progress: &Progress);
     /// A phase ended.
     fn end(&self, report: &PhaseReport);
 }

@@ -11,8 +11,8 @@ use bytes::Bytes;
 use mainstay_block::hash_table::{Fill, HashTable};
 use mainstay_block::{BlockDevice as _, HashKey, MemoryDevice};
 use mainstay_replication::{
-    BoxStream, Connect, Mount, MountOptions, ReplicationError, SendDisk, SendJob, SendOptions, SendOutcome,
-    SendProgress, replicate, serve_connection,
+    BoxStream, Connect, Mount, MountOptions, RefusalKind, ReplicationError, SendDisk, SendJob, SendOptions,
+    SendOutcome, SendProgress, replicate, serve_connection,
 };
 use mainstay_store::{Consistency, PointMeta, Store, StoreOptions};
 use object_store::memory::InMemory;
@@ -135,9 +135,12 @@ impl Connect for Dial {
         }
         let (client, server) = tokio::io::duplex(PIPE_BYTES);
         let store = self.0.store();
-        let allowed = *self.0.allowed.lock().unwrap();
+        let allowed = if *self.0.allowed.lock().unwrap() { Ok(()) } else { Err(RefusalKind::NotAuthorized) };
         tokio::spawn(async move {
-            serve_connection(Box::new(server), &store, &move |_| Box::pin(std::future::ready(allowed))).await
+            serve_connection(Box::new(server), &store, &move |_| {
+                Box::pin(std::future::ready(allowed.clone()))
+            })
+            .await
         });
         let left = self.0.budgets.lock().unwrap().pop_front().unwrap_or(usize::MAX);
         Ok(Box::new(Breaking { inner: client, left }))

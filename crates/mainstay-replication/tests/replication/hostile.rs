@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_replication::serve_connection;
+use mainstay_replication::{RefusalKind, serve_connection};
 use mainstay_store::Store;
 use object_store::memory::InMemory;
 use proptest::prelude::*;
@@ -26,7 +26,7 @@ fn serve(bytes: &[u8]) -> (bool, Vec<u8>) {
             answer
         };
         let (served, answer) = tokio::join!(
-            serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(true))),
+            serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(Ok(())))),
             write
         );
         (served.is_ok(), answer)
@@ -103,7 +103,9 @@ fn is_ended(bytes: &[u8], pause: Duration, at_once: usize) -> Duration {
                 tokio::time::sleep(pause).await;
             }
         };
-        let allow = |_| -> futures::future::BoxFuture<'_, bool> { Box::pin(std::future::ready(true)) };
+        let allow = |_| -> futures::future::BoxFuture<'_, Result<(), RefusalKind>> {
+            Box::pin(std::future::ready(Ok(())))
+        };
         tokio::select! {
             served = serve_connection(Box::new(server), &store, &allow) => assert!(served.is_err()),
             () = drip => {}

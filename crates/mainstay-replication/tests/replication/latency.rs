@@ -34,7 +34,7 @@ impl Connect for Far {
         tokio::spawn(carry(far_read, near_write));
         let store = self.0.clone();
         tokio::spawn(async move {
-            serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(true))).await
+            serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(Ok(())))).await
         });
         Ok(Box::new(client))
     }

@@ -192,7 +192,7 @@ async fn wire(store: &Store, replica: Uuid, point: Uuid) {
             let (server, theirs) = tokio::io::duplex(1 << 16);
             recorders.spawn(async move {
                 let serve =
-                    serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(true)));
+                    serve_connection(Box::new(server), &store, &|_| Box::pin(std::future::ready(Ok(()))));
                 // How it ended is in what was said.
                 let (_, recorded) = tokio::join!(serve, between(client, theirs));
                 said.lock().unwrap().push(recorded);

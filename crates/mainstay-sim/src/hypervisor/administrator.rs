@@ -19,6 +19,11 @@ impl Machine {
 }
 
 impl SimHypervisor {
+    /// Starts a VM by hand.
+    pub async fn start_by_hand(&self, vm: VmId) -> Result<(), SiteError> {
+        self.start_with(vm, None).await
+    }
+
     /// Gives a VM another name.
     pub fn rename_vm(&self, vm: VmId, name: &str) -> Result<(), SiteError> {
         name.clone_into(&mut self.lock().machine(vm)?.name);

@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -51,6 +51,16 @@ struct Inner {
     state: Mutex<State>,
     /// How far the host's clock is ahead of the server's, in milliseconds.
     clock_offset_ms: AtomicI64,
+    /// VMs that the agent has started, and when in the order of [`moment`].
+    started: Mutex<Vec<(u64, VmId)>>,
+}
+
+/// Counts up with every start by an agent, and every look.
+static MOMENTS: AtomicU64 = AtomicU64::new(0);
+
+/// This moment in the order of agents' starts.
+pub fn moment() -> u64 {
+    MOMENTS.fetch_add(1, Ordering::SeqCst)
 }
 
 #[derive(Default)]
@@ -117,7 +127,7 @@ pub struct VmView {
     pub captures: usize,
     /// Whether changes are staged over its disks.
     pub is_staged: bool,
-    /// What its disks held when it was last started, by their keys.
+    /// What its disks held when it was first started since it was made, or since something was merged into them; by their keys.
     pub started_from: Option<Arc<BTreeMap<String, Vec<u8>>>>,
 }
 
@@ -131,6 +141,7 @@ impl SimHypervisor {
             faults: FaultPlan::default(),
             state: Mutex::default(),
             clock_offset_ms: AtomicI64::new(0),
+            started: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -318,6 +329,21 @@ impl SimHypervisor {
         self.views().into_iter().map(|view| (view.name, view.power, view.captures)).collect()
     }
 
+    /// Whether the agent has started a VM since a moment.
+    pub fn has_started(&self, vm: VmId, since: u64) -> bool {
+        let started = self.inner.started.lock().unwrap_or_else(PoisonError::into_inner);
+        started.iter().any(|(at, started)| *at > since && *started == vm)
+    }
+
+    async fn start_for_agent(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
+        let was_off = self.power(vm).await? == PowerState::Off;
+        self.start_with(vm, tracker).await?;
+        if was_off {
+            self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).push((moment(), vm));
+        }
+        Ok(())
+    }
+
     async fn start_with(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
         if self.power(vm).await? == PowerState::Off {
             // Booting reads the disks: without them it does not get far.
@@ -334,7 +360,7 @@ impl SimHypervisor {
                 if let Some(tracker) = tracker {
                     machine.set_tracker(tracker);
                 }
-                machine.started_from = Some(Arc::new(content));
+                machine.started_from.get_or_insert_with(|| Arc::new(content));
                 machine.power = PowerState::Running;
                 machine.shape.boots += 1;
                 machine.write_block(0, BOOT_BLOCK.0, &mark(BOOT_BLOCK.1));
@@ -426,11 +452,11 @@ impl Hypervisor for SimHypervisor {
     }
 
     async fn start(&self, vm: VmId) -> Result<(), SiteError> {
-        self.inner.faults.around("start", self.start_with(vm, None)).await
+        self.inner.faults.around("start", self.start_for_agent(vm, None)).await
     }
 
     async fn start_tracked(&self, vm: VmId, _: &[String], tracker: &TrackerId) -> Result<(), SiteError> {
-        self.inner.faults.around("start_tracked", self.start_with(vm, Some(tracker))).await
+        self.inner.faults.around("start_tracked", self.start_for_agent(vm, Some(tracker))).await
     }
 
     async fn shut_down(&self, vm: VmId, _: Duration) -> Result<ShutdownOutcome, SiteError> {

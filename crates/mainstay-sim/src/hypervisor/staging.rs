@@ -175,6 +175,7 @@ impl SimHypervisor {
         }
         machine.is_made = false;
         let Some(area) = machine.staging.take() else { return Ok(()) };
+        machine.started_from = None;
         for staged in area.disks {
             machine.disks[staged.disk].base.resize(staged.size_bytes as usize, 0);
             for (block, data) in staged.blocks {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use mainstay_control::db::ItemRecord;
-use mainstay_model::{Location, Operation, VmId};
+use mainstay_model::{Location, Operation, Phase, VmId};
 use mainstay_provider::PowerState;
 
 use super::{Host, World, vm_named};
@@ -63,6 +63,26 @@ impl World {
         assert_eq!(recovered.keys().collect::<BTreeSet<_>>(), included, "the disks of '{name}'");
         for (key, recovered) in &*recovered {
             assert!(home[key] == *recovered, "'{name}' lost something of {key} in a planned failover");
+        }
+    }
+
+    /// Checks that a VM which was moved as planned, and not to another recovery point since, came up with what it had.
+    pub async fn check_move(&self, name: &str) {
+        let item = self.item(name).await.expect("the VM is protected");
+        match (item.state.phase, item.recovery_vm) {
+            (Phase::PlannedFailoverCommitPending, Some(copy)) => {
+                let points = self.ask(move |control| async move { control.store.points(item.id.0).await });
+                let points = points.await.expect("the points are listed");
+                if points
+                    .iter()
+                    .max_by_key(|point| point.sequence)
+                    .is_some_and(|newest| newest.id == copy.point.0)
+                {
+                    self.check_planned_failover(name).await;
+                }
+            }
+            (Phase::FailbackCommitPending, Some(_)) => self.check_failback(name).await,
+            _ => {}
         }
     }
 

@@ -325,6 +325,11 @@ impl World {
         self.ask(|control| async move { control.resume_jobs().await }).await.expect("jobs go on");
     }
 
+    /// The server's database.
+    pub fn database(&self) -> std::path::PathBuf {
+        self.dir.path().join("database").join("db")
+    }
+
     /// Kills an agent and starts it over the same host and data directory.
     pub async fn restart_agent(&mut self, is_home: bool) {
         let host = if is_home { &mut self.home } else { &mut self.recovery };

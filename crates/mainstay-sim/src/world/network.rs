@@ -8,9 +8,9 @@ use std::{
 
 use futures::future::BoxFuture;
 use mainstay_control::Control;
-use mainstay_model::{ItemId, ProviderId};
+use mainstay_model::ProviderId;
 use mainstay_provider::{RemoteSite, Site};
-use mainstay_replication::{Access, serve_connection};
+use mainstay_replication::{Access, RefusalKind, serve_connection};
 use tokio::{io::DuplexStream, runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 
@@ -145,8 +145,8 @@ async fn serve(stream: DuplexStream, host: ProviderId, protocol: Protocol, contr
         Protocol::Data => {
             let authorize = |access: Access| {
                 let control = control.clone();
-                Box::pin(async move { control.may_touch(host, ItemId(access.replica)).await })
-                    as BoxFuture<'_, bool>
+                Box::pin(async move { control.authorize(host, access).await })
+                    as BoxFuture<'_, Result<(), RefusalKind>>
             };
             if let Err(error) = serve_connection(Box::new(stream), &control.store, &authorize).await {
                 tracing::debug!(%host, %error, "a data connection ended early");

@@ -1,5 +1,6 @@
 //! Clocks that are wrong, and set.
 
+use mainstay_model::ReplicationPolicy;
 use mainstay_provider::ErrorKind;
 use mainstay_sim::{HostFault, World, WorldOptions, simulate};
 
@@ -73,6 +74,13 @@ fn the_newest_point_stays_when_the_clock_was_set_back_and_an_older_one_seems_new
         log();
         let world = World::new(WorldOptions::default()).await;
         world.protect(VM).await;
+        let policy = ReplicationPolicy {
+            copy_frequency_seconds: 5,
+            retention_hours: 1,
+            app_consistent_frequency_hours: 0,
+            bytes_per_second_max: None,
+        };
+        world.set_policy(policy).await;
         world.home.hypervisor.set_clock_offset_ms(2 * HOUR_MS);
         world.write(VM, &[("vda", 8, 8)]).await;
         world.cycle(VM).await;
@@ -97,5 +105,34 @@ fn the_newest_point_stays_when_the_clock_was_set_back_and_an_older_one_seems_new
             .await;
         let points = world.ask(move |control| async move { control.store.points(id).await.unwrap() }).await;
         assert!(points.iter().any(|point| point.id == newest.0), "{points:?}");
+    });
+}
+
+/// A source that is dead for a week, and a server's clock that leaps ahead, look alike: what there is stays until something newer comes.
+#[test]
+fn nothing_expires_while_nothing_new_comes() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        for fill in 1..4 {
+            world.write(VM, &[("vda", 9, fill)]).await;
+            world.cycle(VM).await;
+        }
+        world.cut(true);
+        let id = world.item(VM).await.unwrap().id.0;
+        let points = || world.ask(move |control| async move { control.store.points(id).await.unwrap() });
+        let before = points().await;
+        for _ in 0..3 {
+            world.clock.advance_ms(7 * 24 * HOUR_MS);
+            world.ask(|control| async move { control.reconcile_retention().await.unwrap() }).await;
+            assert_eq!(points().await, before);
+        }
+        // And goes as if it had never been away when something has.
+        world.mend(true);
+        world.write(VM, &[("vda", 9, 9)]).await;
+        wait_for_a_newer_point(&world).await;
+        world.ask(|control| async move { control.reconcile_retention().await.unwrap() }).await;
+        assert!(points().await.iter().all(|point| !before.contains(point)));
     });
 }

@@ -1,8 +1,9 @@
 //! Copies that somebody starts although another one is active.
 
 use mainstay_control::reconcilers::OldCopies;
-use mainstay_model::{Health, Operation};
+use mainstay_model::{Health, Operation, ProviderId};
 use mainstay_provider::{Hypervisor as _, PowerState};
+use mainstay_replication::{Access, RefusalKind, SessionKind};
 use mainstay_sim::{Host, World, WorldOptions, simulate};
 
 use crate::{
@@ -12,7 +13,7 @@ use crate::{
 
 async fn started(world: &World, host: &Host) {
     let vm = world.item(VM).await.unwrap().inactive_vm_at(host.provider).unwrap();
-    host.hypervisor.start(vm).await.unwrap();
+    host.hypervisor.start_by_hand(vm).await.unwrap();
 }
 
 /// It is told a moment after the copy was stopped, how often that happened.
@@ -82,6 +83,51 @@ fn where_copies_are_reported_they_run_on() {
         let codes = codes(&world).await;
         for code in ["OldCopyRuns", "OldCopyOff"] {
             assert!(codes.iter().any(|found| found == code), "{codes:?}");
+        }
+    });
+}
+
+/// What a host says of its generation lets it write no more than what it is: the active side, in a generation that there was.
+#[test]
+fn recovery_points_come_from_the_active_side_alone_whatever_a_host_says() {
+    simulate(|| async {
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let (home, recovery) = (world.home.provider, world.recovery.provider);
+        let stranger = ProviderId(uuid::Uuid::from_u128(7));
+        let may = async |who: ProviderId, kind: SessionKind| {
+            let access = Access { replica: world.item(VM).await.unwrap().id.0, kind };
+            world.ask(move |control| async move { control.authorize(who, access).await }).await
+        };
+        let write = |generation| SessionKind::Replicate { generation };
+        for operation in [None, Some(Operation::UnplannedFailover), Some(Operation::Commit)] {
+            if let Some(operation) = operation {
+                world.run(VM, operation).await;
+            }
+            let item = world.item(VM).await.unwrap();
+            let (active, other) = if operation.is_none() { (home, recovery) } else { (recovery, home) };
+            let current = item.state.generation.0;
+            let fenced = Err(RefusalKind::Fenced { current });
+            assert_eq!(may(active, write(current)).await, Ok(()), "{operation:?}");
+            for ahead in [current + 1, u64::MAX] {
+                assert_eq!(may(active, write(ahead)).await, fenced, "{operation:?}");
+            }
+            for claimed in [0, current.saturating_sub(1), current, current + 1, u64::MAX] {
+                assert_eq!(may(other, write(claimed)).await, fenced, "{operation:?}");
+                assert_eq!(
+                    may(stranger, write(claimed)).await,
+                    Err(RefusalKind::NotAuthorized),
+                    "{operation:?}"
+                );
+            }
+            for kind in [SessionKind::Mount, SessionKind::Fetch, SessionKind::Outcome] {
+                assert_eq!(
+                    (may(home, kind).await, may(recovery, kind).await),
+                    (Ok(()), Ok(())),
+                    "{operation:?}"
+                );
+                assert_eq!(may(stranger, kind).await, Err(RefusalKind::NotAuthorized), "{operation:?}");
+            }
         }
     });
 }

@@ -5,6 +5,7 @@
 mod clock;
 mod copies;
 mod disks;
+mod engine;
 mod journeys;
 mod network;
 mod operations;

@@ -6,6 +6,7 @@
 //! the file that `SIM_TRACE` names.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io::Write as _,
     process::{Child, Command, Stdio},
@@ -18,10 +19,13 @@ use mainstay_control::{
     jobs::{Fault, Faults},
     workflows::{FailoverParams, PointChoice},
 };
-use mainstay_model::{Ending, ItemId, Location, Operation, Phase, ReplicationPolicy};
-use mainstay_provider::{ErrorKind, Hypervisor as _};
-use mainstay_sim::{Direction, HostFault, StorageTrouble, World, WorldOptions, note, simulate_traced};
+use mainstay_model::{Ending, ItemId, ItemState, Location, Operation, Phase, ReplicationPolicy};
+use mainstay_provider::ErrorKind;
+use mainstay_sim::{
+    Direction, HostFault, StorageTrouble, World, WorldOptions, moment, note, simulate_traced,
+};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
+use tokio::sync::Semaphore;
 
 use crate::{support::log, workflows::finish_journey};
 
@@ -40,7 +44,10 @@ const CALMS: usize = 3;
 /// How often jobs that do not end well are tried again in a calm.
 const TRIES: usize = 12;
 
-const METHODS: [&str; 15] = [
+/// Calls that fail now and then, or hang until the next calm.
+const METHODS: [&str; 25] = [
+    "host",
+    "inventory",
     "vm",
     "disks",
     "definition",
@@ -56,6 +63,14 @@ const METHODS: [&str; 15] = [
     "remove_recovery_vm",
     "open_staging",
     "commit_staging",
+    "discard_staging",
+    "restore_state",
+    "create_home_vm",
+    "remove_home_vm",
+    "remove_trackers",
+    "set_autostart",
+    "guest_addresses",
+    "set_guest_address",
 ];
 
 /// Strikes one step in `one_in`.
@@ -80,6 +95,10 @@ impl Faults for RandomFaults {
 struct Run {
     world: World,
     rng: StdRng,
+    /// What calls hang on.
+    hung: Vec<Arc<Semaphore>>,
+    /// The state in which an item was first seen without a job, and when that was in the order of agents' starts.
+    seen: HashMap<ItemId, (ItemState, u64)>,
 }
 
 impl Run {
@@ -103,7 +122,8 @@ impl Run {
             }
             30..58 => self.begin(vm).await,
             58..64 => self.touch_a_job().await,
-            64..69 => self.world.restart_agent(is_home).await,
+            64..68 => self.world.restart_agent(is_home).await,
+            68 => self.world.reboot(is_home).await,
             69..74 => self.world.restart_server().await,
             74..76 => self.world.hiccup(is_home),
             76..80 => {
@@ -148,13 +168,24 @@ impl Run {
             }
             _ => {
                 let host = if is_home { &self.world.home } else { &self.world.recovery };
-                let kinds = [ErrorKind::Failed, ErrorKind::Busy, ErrorKind::Unavailable, ErrorKind::TimedOut];
+                let kinds = [
+                    ErrorKind::Failed,
+                    ErrorKind::Busy,
+                    ErrorKind::Unavailable,
+                    ErrorKind::TimedOut,
+                    ErrorKind::NoSpace,
+                ];
                 let kind = *kinds.choose(&mut self.rng).unwrap();
                 let method = *METHODS.choose(&mut self.rng).unwrap();
                 // After an error no capture is open.
-                let fault = match self.rng.random_bool(0.5) || method == "begin_capture" {
-                    true => HostFault::Fail(kind),
-                    false => HostFault::FailAfter(kind),
+                let fault = match self.rng.random_range(0..10) {
+                    0 => {
+                        let until = Arc::new(Semaphore::new(0));
+                        self.hung.push(until.clone());
+                        HostFault::Hang(until)
+                    }
+                    1..5 if method != "begin_capture" => HostFault::FailAfter(kind),
+                    _ => HostFault::Fail(kind),
                 };
                 host.hypervisor.inject(method, fault, 1);
             }
@@ -294,7 +325,7 @@ impl Run {
             return;
         }
         let (host, id) = self.world.active(vm).await;
-        if let Err(error) = host.hypervisor.start(id).await {
+        if let Err(error) = host.hypervisor.start_by_hand(id).await {
             tracing::debug!(%error, "the administrator could not start a VM");
         }
     }
@@ -305,7 +336,7 @@ impl Run {
         for host in [&self.world.home, &self.world.recovery] {
             let Some(id) = item.inactive_vm_at(host.provider) else { continue };
             if item.state.running.is_none()
-                && let Err(error) = host.hypervisor.start(id).await
+                && let Err(error) = host.hypervisor.start_by_hand(id).await
             {
                 tracing::debug!(%error, "the administrator could not start an old copy");
             }
@@ -332,12 +363,38 @@ impl Run {
         }
     }
 
+    /// No agent starts a copy that is not the active one.
+    async fn check_starts(&mut self) {
+        for vm in VMS {
+            let Some(item) = self.world.item(vm).await else { continue };
+            // After the item was read: what was started before belongs to an earlier state of it.
+            let now = moment();
+            let since = match self.seen.get(&item.id) {
+                _ if item.state.running.is_some() => continue,
+                Some((state, since)) if *state == item.state => *since,
+                _ => {
+                    self.seen.insert(item.id, (item.state, now));
+                    continue;
+                }
+            };
+            for host in [&self.world.home, &self.world.recovery] {
+                let old = item.inactive_vm_at(host.provider);
+                let has_started = old.is_some_and(|old| host.hypervisor.has_started(old, since));
+                assert!(
+                    !has_started,
+                    "an agent has started a copy of '{vm}' that is not the active one: {item:#?}"
+                );
+            }
+        }
+    }
+
     /// Ends all trouble, brings every job to its end, and checks everything.
     async fn calm(&mut self) {
         self.world.set_faults(None);
         self.world.storage.set_trouble(None);
         self.world.home.hypervisor.clear_faults();
         self.world.recovery.hypervisor.clear_faults();
+        self.hung.drain(..).for_each(|hung| hung.add_permits(1));
         self.world.home.hypervisor.let_guests_refuse(false);
         self.world.mend(true);
         self.world.mend(false);
@@ -383,7 +440,7 @@ impl Run {
             let start = async |world: &World| {
                 let (host, id) = world.active(vm).await;
                 // Refused while a capture is open.
-                host.hypervisor.start(id).await.is_ok()
+                host.hypervisor.start_by_hand(id).await.is_ok()
             };
             self.world.until("the active VM runs", start).await;
         }
@@ -396,6 +453,7 @@ impl Run {
         for vm in VMS {
             let Some(item) = self.world.item(vm).await else { continue };
             has_copies |= item.recovery_vm.is_some() || item.test_vm.is_some();
+            self.world.check_move(vm).await;
             if item.state.phase == Phase::Protected {
                 self.world.check_resend(vm).await;
                 self.world.check_alarm(vm).await;
@@ -418,7 +476,8 @@ async fn run(seed: u64) {
         seed: rng.random(),
         ..WorldOptions::default()
     };
-    let mut run = Run { world: World::new(options).await, rng };
+    let world = World::new(options).await;
+    let mut run = Run { world, rng, hung: Vec::new(), seen: HashMap::new() };
     for vm in VMS {
         run.write(vm).await;
         run.world.protect(vm).await;
@@ -427,8 +486,10 @@ async fn run(seed: u64) {
         run.set_faults();
         for _ in 0..ACTIONS {
             run.act().await;
+            run.check_starts().await;
         }
         run.calm().await;
+        run.check_starts().await;
     }
     for vm in VMS {
         finish_journey(&run.world, vm, 1).await;

@@ -145,3 +145,63 @@ fn when_every_point_is_damaged_one_must_be_named() {
         }
     });
 }
+
+/// What describes one replica is lost in both of its copies: that is said of its item, and all others are looked after as before.
+#[test]
+fn a_replica_that_nobody_can_read_is_told_and_keeps_no_other_from_being_looked_after() {
+    simulate(|| async {
+        log();
+        let vms = vec!["web".to_owned(), "db".to_owned()];
+        let mut world = World::new(WorldOptions { vms, ..WorldOptions::default() }).await;
+        for vm in ["web", "db"] {
+            assert!(world.write(vm, &[("vda", 10, 1)]).await);
+            world.protect(vm).await;
+        }
+        let replica = world.item("web").await.unwrap().id.to_string();
+        for key in world.objects("manifest") {
+            if key.as_ref().contains(&replica) {
+                world.flip(&key, 0.25);
+                world.flip(&key, 0.75);
+            }
+        }
+        world.restart_server().await;
+        let errors = async |world: &World| {
+            let item = world.item("web").await.unwrap();
+            world.ask(move |control| async move { control.item_health(&item).await.unwrap() }).await
+        };
+        world.clock.advance_ms(60_000);
+        world.control().changed.notify_waiters();
+        world
+            .until("it is told", async |world| {
+                let (health, errors, _) = errors(world).await;
+                health == Health::Critical && errors.iter().any(|error| error.message.contains("is damaged"))
+            })
+            .await;
+        assert!(codes(&world).await.contains(&"ReplicationFailed".to_owned()));
+
+        // The other one: new points come, old ones expire, and their space comes back.
+        let points = async |world: &World| {
+            let id = world.item("db").await.unwrap().id.0;
+            world.ask(move |control| async move { control.store.points(id).await.unwrap() }).await
+        };
+        let old = points(&world).await[0].id;
+        for fill in 2..5 {
+            assert!(world.write("db", &[("vda", 10, fill)]).await);
+            let newest = points(&world).await.last().map(|point| point.id);
+            world.clock.advance_ms(25 * 3_600_000);
+            world.control().changed.notify_waiters();
+            world
+                .until("a point is added", async |world| {
+                    points(world).await.last().map(|point| point.id) != newest
+                })
+                .await;
+        }
+        world
+            .until("the first point has expired", async |world| {
+                world.clock.advance_ms(1_000);
+                world.control().changed.notify_waiters();
+                points(world).await.iter().all(|point| point.id != old)
+            })
+            .await;
+    });
+}

@@ -1,0 +1,134 @@
+//! What stands between a job and its end: a database that takes no writes, a mistake of ours, a host that hangs.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use mainstay_control::{
+    db::{JobRecord, JobState},
+    jobs::{Fault, Faults},
+    workflows::{FailoverParams, PointChoice},
+};
+use mainstay_model::{Ending, Operation, Phase};
+use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
+use sqlx::{Connection as _, SqliteConnection};
+use tokio::sync::Semaphore;
+
+use crate::{support::log, workflows::VM};
+
+/// Carries a statement out in the server's database, behind its back.
+fn execute(database: PathBuf, statement: &'static str) {
+    let work = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let url = format!("sqlite:{}", database.display());
+            let mut connection = SqliteConnection::connect(&url).await.unwrap();
+            sqlx::query(statement).execute(&mut connection).await.unwrap();
+            connection.close().await.unwrap();
+        });
+    };
+    std::thread::spawn(work).join().unwrap();
+}
+
+#[test]
+fn a_job_goes_on_when_the_database_takes_writes_again() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let gate = Arc::new(Semaphore::new(0));
+        world.home.hypervisor.inject("shut_down", HostFault::Hang(gate.clone()), 1);
+        let job = world.begin(VM, Operation::PlannedFailover).await.unwrap();
+        world.home.hypervisor.wait_for_hang().await;
+        execute(
+            world.database(),
+            "CREATE TRIGGER refused BEFORE UPDATE ON jobs BEGIN SELECT RAISE(ABORT, 'the disk is full'); END",
+        );
+        gate.add_permits(1);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(world.job(job.id).await.state, JobState::InProgress);
+        assert_eq!(world.phase(VM).await, Some(Phase::Protected));
+        execute(world.database(), "DROP TRIGGER refused");
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+        world.check_planned_failover(VM).await;
+        world.check().await;
+    });
+}
+
+struct Panics;
+
+impl Faults for Panics {
+    fn fault(&self, job: &JobRecord, step: usize, _: bool) -> Fault {
+        assert!(step < 2 || job.operation != Operation::PlannedFailover, "a mistake");
+        Fault::None
+    }
+}
+
+#[test]
+fn a_job_that_a_mistake_of_ours_breaks_off_is_stuck_with_the_reason_and_can_be_restarted() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.set_faults(Some(Arc::new(Panics)));
+        let job = world.begin(VM, Operation::PlannedFailover).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Stuck));
+        let errors: Vec<_> = world.job(job.id).await.steps.into_iter().flat_map(|step| step.errors).collect();
+        assert!(errors.iter().any(|error| error.message.contains("a mistake")), "{errors:?}");
+        world.set_faults(None);
+        world.ask(move |control| async move { control.restart_job(job.id).await }).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+        world.check_planned_failover(VM).await;
+        world.check().await;
+    });
+}
+
+/// The home host's hypervisor hangs, and its agent lives.
+#[test]
+fn an_unplanned_failover_does_not_wait_for_a_host_that_hangs() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let gate = Arc::new(Semaphore::new(0));
+        for method in ["power", "shut_down", "begin_capture", "vm", "disks", "inventory", "power_off"] {
+            world.home.hypervisor.inject(method, HostFault::Hang(gate.clone()), 20);
+        }
+        let params =
+            FailoverParams { point: PointChoice::Latest, shutdown_source: true, shutdown_timeout_ms: 1_000 };
+        let began = tokio::time::Instant::now();
+        let job = world.fail_over(VM, params).await.unwrap();
+        assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+        assert!(began.elapsed() < Duration::from_secs(300), "{:?}", began.elapsed());
+        let job = world.job(job.id).await;
+        assert!(
+            job.steps.iter().flat_map(|step| &step.errors).any(|error| error.code == "TimedOut"),
+            "{job:?}"
+        );
+        // And is stopped when it answers again.
+        world.home.hypervisor.clear_faults();
+        gate.add_permits(200);
+        world.until_old_copies_are_off(VM).await;
+        world.settle().await;
+        world.check().await;
+    });
+}
+
+/// What belongs to no job is asked of each host by itself.
+#[test]
+fn a_host_that_hangs_does_not_keep_another_one_from_standing_down() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let gate = Arc::new(Semaphore::new(0));
+        world.run(VM, Operation::PlannedFailover).await;
+        world.recovery.hypervisor.inject("inventory", HostFault::Hang(gate.clone()), 1000);
+        let home = world.item(VM).await.unwrap().vm;
+        world.clock.advance_ms(60_000);
+        world.home.hypervisor.start_by_hand(home).await.unwrap();
+        world.until_old_copies_are_off(VM).await;
+        world.recovery.hypervisor.clear_faults();
+        gate.add_permits(1000);
+        world.settle().await;
+        world.check().await;
+    });
+}
