@@ -65,7 +65,7 @@ pub(crate) struct SetArguments {
     /// The network after a failover.
     #[arg(long)]
     network: Option<String>,
-    /// The network of test copies; without it they are isolated.
+    /// The network of test copies, unless a test failover names another; without it they are isolated.
     #[arg(long)]
     test_network: Option<String>,
     /// The adapter that the following options are about: its MAC address (the first one by default).
@@ -185,6 +185,9 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
             or_dash(&status.mac_policies.get(&nic.nic_id).cloned()),
         ));
     }
+    // One for all adapters, told with each of them.
+    let test_network = details.vm_nics.first().and_then(|nic| nic.tfo_vm_network_id.as_deref());
+    output::line(&format!("  test network:    {}", test_network.map_or("isolated", last_segment)));
     output::line("");
     output::line("Disks");
     for disk in &details.azure_vm_disk_details {
@@ -414,6 +417,29 @@ async fn post<B: serde::Serialize + Sync>(
     jobs::begin(session, Method::POST, &format!("{}/{verb}", item.id), body, wait, &item.id).await
 }
 
+/// What test copies are attached to.
+#[derive(Args)]
+pub(crate) struct TestNetworkArguments {
+    /// A network to attach the copy to, instead of what `mainstay item set --test-network` says; without either it is isolated.
+    #[arg(long)]
+    network: Option<String>,
+    /// Isolate the copy, whatever the item's settings say.
+    #[arg(long, conflicts_with = "network")]
+    no_network: bool,
+}
+
+impl TestNetworkArguments {
+    /// `networkType` and `networkId` of the request. Without a type the server looks at the item's settings.
+    pub(crate) fn input(self) -> (Option<String>, Option<String>) {
+        let kind = if self.no_network {
+            Some("NoNetworkAttachAsInput")
+        } else {
+            self.network.as_ref().map(|_| "VmNetworkAsInput")
+        };
+        (kind.map(str::to_owned), self.network)
+    }
+}
+
 #[derive(Args)]
 pub(crate) struct TestFailoverArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
@@ -425,9 +451,8 @@ pub(crate) struct TestFailoverArguments {
         value_name = "latest|latest-processed|latest-app-consistent|ID"
     )]
     recovery_point: String,
-    /// A network to attach the copy to; without it the copy is isolated.
-    #[arg(long)]
-    network: Option<String>,
+    #[command(flatten)]
+    network: TestNetworkArguments,
     #[command(flatten)]
     wait: WaitArguments,
 }
@@ -436,12 +461,11 @@ pub(crate) async fn test_failover(
     session: &Session,
     arguments: TestFailoverArguments,
 ) -> anyhow::Result<Exit> {
-    let network_type =
-        if arguments.network.is_some() { "VmNetworkAsInput" } else { "NoNetworkAttachAsInput" };
+    let (network_type, network_id) = arguments.network.input();
     let properties = FailoverInput {
         failover_direction: Some("PrimaryToRecovery".to_owned()),
-        network_type: Some(network_type.to_owned()),
-        network_id: arguments.network,
+        network_type,
+        network_id,
         provider_specific_details: details(&arguments.recovery_point),
         ..FailoverInput::default()
     };

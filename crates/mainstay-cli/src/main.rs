@@ -76,7 +76,7 @@ enum Command {
     Protect(items::ProtectArguments),
     /// Lists an item's recovery points.
     RecoveryPoints(items::ItemArguments),
-    /// Boots a copy in an isolated network; source and replication are not touched.
+    /// Boots a copy in an isolated network, or in the item's test network; source and replication are not touched.
     TestFailover(items::TestFailoverArguments),
     /// Removes the copy of a test failover.
     CleanupTestFailover(items::CleanupArguments),

@@ -13,6 +13,7 @@ use reqwest::Method;
 
 use crate::{
     exit::{Exit, UsageError},
+    items::TestNetworkArguments,
     jobs::{WaitArguments, begin},
     output,
     session::Session,
@@ -56,15 +57,14 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
         #[command(flatten)]
         wait: WaitArguments,
     },
-    /// Boots copies of all machines in isolated networks, group by group.
+    /// Boots copies of all machines, group by group, in isolated networks or in the items' test networks.
     TestFailover {
         name: String,
         /// The recovery points.
         #[arg(long, value_enum, default_value = "latest-processed")]
         recovery_points: Points,
-        /// A network to attach the copies to; without it they are isolated.
-        #[arg(long)]
-        network: Option<String>,
+        #[command(flatten)]
+        network: TestNetworkArguments,
         #[command(flatten)]
         wait: WaitArguments,
     },
@@ -193,11 +193,11 @@ pub(crate) async fn run(session: &Session, command: PlanCommand) -> anyhow::Resu
             begin(session, Method::DELETE, &path(&name), None::<&()>, &wait, &path(&name)).await
         }
         PlanCommand::TestFailover { name, recovery_points, network, wait } => {
-            let kind = if network.is_some() { "VmNetworkAsInput" } else { "NoNetworkAttachAsInput" };
+            let (network_type, network_id) = network.input();
             let properties = RecoveryPlanFailoverInput {
                 failover_direction: to_recovery,
-                network_type: Some(kind.to_owned()),
-                network_id: network,
+                network_type,
+                network_id,
                 provider_specific_details: Some(recovery_points.details()),
                 ..RecoveryPlanFailoverInput::default()
             };

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use mainstay_lab::{Arp, HOME, LabAction, LedgerCopy, Mac, RECOVERY, Segment};
 
 use crate::support::{PATIENCE, World};
@@ -132,5 +132,19 @@ async fn on_a_named_network(world: &mut World) -> Result<()> {
     ask(world, LedgerCopy::Test, 211).await?;
     segment.wait_for("the copy's packet", PATIENCE, asks_for(211)).await?;
     world.cli(&["cleanup-test-failover", "vm1"]).expect(0);
+
+    // What the item's settings say is used without being said again, and only then.
+    world.cli(&["item", "set", "vm1", "--test-network", &isolated]).expect(0);
+    let shown = world.cli(&["item", "show", "vm1"]).expect(0);
+    ensure!(shown.out.contains(&format!("test network:    {isolated}")), "{}", shown.out);
+    world.cli(&["test-failover", "vm1", "--network", &isolated, "--no-network"]).expect(2);
+    for (options, is_on_it) in [(&[][..], true), (&["--no-network"][..], false)] {
+        world.cli(&[&["test-failover", "vm1"], options].concat()).expect(0);
+        world.lab.ledger("vm1", LedgerCopy::Test, PATIENCE).await?;
+        let network = network_of_copy(world).await?;
+        ensure!((network == isolated) == is_on_it, "the copy of {options:?} is on {network}");
+        world.cli(&["cleanup-test-failover", "vm1"]).expect(0);
+    }
+    world.cli(&["item", "set", "vm1", "--test-network", ""]).expect(0);
     Ok(())
 }

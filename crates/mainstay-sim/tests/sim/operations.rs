@@ -5,7 +5,8 @@ use std::sync::Arc;
 use mainstay_control::{
     ControlError,
     app::Requester,
-    workflows::{FailoverParams, PointChoice},
+    db::TargetRecord,
+    workflows::{FailoverParams, PointChoice, TestFailoverParams},
 };
 use mainstay_model::{Ending, Operation, Phase};
 use mainstay_provider::Hypervisor as _;
@@ -80,6 +81,34 @@ fn a_mapping_counts_where_no_network_was_chosen_and_only_there() {
             assert_eq!(networks(&world).await, [chosen.unwrap_or("island")]);
             world.check().await;
         }
+    });
+}
+
+/// Tests on the item's network, on another, and on none.
+#[test]
+fn a_test_copy_is_attached_to_what_the_item_says_unless_the_request_says_something_else() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let item = world.item(VM).await.unwrap();
+        let target = TargetRecord { test_network: Some("island".to_owned()), ..item.target };
+        world.update_target(VM, target).await;
+        for (asked, used) in [(None, "island"), (Some("lan"), "lan"), (Some(""), "")] {
+            let item = world.item(VM).await.unwrap();
+            let params =
+                TestFailoverParams { point: PointChoice::LatestProcessed, network: asked.map(str::to_owned) };
+            let job = world
+                .ask(move |control| async move { control.test_failover(&item, params, by()).await })
+                .await
+                .unwrap();
+            assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+            let copy = world.item(VM).await.unwrap().test_vm.unwrap().vm;
+            let vm = world.recovery.hypervisor.vm(copy).await.unwrap();
+            assert!(vm.nics.iter().all(|nic| nic.network == used), "{asked:?}: {:?}", vm.nics);
+            world.run(VM, Operation::TestFailoverCleanup).await;
+        }
+        world.check().await;
     });
 }
 
