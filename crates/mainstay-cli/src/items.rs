@@ -14,7 +14,7 @@ use reqwest::Method;
 use serde_json::json;
 
 use crate::{
-    exit::{Exit, NotFoundError, UsageError},
+    exit::{Exit, NotFoundError, RefusedError, UsageError},
     jobs::{self, WaitArguments},
     output,
     resources::{find_fabric, find_host},
@@ -624,7 +624,8 @@ pub(crate) async fn complete(session: &Session, arguments: OperationArguments) -
     let item = session.item(&arguments.vm).await?;
     let scenario = &item.properties.current_scenario;
     if scenario.scenario_name != "Failback" {
-        return Err(NotFoundError(format!("no failback of '{}' is under way", item.name)).into());
+        let reason = format!("no failback of '{}' is under way", item.name);
+        return Err(RefusedError { reason, allowed: item.properties.allowed_operations }.into());
     }
     jobs::resume(session, last_segment(&scenario.job_id), &arguments.wait).await
 }

@@ -12,7 +12,7 @@ use reqwest::Method;
 use serde_json::json;
 
 use crate::{
-    exit::{Exit, NotFoundError, UsageError},
+    exit::{Exit, NotFoundError},
     output,
     session::Session,
 };
@@ -425,7 +425,7 @@ pub(crate) async fn find_fabric(session: &Session, name: &str) -> anyhow::Result
     let fabrics: Vec<Resource<FabricProperties>> = session.list("/replicationFabrics").await?;
     let known: Vec<_> = fabrics.iter().map(|fabric| fabric.name.clone()).collect();
     fabrics.into_iter().find(|fabric| fabric.name.eq_ignore_ascii_case(name)).ok_or_else(|| {
-        UsageError(format!("there is no fabric '{name}'; there are: {}", known.join(", "))).into()
+        NotFoundError(format!("there is no fabric '{name}'; there are: {}", known.join(", "))).into()
     })
 }
 

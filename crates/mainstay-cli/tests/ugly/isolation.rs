@@ -106,6 +106,12 @@ async fn a_test_copy_and_production_do_not_hear_each_other() -> Result<()> {
     world.whole("vm1", HOME).await?;
     // What the state does not allow is refused with what it does allow.
     world.cli(&["commit", "vm1"]).expect(3).says("Allowed now: ").says("TestFailover");
+    let told = world.cli(&["complete-failover", "vm1"]).expect(3);
+    told.says("no failback of 'vm1' is under way").says("Allowed now: ").says("TestFailover");
+    // Also with a point that does not exist, which is not what keeps it from being done.
+    let point = "0b6a2f4e-7b1f-4c1e-9d55-3a1c3f0a9b77";
+    world.cli(&["change-recovery-point", "vm1", "--recovery-point", point]).expect(3).says("Allowed now: ");
+    world.cli(&["test-failover", "vm1", "--recovery-point", point]).expect(4).says(point);
     world.proved()
 }
 

@@ -179,8 +179,15 @@ impl Control {
         self.start_job(item.id, JobRequest { operation, params, requested_by: by.0 }).await
     }
 
-    /// Refuses a choice of a point that does not exist before a job is made of it.
-    async fn check_point(&self, item: &ItemRecord, choice: PointChoice) -> Result<(), ControlError> {
+    /// Refuses a choice of a point that does not exist before a job is made of it. The state comes first: in one that does not
+    /// allow the operation there may be no points at all, and to say that one does not exist would hide the reason.
+    async fn check_point(
+        &self,
+        item: &ItemRecord,
+        operation: Operation,
+        choice: PointChoice,
+    ) -> Result<(), ControlError> {
+        item.state.check(operation)?;
         let points = self.recovery_points(item).await?;
         if let PointChoice::Point(id) = choice
             && !points.iter().any(|point| PointId(point.id) == id)
@@ -197,7 +204,7 @@ impl Control {
         params: TestFailoverParams,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
-        self.check_point(item, params.point).await?;
+        self.check_point(item, Operation::TestFailover, params.point).await?;
         self.begin(item, Operation::TestFailover, params, by).await
     }
 
@@ -218,7 +225,7 @@ impl Control {
         params: FailoverParams,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
-        self.check_point(item, params.point).await?;
+        self.check_point(item, Operation::UnplannedFailover, params.point).await?;
         self.begin(item, Operation::UnplannedFailover, params, by).await
     }
 
@@ -299,6 +306,7 @@ impl Control {
         params: FailbackParams,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
+        item.state.check(Operation::Failback)?;
         if let Some(host) = params.host {
             let provider = self.provider(host).await?;
             if !provider.fabric.eq_ignore_ascii_case(&item.fabric) {
@@ -319,7 +327,7 @@ impl Control {
         point: PointChoice,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
-        self.check_point(item, point).await?;
+        self.check_point(item, Operation::ChangeRecoveryPoint, point).await?;
         let params = FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 0 };
         self.begin(item, Operation::ChangeRecoveryPoint, params, by).await
     }

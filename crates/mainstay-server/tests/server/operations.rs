@@ -2,11 +2,15 @@
 
 use std::sync::Arc;
 
-use crate::support::{MAC, Seed, Server, seed};
+use crate::support::{MAC, Seed, Server, put_item, seed};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mainstay_api::arm::{ExportJobDetails, JobProperties, Resource};
-use mainstay_control::{ManualClock, SystemClock, app::Requester, db::EventRecord};
-use mainstay_model::Health;
+use mainstay_control::{
+    ManualClock, SystemClock,
+    app::Requester,
+    db::{EventRecord, ItemRecord},
+};
+use mainstay_model::{Health, ItemState, Phase};
 use serde_json::{Value, json};
 
 async fn ask(server: &Server, method: &str, path: &str, body: &Value) -> Value {
@@ -384,6 +388,53 @@ async fn items_tell_sizes_and_put_a_warning_out_of_sight() {
         refusal(&server, "POST", &format!("{path}/failoverCancel"), &json!({})).await;
     assert_eq!((status, code.as_str()), (409, "OperationNotAllowed"));
     assert!(message.contains("no failover of 'vm1' is under way"), "{message}");
+    server.running.stop().await;
+}
+
+/// What keeps an operation from being begun is the state, and not that in this state there are no recovery points.
+#[tokio::test]
+async fn a_state_that_does_not_allow_an_operation_is_told_before_a_point_that_does_not_exist() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    let point = "0b6a2f4e-7b1f-4c1e-9d55-3a1c3f0a9b77";
+    let failover = json!({ "properties": {
+        "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure", "recoveryPointId": point },
+    } });
+    let change = json!({ "properties": { "recoveryPointId": point } });
+    let home = json!({ "properties": {
+        "failoverDirection": "RecoveryToPrimary",
+        "providerSpecificDetails": {
+            "instanceType": "HyperVReplicaAzureFailback",
+            "providerIdForAlternateRecovery": point,
+        },
+    } });
+    let cases = [
+        ("testFailover", &failover, Phase::UnplannedFailoverCommitted, Phase::Protected),
+        ("unplannedFailover", &failover, Phase::UnplannedFailoverCommitted, Phase::Protected),
+        (
+            "applyRecoveryPoint",
+            &change,
+            Phase::UnplannedFailoverCommitted,
+            Phase::UnplannedFailoverCommitPending,
+        ),
+        ("plannedFailover", &home, Phase::Protected, Phase::UnplannedFailoverCommitted),
+    ];
+    for (verb, body, refusing, allowing) in cases {
+        let in_phase = async |phase| {
+            let state = ItemState { phase, ..seed.item.state };
+            put_item(&control, &ItemRecord { state, ..seed.item.clone() }).await;
+            let path = server.at(&format!("{}/{verb}", item_path(&seed)));
+            let (status, text) = server.send("POST", &path, Some(body.to_string().into_bytes())).await;
+            (status, serde_json::from_str::<Value>(&text).unwrap())
+        };
+        let (status, answer) = in_phase(refusing).await;
+        assert_eq!(status, 409, "{verb}: {answer}");
+        let detail = &answer["error"]["details"][0];
+        let remedy = detail["recommendedAction"].as_str().unwrap();
+        assert!(remedy.starts_with("Allowed now: "), "{verb}: {answer}");
+        assert_eq!(in_phase(allowing).await.0, 404, "{verb}");
+    }
     server.running.stop().await;
 }
 
