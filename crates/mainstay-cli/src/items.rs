@@ -74,7 +74,7 @@ pub(crate) struct SetArguments {
     /// The adapter's network after a failover.
     #[arg(long)]
     nic_network: Option<String>,
-    /// The adapter's address after a failover.
+    /// The adapter's IPv4 address after a failover.
     #[arg(long, value_name = "ADDRESS/PREFIX")]
     ip: Option<String>,
     /// Whether the adapter keeps its MAC address.

@@ -1,6 +1,6 @@
 //! Replicated items: protecting a VM, and every verb on what is protected.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use mainstay_model::{
     ConfigurationChange, Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId,
@@ -479,18 +479,45 @@ fn check_target(item: &ItemRecord, target: &TargetRecord) -> Result<(), ControlE
     Ok(())
 }
 
-/// Checks an address with its prefix length.
+/// Checks an address with its prefix length. IPv4 only, because that is all that drivers can reserve or set in a guest: what
+/// they would refuse in the middle of a failover is refused here, when it is chosen.
 pub fn check_address(address: &str) -> Result<(), ControlError> {
     let parsed = address.split_once('/').and_then(|(ip, prefix)| {
-        let ip: std::net::IpAddr = ip.parse().ok()?;
+        let ip: IpAddr = ip.parse().ok()?;
         let prefix: u8 = prefix.parse().ok()?;
-        (prefix <= if ip.is_ipv4() { 32 } else { 128 }).then_some(())
+        (prefix <= if ip.is_ipv4() { 32 } else { 128 }).then_some(ip)
     });
-    parsed.ok_or_else(|| {
-        ControlError::invalid(
+    match parsed {
+        Some(IpAddr::V4(_)) => Ok(()),
+        Some(IpAddr::V6(_)) => Err(ControlError::invalid(
             "InvalidAddress",
-            format!("'{address}' is not an address with a prefix length"),
+            format!("'{address}' is an IPv6 address, and an adapter can be given an IPv4 address only"),
+            "Choose an IPv4 address, like 10.0.0.7/24, or none: the adapter then has what its network gives it.",
+        )),
+        None => Err(ControlError::invalid(
+            "InvalidAddress",
+            format!("'{address}' is not an IPv4 address with a prefix length"),
             "Write it like 10.0.0.7/24.",
-        )
-    })
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_take_ipv4_addresses_with_a_prefix_only() {
+        for good in ["10.0.0.7/24", "10.0.0.7/32", "192.168.1.1/0"] {
+            check_address(good).unwrap();
+        }
+        for bad in ["10.0.0.7", "10.0.0.7/33", "10.0.0/24", "fd00::1", "fd00::1/129", "", "/24"] {
+            let told = check_address(bad).unwrap_err().to_string();
+            assert!(told.contains("not an IPv4 address with a prefix length"), "{told}");
+        }
+        for other in ["fd00::1/64", "::ffff:10.0.0.7/120"] {
+            let told = check_address(other).unwrap_err().to_string();
+            assert!(told.contains("IPv4 address only"), "{told}");
+        }
+    }
 }
