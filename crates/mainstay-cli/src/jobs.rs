@@ -203,6 +203,9 @@ fn show(job: &Job) {
     output::line(&format!("state:    {} ({})", it.state, it.state_description));
     output::line(&format!("began:    {}", it.start_time.as_deref().unwrap_or("-")));
     output::line(&format!("ended:    {}", it.end_time.as_deref().unwrap_or("-")));
+    if let Some(notes) = it.custom_details["comments"].as_str().filter(|notes| !notes.is_empty()) {
+        output::line(&format!("notes:    {notes}"));
+    }
     if !it.allowed_actions.is_empty() {
         output::line(&format!("possible: {}", it.allowed_actions.join(", ")));
     }

@@ -102,6 +102,15 @@ async fn a_test_copy_and_production_do_not_hear_each_other() -> Result<()> {
     assert!(!recovery.has_seen(answers)?, "somebody answers at the recovery site");
 
     world.cli(&["cleanup-test-failover", "vm1", "--notes", "isolated"]).expect(0);
+    let jobs = world.cli(&["job", "list", "--json"]).expect(0).json()?;
+    let cleanup = jobs
+        .as_array()
+        .context("a list")?
+        .iter()
+        .find(|job| job["properties"]["scenarioName"] == "TestFailoverCleanup");
+    let name = cleanup.and_then(|job| job["name"].as_str()).context("the clean-up's job")?;
+    let shown = world.cli(&["job", "show", name]).expect(0);
+    ensure!(shown.out.contains("notes:    isolated"), "{}", shown.out);
     on_a_named_network(&mut world).await?;
     world.whole("vm1", HOME).await?;
     // What the state does not allow is refused with what it does allow.

@@ -19,7 +19,7 @@ use mainstay_control::{
     db::{ConfigurationJob, EventRecord, ItemRecord, JobEntry, JobError, JobRecord, JobState, StepRecord},
     jobs::{Task, job_log, tasks},
 };
-use mainstay_model::{Ending, Health, JobId, StepState, projection};
+use mainstay_model::{Ending, Health, JobId, Operation, StepState, projection};
 use mainstay_provider::{Firmware, Network, Progress};
 use mainstay_store::{Consistency, PointInfo};
 use serde_json::{Value, json};
@@ -574,18 +574,28 @@ fn job(ids: &Ids<'_>, record: &JobRecord, children: &Children) -> Resource<JobPr
             target_object_id: if is_plan { record.item_name.clone() } else { record.item.to_string() },
             target_object_name: record.vm_name.clone(),
             target_instance_type: if is_plan { "RecoveryPlan" } else { "ProtectionEntity" }.to_owned(),
-            custom_details: json!({
-                "instanceType": "AsrJobDetails",
-                "affectedObjectDetails": {
-                    "primaryVmName": record.vm_name,
-                    "primaryCloudName": record.fabric,
-                    "primaryFabricProviderId": "HyperVSite",
-                    "recoveryCloudName": AZURE,
-                    "recoveryFabricProviderId": "Azure",
-                },
-            }),
+            custom_details: job_details(record),
         },
     )
+}
+
+/// What the service tells of a job of this kind. What a rehearsal showed is the remark that it was cleaned up with.
+fn job_details(record: &JobRecord) -> Value {
+    let mut details = json!({
+        "instanceType": "AsrJobDetails",
+        "affectedObjectDetails": {
+            "primaryVmName": record.vm_name,
+            "primaryCloudName": record.fabric,
+            "primaryFabricProviderId": "HyperVSite",
+            "recoveryCloudName": AZURE,
+            "recoveryFabricProviderId": "Azure",
+        },
+    });
+    if record.operation == Operation::TestFailoverCleanup {
+        details["instanceType"] = "TestFailoverJobDetails".into();
+        details["comments"] = record.params["notes"].as_str().unwrap_or_default().into();
+    }
+    details
 }
 
 fn has_warnings(record: &JobRecord) -> bool {

@@ -10,7 +10,7 @@ use mainstay_control::{
     app::Requester,
     db::{EventRecord, ItemRecord},
 };
-use mainstay_model::{Health, ItemState, Phase};
+use mainstay_model::{Health, ItemState, Phase, TestFailoverState};
 use serde_json::{Value, json};
 
 async fn ask(server: &Server, method: &str, path: &str, body: &Value) -> Value {
@@ -388,6 +388,26 @@ async fn items_tell_sizes_and_put_a_warning_out_of_sight() {
         refusal(&server, "POST", &format!("{path}/failoverCancel"), &json!({})).await;
     assert_eq!((status, code.as_str()), (409, "OperationNotAllowed"));
     assert!(message.contains("no failover of 'vm1' is under way"), "{message}");
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_rehearsal_showed_is_told_with_the_job_that_cleaned_it_up() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    let state = ItemState { test_failover: TestFailoverState::WaitingForCleanup, ..seed.item.state };
+    put_item(&control, &ItemRecord { state, ..seed.item.clone() }).await;
+    let path = server.at(&format!("{}/testFailoverCleanup", item_path(&seed)));
+    let body = json!({ "properties": { "comments": "booted,\nchecked" } });
+    let name = server.administrator.begin(reqwest::Method::POST, &path, Some(&body)).await.unwrap().unwrap();
+    let job = get(&server, &format!("replicationJobs/{name}")).await;
+    let details = &job["properties"]["customDetails"];
+    assert_eq!(
+        (&details["instanceType"], &details["comments"]),
+        (&json!("TestFailoverJobDetails"), &json!("booted,\nchecked"))
+    );
+    assert_eq!(details["affectedObjectDetails"]["primaryVmName"], "vm1");
     server.running.stop().await;
 }
 
