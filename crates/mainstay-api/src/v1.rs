@@ -108,6 +108,21 @@ pub struct ItemStatus {
     /// `Keep` or `Generate`: the MAC address policy of each adapter, by its MAC address at home.
     #[serde(default)]
     pub mac_policies: BTreeMap<String, String>,
+    /// Its disks, as they were when protection began.
+    #[serde(default)]
+    pub disks: Vec<DiskStatus>,
+}
+
+/// What ARM has no field for of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskStatus {
+    /// Its key.
+    pub key: String,
+    /// Format of its image at home: `Raw`, `Qcow2`.
+    pub format: String,
+    /// Whether it is replicated.
+    pub is_replicated: bool,
 }
 
 /// Answer of `GET` and `POST /api/v1/items/{item}/scrub`: what is known of the item's replica.

@@ -190,10 +190,18 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
     output::line(&format!("  test network:    {}", test_network.map_or("isolated", last_segment)));
     output::line("");
     output::line("Disks");
+    // Nothing from a server of before formats were told.
+    let format = |key: &str| {
+        let found = status.disks.iter().find(|disk| disk.key == key && !disk.format.is_empty());
+        found.map_or_else(String::new, |disk| format!("{}, ", disk.format.to_lowercase()))
+    };
     for disk in &details.azure_vm_disk_details {
         output::line(&format!(
-            "  {}: {}, {} MiB, replicated",
-            disk.vhd_name, disk.vhd_type, disk.max_size_mb
+            "  {}: {}, {}{} MiB, replicated",
+            disk.vhd_name,
+            disk.vhd_type,
+            format(&disk.vhd_id),
+            disk.max_size_mb
         ));
     }
     let protectable: Resource<mainstay_api::arm::ProtectableItemProperties> =
@@ -205,8 +213,11 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
     for disk in protectable.properties.custom_details.disk_details {
         if !details.azure_vm_disk_details.iter().any(|included| included.vhd_id == disk.vhd_id) {
             output::line(&format!(
-                "  {}: {}, {} MiB, excluded",
-                disk.vhd_name, disk.vhd_type, disk.max_size_mb
+                "  {}: {}, {}{} MiB, excluded",
+                disk.vhd_name,
+                disk.vhd_type,
+                format(&disk.vhd_id),
+                disk.max_size_mb
             ));
         }
     }

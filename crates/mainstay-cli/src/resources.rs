@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use mainstay_api::{
     arm::{
         EventProperties, FabricProperties, HYPERV_REPLICA_AZURE, PolicyInput, PolicyProperties,
-        PolicySettings, ProviderProperties, Request, Resource,
+        PolicySettings, ProviderProperties, Request, Resource, WITHOUT,
     },
     v1::{RegistrationKey, Token, TokenRequest},
 };
@@ -184,17 +184,22 @@ pub(crate) async fn vm(session: &Session, VmCommand::List { json }: VmCommand) -
         .map(|vm| {
             let it = vm.properties;
             let mebibytes: i64 = it.custom_details.disk_details.iter().map(|disk| disk.max_size_mb).sum();
-            let protectable = if it.protection_readiness_errors.is_empty() {
-                "yes".to_owned()
-            } else {
-                format!("no: {}", it.protection_readiness_errors.join(" "))
-            };
+            let protectable = protectable(&it.protection_readiness_errors);
             let disks = format!("{} ({mebibytes} MiB)", it.custom_details.disk_details.len());
             vec![it.friendly_name, it.protection_status, protectable, disks, vm.name]
         })
         .collect();
     output::table(&["VM", "STATUS", "PROTECTABLE", "DISKS", "ID"], rows);
     Ok(Exit::Done)
+}
+
+/// Whether a VM can be protected, and what stands in the way.
+fn protectable(errors: &[String]) -> String {
+    if errors.is_empty() {
+        return "yes".to_owned();
+    }
+    let can_be_left_out = errors.iter().all(|error| error.starts_with(WITHOUT));
+    format!("{} {}", if can_be_left_out { "yes," } else { "no:" }, errors.join(" "))
 }
 
 /// Values of a policy.
@@ -432,6 +437,16 @@ pub(crate) async fn find_fabric(session: &Session, name: &str) -> anyhow::Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vm_is_protectable_without_a_disk_or_not_at_all() {
+        let told =
+            |errors: &[&str]| protectable(&errors.iter().map(|&error| error.to_owned()).collect::<Vec<_>>());
+        assert_eq!(told(&[]), "yes");
+        let shared = "without vdb: disk vdb is shared with other VMs. Leave it out.";
+        assert_eq!(told(&[shared]), format!("yes, {shared}"));
+        assert_eq!(told(&["It is away.", shared]), format!("no: It is away. {shared}"));
+    }
 
     #[test]
     fn frequencies_are_seconds_or_presets() {

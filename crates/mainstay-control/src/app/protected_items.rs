@@ -9,7 +9,7 @@ use mainstay_model::{
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::ProtectableItem;
+use super::{ProtectableItem, disk_obstacle};
 use crate::{
     Control, ControlError,
     db::{ConfigurationJob, DiskRecord, ItemRecord, JobRecord, ReplicationRecord, ScrubRecord, TargetRecord},
@@ -49,7 +49,7 @@ impl Control {
     ) -> Result<JobRecord, ControlError> {
         super::check_name("replicated item", &request.name)?;
         let found = self.protectable_items(&request.fabric).await?;
-        let ProtectableItem { vm, provider, fabric, item, why_not } =
+        let ProtectableItem { vm, provider, fabric, item, why_not, obstacles: _ } =
             found.into_iter().find(|found| found.vm.id == request.vm).ok_or_else(|| {
                 ControlError::NotFound { kind: "protectable item", name: request.vm.to_string() }
             })?;
@@ -64,6 +64,14 @@ impl Control {
                 "NotProtectable",
                 format!("'{}' cannot be protected: {}", vm.name, why_not.join(" ")),
                 "Remove the causes, then refresh the host.",
+            ));
+        }
+        let mut included = vm.disks.iter().filter(|disk| !request.excluded_disks.contains(&disk.key));
+        if let Some((why, remedy)) = included.find_map(|disk| disk_obstacle(&vm, disk)) {
+            return Err(ControlError::invalid(
+                "DiskNotReplicable",
+                format!("'{}' cannot be protected as a whole: {why}", vm.name),
+                remedy,
             ));
         }
         let policy = self.policy(&request.policy).await?;

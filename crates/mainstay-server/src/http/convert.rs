@@ -228,6 +228,7 @@ pub(super) fn protectable_item(
     item_name: Option<&str>,
 ) -> Resource<ProtectableItemProperties> {
     let vm = &found.vm;
+    let without = found.obstacles.iter().map(|(disk, why)| format!("{}{disk}: {why}", arm::WITHOUT));
     resource(
         ids.protectable_item(fabric, vm.id),
         "replicationFabrics/replicationProtectionContainers/replicationProtectableItems",
@@ -236,7 +237,7 @@ pub(super) fn protectable_item(
             protection_status: if found.item.is_some() { "Protected" } else { "Unprotected" }.to_owned(),
             replication_protected_item_id: item_name.map(|name| ids.item(fabric, name)),
             recovery_services_provider_id: ids.provider(&fabric.name, found.provider),
-            protection_readiness_errors: found.why_not.clone(),
+            protection_readiness_errors: found.why_not.iter().cloned().chain(without).collect(),
             supported_replication_providers: vec![HYPERV_REPLICA_AZURE.to_owned()],
             custom_details: VirtualMachineDetails {
                 instance_type: "HyperVVirtualMachine".to_owned(),

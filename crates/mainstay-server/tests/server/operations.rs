@@ -11,6 +11,7 @@ use mainstay_control::{
     db::{EventRecord, ItemRecord},
 };
 use mainstay_model::{Health, ItemState, Phase, TestFailoverState};
+use mainstay_provider::{Disk, Finding, FindingSeverity};
 use serde_json::{Value, json};
 
 async fn ask(server: &Server, method: &str, path: &str, body: &Value) -> Value {
@@ -190,6 +191,50 @@ async fn protectable_items_come_in_pages_as_long_as_the_client_wants() {
         let (status, text) = server.send("GET", &server.at(&format!("{path}?{wrong}")), None).await;
         assert_eq!(status, 400, "{wrong}: {text}");
     }
+    server.running.stop().await;
+}
+
+/// One disk that cannot be replicated is told before anybody tries, and whoever tries is told how to go on without it.
+#[tokio::test]
+async fn a_vm_with_a_disk_that_cannot_be_replicated_is_protected_without_it() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    let mut host = control.provider(seed.home).await.unwrap();
+    let vms = &mut host.discovery.as_mut().unwrap().inventory.vms;
+    let vm = vms.iter_mut().find(|vm| vm.id == seed.other_vm).unwrap();
+    let shared =
+        Disk { key: "vdb".to_owned(), is_os_disk: false, is_replicable: false, ..vm.disks[0].clone() };
+    vm.disks.push(shared);
+    vm.findings.push(Finding {
+        code: "DiskShared".to_owned(),
+        severity: FindingSeverity::Warning,
+        message: "disk vdb is shared with other VMs".to_owned(),
+        remedy: "Move it, or leave it out.".to_owned(),
+    });
+    let mut transaction = control.db.begin().await.unwrap();
+    transaction.put_resource(&host).await.unwrap();
+    transaction.commit().await.unwrap();
+
+    let container = format!("replicationFabrics/home/replicationProtectionContainers/{}", seed.container);
+    let protectable = format!("{container}/replicationProtectableItems/{}", seed.other_vm);
+    let found = get(&server, &protectable).await;
+    let told = found["properties"]["protectionReadinessErrors"][0].as_str().unwrap();
+    assert!(told.starts_with("without vdb: disk vdb is shared with other VMs. Move it, "), "{told}");
+    let path = format!("{container}/replicationProtectedItems/vm2");
+    let mut body = json!({ "properties": {
+        "policyId": "policy",
+        "protectableItemId": server.at(&protectable),
+        "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure" },
+    } });
+    let (status, text) = server.send("PUT", &server.at(&path), Some(body.to_string().into_bytes())).await;
+    let error: Value = serde_json::from_str(&text).unwrap();
+    let detail = &error["error"]["details"][0];
+    assert_eq!((status, &detail["code"]), (400, &json!("DiskNotReplicable")), "{text}");
+    assert!(detail["message"].as_str().unwrap().contains("disk vdb is shared with other VMs"), "{text}");
+    assert!(detail["recommendedAction"].as_str().unwrap().contains("--exclude-disk vdb"), "{text}");
+    body["properties"]["providerSpecificDetails"]["disksToInclude"] = json!(["vda"]);
+    ask(&server, "PUT", &path, &body).await;
     server.running.stop().await;
 }
 
