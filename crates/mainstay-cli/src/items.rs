@@ -26,6 +26,7 @@ use crate::{
 pub(crate) struct ItemArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
+    /// Print JSON, for programs.
     #[arg(long)]
     json: bool,
 }
@@ -42,6 +43,7 @@ pub(crate) struct OperationArguments {
 pub(crate) enum ItemCommand {
     /// Lists the replicated items.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -53,6 +55,19 @@ pub(crate) enum ItemCommand {
 
 /// What the recovery VM shall be; an empty value takes a setting back.
 #[derive(Args)]
+#[command(
+    group(clap::ArgGroup::new("adapter").args(["nic_network", "ip", "mac_policy"]).multiple(true)),
+    after_help = "\
+Two processors, 4 GiB of memory and another name after a failover:
+  mainstay item set web01 --size 2x4096 --target-name web01-dr
+
+An address for an adapter, and none of its own again (the network gives one then):
+  mainstay item set web01 --nic 52:54:00:12:34:56 --ip 10.0.0.7/24
+  mainstay item set web01 --nic 52:54:00:12:34:56 --ip \"\"
+
+A network for rehearsals:
+  mainstay item set web01 --test-network island"
+)]
 pub(crate) struct SetArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
@@ -69,7 +84,7 @@ pub(crate) struct SetArguments {
     #[arg(long)]
     test_network: Option<String>,
     /// The adapter that the following options are about: its MAC address (the first one by default).
-    #[arg(long, value_name = "MAC")]
+    #[arg(long, value_name = "MAC", requires = "adapter")]
     nic: Option<String>,
     /// The adapter's network after a failover.
     #[arg(long)]
@@ -266,6 +281,15 @@ async fn set(session: &Session, arguments: SetArguments) -> anyhow::Result<Exit>
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+A policy first, then the VM; `mainstay vm list` says which VMs there are and what stands in their way:
+  mainstay policy create often --copy-frequency 30s --retention 24 --app-consistent-frequency 1
+  mainstay protect web01 --policy often
+
+Without a disk that need not, or cannot, be replicated:
+  mainstay protect web01 --policy often --exclude-disk vdb
+
+The job ends when replication has begun. `mainstay item show web01` tells when the VM is protected.")]
 pub(crate) struct ProtectArguments {
     /// The VM: its name, or its protectable item's ARM id.
     vm: String,
@@ -452,10 +476,19 @@ impl TestNetworkArguments {
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+A rehearsal and its end:
+  mainstay test-failover web01
+  mainstay cleanup-test-failover web01 --notes \"booted, checked\"
+
+A state of before something went wrong:
+  mainstay recovery-points web01
+  mainstay test-failover web01 --recovery-point 0198f2b4-6a1e-7c33-9d55-3a1c3f0a9b77")]
 pub(crate) struct TestFailoverArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
-    /// The recovery point.
+    /// The recovery point: the newest (`latest`, `latest-processed`: nothing is shipped for a rehearsal), the newest that the
+    /// guest's agent has prepared (`latest-app-consistent`), or the ID of one that `mainstay recovery-points` lists.
     #[arg(
         long,
         default_value = "latest-processed",
@@ -500,10 +533,21 @@ pub(crate) async fn cleanup(session: &Session, arguments: CleanupArguments) -> a
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+The protected site may be lost: what can be had is shipped first, and the VM runs in any case:
+  mainstay failover web01
+
+The protected site must not be touched, or is known to be gone:
+  mainstay failover web01 --recovery-point latest-processed --no-shutdown-source
+
+Afterwards another recovery point can be tried (`mainstay change-recovery-point`) until one is made final:
+  mainstay commit web01")]
 pub(crate) struct FailoverArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
-    /// The recovery point.
+    /// The recovery point: what the source still has, shipped after it was stopped, or the newest if that cannot be (`latest`);
+    /// the newest that the recovery site has already, without waiting for anything (`latest-processed`); the newest that the
+    /// guest's agent has prepared (`latest-app-consistent`); or the ID of one that `mainstay recovery-points` lists.
     #[arg(long, default_value = "latest", value_name = "latest|latest-processed|latest-app-consistent|ID")]
     recovery_point: String,
     /// Shut the source down first and ship its last changes; the failover goes on if that fails (default).
@@ -528,10 +572,15 @@ pub(crate) async fn failover(session: &Session, arguments: FailoverArguments) ->
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+All that the VM has written since its failover is discarded. Points can be changed until `mainstay commit`:
+  mainstay recovery-points web01
+  mainstay change-recovery-point web01 --recovery-point 0198f2b4-6a1e-7c33-9d55-3a1c3f0a9b77")]
 pub(crate) struct ChangePointArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
-    /// The recovery point to run instead.
+    /// The recovery point to run instead: the newest (`latest`, `latest-processed`), the newest that the guest's agent had
+    /// prepared (`latest-app-consistent`), or the ID of one that `mainstay recovery-points` lists.
     #[arg(long, value_name = "latest|latest-processed|latest-app-consistent|ID")]
     recovery_point: String,
     #[command(flatten)]
@@ -568,6 +617,16 @@ enum SyncOption {
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+To the recovery site, without loss; both sites must be there:
+  mainstay planned-failover web01 --direction PrimaryToRecovery
+  mainstay commit web01
+
+And home again; the VM runs on until `complete-failover`:
+  mainstay planned-failover web01 --direction RecoveryToPrimary
+  mainstay complete-failover web01
+  mainstay commit web01
+  mainstay reverse-replicate web01")]
 pub(crate) struct PlannedFailoverArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,

@@ -36,6 +36,7 @@ pub(crate) enum JobCommand {
         /// How many.
         #[arg(long, default_value_t = 30)]
         limit: usize,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -43,10 +44,18 @@ pub(crate) enum JobCommand {
     Show {
         /// The job's id.
         job: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Follows a job until it ends or waits for a person.
+    #[command(after_help = "\
+What another command began without waiting:
+  mainstay failover web01 --no-wait
+  mainstay job list
+  mainstay job watch 0198f2b4-6a1e-7c33-9d55-3a1c3f0a9b77
+
+The exit code is the job's: 0 done, 1 failed, 6 waiting for a person (`mainstay job resume`).")]
     Watch {
         /// The job's id.
         job: String,

@@ -42,23 +42,28 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Lists the plans.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Shows a plan: groups, machines, actions.
     Show {
+        /// The plan's name.
         name: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Removes a plan; its machines stay as they are.
     Delete {
+        /// The plan's name.
         name: String,
         #[command(flatten)]
         wait: WaitArguments,
     },
     /// Boots copies of all machines, group by group, in isolated networks or in the items' test networks.
     TestFailover {
+        /// The plan's name.
         name: String,
         /// The recovery points.
         #[arg(long, value_enum, default_value = "latest-processed")]
@@ -70,6 +75,7 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Removes the copies of a test failover.
     CleanupTestFailover {
+        /// The plan's name.
         name: String,
         /// Kept with the job.
         #[arg(long, default_value = "")]
@@ -79,6 +85,7 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Runs all machines at the recovery site (disaster: something may be lost). Goes on with the others if one fails.
     Failover {
+        /// The plan's name.
         name: String,
         /// The recovery points.
         #[arg(long, value_enum, default_value = "latest")]
@@ -91,6 +98,7 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Moves all machines without loss: to the recovery site, or back home. Stops at the first failure.
     PlannedFailover {
+        /// The plan's name.
         name: String,
         /// Where to.
         #[arg(long, value_parser = ["PrimaryToRecovery", "RecoveryToPrimary"])]
@@ -106,12 +114,14 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Makes the failover or failback of all machines final.
     Commit {
+        /// The plan's name.
         name: String,
         #[command(flatten)]
         wait: WaitArguments,
     },
     /// Replicates all machines to the recovery site again after a failback.
     ReverseReplicate {
+        /// The plan's name.
         name: String,
         #[command(flatten)]
         wait: WaitArguments,

@@ -23,11 +23,13 @@ pub(crate) enum FabricCommand {
     Create {
         /// Its name.
         name: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the sites.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -78,11 +80,13 @@ pub(crate) enum HostCommand {
         /// The fabric.
         #[arg(long)]
         fabric: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the registered hosts.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -168,6 +172,7 @@ pub(crate) async fn host(session: &Session, command: HostCommand) -> anyhow::Res
 pub(crate) enum VmCommand {
     /// Lists the discovered VMs: protectable, or why not.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -250,11 +255,13 @@ pub(crate) enum PolicyCommand {
         name: String,
         #[command(flatten)]
         values: PolicyValues,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the policies.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -262,6 +269,7 @@ pub(crate) enum PolicyCommand {
     Show {
         /// Its name.
         name: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -271,6 +279,7 @@ pub(crate) enum PolicyCommand {
         name: String,
         #[command(flatten)]
         values: PolicyValues,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -340,11 +349,13 @@ pub(crate) enum TokenCommand {
         /// Days until it stops to work; never by default.
         #[arg(long)]
         days: Option<u32>,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the tokens, without their secrets.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -399,6 +410,7 @@ pub(crate) enum EventCommand {
         /// How many.
         #[arg(long, default_value_t = 50)]
         limit: usize,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
