@@ -221,6 +221,21 @@ pub struct CycleProgress {
     pub bytes_total: u64,
     /// Bytes that went over the data connection.
     pub bytes_moved: u64,
+    /// The same of each disk, where it goes disk by disk.
+    #[serde(default)]
+    pub disks: Vec<DiskProgress>,
+}
+
+/// Progress with a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskProgress {
+    /// The disk's key.
+    pub key: String,
+    /// Bytes dealt with.
+    pub bytes_done: u64,
+    /// Bytes to deal with.
+    pub bytes_total: u64,
 }
 
 /// Answer of `GET /api/v1/items/{id}/console`.

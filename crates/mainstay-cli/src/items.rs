@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::{
     exit::{Exit, NotFoundError, RefusedError, UsageError},
     jobs::{self, WaitArguments},
-    output,
+    output, progress,
     resources::{find_fabric, find_host},
     scrubs,
     session::{Item, Session},
@@ -167,6 +167,14 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
         output::line(&format!("                   {}: {}", error.error_level, error.error_message));
         output::line(&format!("                   → {}", error.recommended_action));
     }
+    let status: ItemStatus = session.client.get(&session.v1(&format!("/items/{}", item.name))).await?;
+    if it.protection_state == "InitialReplicationInProgress" {
+        let initial = &details.initial_replication_details;
+        output::line(&format!("initial copy:      {} %", initial.initial_replication_progress_percentage));
+    }
+    if let Some(told) = status.cycle.as_ref().map(progress::text).filter(|told| !told.is_empty()) {
+        output::line(&format!("under way:         {told}"));
+    }
     let rpo = details.rpo_in_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds} s"));
     output::line(&format!("RPO:               {rpo}"));
     output::line(&format!("policy:            {}", it.policy_friendly_name));
@@ -189,7 +197,6 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
         "  target size:     {}",
         details.recovery_azure_vm_size.clone().unwrap_or_else(|| "as at home".to_owned())
     ));
-    let status: ItemStatus = session.client.get(&session.v1(&format!("/items/{}", item.name))).await?;
     for nic in &details.vm_nics {
         let network = nic.recovery_vm_network_id.as_deref().map_or("not connected", last_segment);
         let address = nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone());
@@ -212,11 +219,16 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
     };
     for disk in &details.azure_vm_disk_details {
         output::line(&format!(
-            "  {}: {}, {}{} MiB, replicated",
+            "  {}: {}, {}{} MiB, replicated{}",
             disk.vhd_name,
             disk.vhd_type,
             format(&disk.vhd_id),
-            disk.max_size_mb
+            disk.max_size_mb,
+            status
+                .cycle
+                .as_ref()
+                .and_then(|cycle| progress::of_disk(cycle, &disk.vhd_id))
+                .map_or_else(String::new, |share| format!("; under way: {share}"))
         ));
     }
     let protectable: Resource<mainstay_api::arm::ProtectableItemProperties> =
@@ -289,7 +301,9 @@ A policy first, then the VM; `mainstay vm list` says which VMs there are and wha
 Without a disk that need not, or cannot, be replicated:
   mainstay protect web01 --policy often --exclude-disk vdb
 
-The job ends when replication has begun. `mainstay item show web01` tells when the VM is protected.")]
+The job ends when replication has begun. To wait until the VM can be failed over, or to look how far it is:
+  mainstay protect web01 --policy often --until-protected
+  mainstay item show web01")]
 pub(crate) struct ProtectArguments {
     /// The VM: its name, or its protectable item's ARM id.
     vm: String,
@@ -305,6 +319,9 @@ pub(crate) struct ProtectArguments {
     /// A disk that is not replicated (`vdb`); can be given several times.
     #[arg(long, value_name = "DISK")]
     exclude_disk: Vec<String>,
+    /// Wait until initial replication is complete and the VM is protected, and show how far it is.
+    #[arg(long, conflicts_with = "no_wait")]
+    until_protected: bool,
     #[command(flatten)]
     wait: WaitArguments,
 }
@@ -361,7 +378,20 @@ pub(crate) async fn protect(session: &Session, arguments: ProtectArguments) -> a
     };
     let name = arguments.name.unwrap_or_else(|| resource_name(&vm.properties.friendly_name, &vm.name));
     let path = format!("{container}/replicationProtectedItems/{name}");
-    jobs::begin(session, Method::PUT, &path, Some(&body), &arguments.wait, &path).await
+    if !arguments.until_protected {
+        return jobs::begin(session, Method::PUT, &path, Some(&body), &arguments.wait, &path).await;
+    }
+    // The item is printed when it is what is waited for.
+    let wait = arguments.wait.silent();
+    let exit = jobs::begin(session, Method::PUT, &path, Some(&body), &wait, &path).await?;
+    if exit != Exit::Done {
+        return Ok(exit);
+    }
+    let item = progress::until_protected(session, &path).await?;
+    if arguments.wait.json {
+        output::json(&item)?;
+    }
+    Ok(Exit::Done)
 }
 
 /// The VM's name if it can name a resource, else its id.

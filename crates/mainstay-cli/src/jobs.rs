@@ -11,12 +11,12 @@ use mainstay_api::{
 use reqwest::Method;
 use serde_json::Value;
 
-use crate::{exit::Exit, output, session::Session};
+use crate::{exit::Exit, output, progress, session::Session};
 
 type Job = Resource<JobProperties>;
 
 /// Whether to wait for the job.
-#[derive(Args)]
+#[derive(Args, Clone, Copy)]
 pub(crate) struct WaitArguments {
     /// Wait until the job ends, or waits for a person (default).
     #[arg(long, overrides_with = "no_wait")]
@@ -26,7 +26,14 @@ pub(crate) struct WaitArguments {
     no_wait: bool,
     /// Print the item (or, without waiting, the job) as ARM resource.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
+}
+
+impl WaitArguments {
+    /// The same, for who prints the item itself, later.
+    pub(crate) fn silent(self) -> Self {
+        Self { json: false, ..self }
+    }
 }
 
 #[derive(Subcommand)]
@@ -391,21 +398,11 @@ async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
 }
 
 fn progress_text(task: &JobTask, status: Option<&TaskStatus>) -> String {
-    let mut text = task.friendly_name.clone();
-    let Some(TaskStatus { progress, .. }) = status else { return text };
-    if !progress.phase.is_empty() {
-        text = format!("{text}: {}", progress.phase);
+    let told = status.map(|status| progress::text(&status.progress)).filter(|told| !told.is_empty());
+    match told {
+        Some(told) => format!("{}: {told}", task.friendly_name),
+        None => task.friendly_name.clone(),
     }
-    let (done, total) = (progress.bytes_done, progress.bytes_total);
-    if total > 0 {
-        text = format!(
-            "{text} ({} of {}, {} %)",
-            output::bytes(done),
-            output::bytes(total),
-            done.saturating_mul(100) / total
-        );
-    }
-    text
 }
 
 fn ending(job: &Job) -> Exit {

@@ -10,6 +10,7 @@ mod lab;
 mod output;
 mod plans;
 mod principals;
+mod progress;
 mod resources;
 mod scrubs;
 mod server;

@@ -54,7 +54,17 @@ async fn network_of_copy(world: &World) -> Result<String> {
 async fn a_test_copy_and_production_do_not_hear_each_other() -> Result<()> {
     let mut world = World::up("isolation").await?;
     let vm = world.guest("vm1", "ledger.ip=10.77.0.5/24")?;
-    world.protect(&vm).await?;
+    world.add(&vm).await?;
+    world
+        .cli(&["policy", "create", "often", "--copy-frequency", "5", "--app-consistent-frequency", "0"])
+        .expect(0);
+    let protect = ["protect", "vm1", "--policy", "often", "--until-protected", "--json"];
+    let item = world.cli(&protect).expect(0).says("'vm1' is protected").json()?;
+    ensure!(item["properties"]["protectionState"] == "Protected", "{item}");
+    let shown = world.cli(&["item", "show", "vm1"]).expect(0);
+    for words in ["test network:    isolated", "OperatingSystem, qcow2, ", " MiB, replicated"] {
+        ensure!(shown.out.contains(words), "{words} is not in {}", shown.out);
+    }
     let production =
         [HOME, RECOVERY].map(|site| world.lab.file().site(site).map(|site| site.network.clone()));
     let [home, recovery] = production;

@@ -10,7 +10,7 @@ use mainstay_api::arm::{
     NAMESPACE, NetworkProperties, PolicyDetails, PolicyProperties, ProtectableItemProperties,
     ProviderProperties, RecoveryPointProperties, Resource, ServiceError, VirtualMachineDetails,
 };
-use mainstay_api::v1::{CycleProgress, JobStatus, TaskStatus};
+use mainstay_api::v1::{CycleProgress, DiskProgress, JobStatus, TaskStatus};
 use mainstay_control::{
     app::{
         ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord,
@@ -674,11 +674,17 @@ pub(super) fn job_status(entry: &JobEntry) -> JobStatus {
 }
 
 pub(super) fn progress(progress: Progress) -> CycleProgress {
+    let disk = |disk: mainstay_provider::DiskProgress| DiskProgress {
+        key: disk.key,
+        bytes_done: disk.bytes_done,
+        bytes_total: disk.bytes_total,
+    };
     CycleProgress {
         phase: progress.phase,
         bytes_done: progress.bytes_done,
         bytes_total: progress.bytes_total,
         bytes_moved: progress.bytes_moved,
+        disks: progress.disks.into_iter().map(disk).collect(),
     }
 }
 
