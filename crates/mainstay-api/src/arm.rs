@@ -322,13 +322,16 @@ pub struct ProtectableItemProperties {
     pub replication_protected_item_id: Option<String>,
     /// The host's agent.
     pub recovery_services_provider_id: String,
-    /// Why it cannot be protected.
+    /// Why it cannot be protected; those that begin with [`WITHOUT`] only stand in the way of one disk.
     pub protection_readiness_errors: Vec<String>,
     /// [`HYPERV_REPLICA_AZURE`].
     pub supported_replication_providers: Vec<String>,
     /// Disks and the like.
     pub custom_details: VirtualMachineDetails,
 }
+
+/// How a readiness error begins that goes away when a disk is left out; its key follows, and then why.
+pub const WITHOUT: &str = "without ";
 
 /// Details of a discovered VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

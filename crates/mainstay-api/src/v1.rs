@@ -108,6 +108,21 @@ pub struct ItemStatus {
     /// `Keep` or `Generate`: the MAC address policy of each adapter, by its MAC address at home.
     #[serde(default)]
     pub mac_policies: BTreeMap<String, String>,
+    /// Its disks, as they were when protection began.
+    #[serde(default)]
+    pub disks: Vec<DiskStatus>,
+}
+
+/// What ARM has no field for of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskStatus {
+    /// Its key.
+    pub key: String,
+    /// Format of its image at home: `Raw`, `Qcow2`.
+    pub format: String,
+    /// Whether it is replicated.
+    pub is_replicated: bool,
 }
 
 /// Answer of `GET` and `POST /api/v1/items/{item}/scrub`: what is known of the item's replica.
@@ -206,6 +221,21 @@ pub struct CycleProgress {
     pub bytes_total: u64,
     /// Bytes that went over the data connection.
     pub bytes_moved: u64,
+    /// The same of each disk, where it goes disk by disk.
+    #[serde(default)]
+    pub disks: Vec<DiskProgress>,
+}
+
+/// Progress with a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskProgress {
+    /// The disk's key.
+    pub key: String,
+    /// Bytes dealt with.
+    pub bytes_done: u64,
+    /// Bytes to deal with.
+    pub bytes_total: u64,
 }
 
 /// Answer of `GET /api/v1/items/{id}/console`.

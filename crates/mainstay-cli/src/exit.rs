@@ -41,9 +41,23 @@ pub(crate) struct UsageError(pub(crate) String);
 #[error("{0}")]
 pub(crate) struct NotFoundError(pub(crate) String);
 
+/// Something that the item's state does not allow, found before anything was sent.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+pub(crate) struct RefusedError {
+    pub(crate) reason: String,
+    /// What the item allows now.
+    pub(crate) allowed: Vec<String>,
+}
+
 /// Tells what went wrong, and the code for it.
 pub(crate) fn report(error: &anyhow::Error) -> Exit {
     output::error(&format!("{error:#}"));
+    if let Some(RefusedError { allowed, .. }) = error.downcast_ref()
+        && !allowed.is_empty()
+    {
+        output::hint(&format!("Allowed now: {}.", allowed.join(", ")));
+    }
     if let Some(ClientError::Refused { error, .. }) = error.downcast_ref() {
         for detail in &error.details {
             if !detail.recommended_action.is_empty() {
@@ -61,11 +75,29 @@ fn code(error: &anyhow::Error) -> Exit {
     if error.is::<NotFoundError>() {
         return Exit::NotFound;
     }
+    if error.is::<RefusedError>() {
+        return Exit::Refused;
+    }
     match error.downcast_ref::<ClientError>().and_then(ClientError::status) {
         Some(400 | 413 | 422) => Exit::Usage,
         Some(401 | 403) => Exit::Access,
         Some(404) => Exit::NotFound,
         Some(409) => Exit::Refused,
         _ => Exit::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mistakes_that_are_found_before_anything_is_sent_have_their_codes() {
+        let text = || "no".to_owned();
+        assert_eq!(code(&UsageError(text()).into()), Exit::Usage);
+        assert_eq!(code(&NotFoundError(text()).into()), Exit::NotFound);
+        let refused = RefusedError { reason: text(), allowed: vec!["Commit".to_owned()] };
+        assert_eq!(code(&refused.into()), Exit::Refused);
+        assert_eq!(code(&anyhow::anyhow!("no")), Exit::Failed);
     }
 }

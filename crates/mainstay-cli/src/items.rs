@@ -14,9 +14,9 @@ use reqwest::Method;
 use serde_json::json;
 
 use crate::{
-    exit::{Exit, NotFoundError, UsageError},
+    exit::{Exit, NotFoundError, RefusedError, UsageError},
     jobs::{self, WaitArguments},
-    output,
+    output, progress,
     resources::{find_fabric, find_host},
     scrubs,
     session::{Item, Session},
@@ -26,6 +26,7 @@ use crate::{
 pub(crate) struct ItemArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
+    /// Print JSON, for programs.
     #[arg(long)]
     json: bool,
 }
@@ -42,6 +43,7 @@ pub(crate) struct OperationArguments {
 pub(crate) enum ItemCommand {
     /// Lists the replicated items.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -53,6 +55,19 @@ pub(crate) enum ItemCommand {
 
 /// What the recovery VM shall be; an empty value takes a setting back.
 #[derive(Args)]
+#[command(
+    group(clap::ArgGroup::new("adapter").args(["nic_network", "ip", "mac_policy"]).multiple(true)),
+    after_help = "\
+Two processors, 4 GiB of memory and another name after a failover:
+  mainstay item set web01 --size 2x4096 --target-name web01-dr
+
+An address for an adapter, and none of its own again (the network gives one then):
+  mainstay item set web01 --nic 52:54:00:12:34:56 --ip 10.0.0.7/24
+  mainstay item set web01 --nic 52:54:00:12:34:56 --ip \"\"
+
+A network for rehearsals:
+  mainstay item set web01 --test-network island"
+)]
 pub(crate) struct SetArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
@@ -65,16 +80,16 @@ pub(crate) struct SetArguments {
     /// The network after a failover.
     #[arg(long)]
     network: Option<String>,
-    /// The network of test copies; without it they are isolated.
+    /// The network of test copies, unless a test failover names another; without it they are isolated.
     #[arg(long)]
     test_network: Option<String>,
     /// The adapter that the following options are about: its MAC address (the first one by default).
-    #[arg(long, value_name = "MAC")]
+    #[arg(long, value_name = "MAC", requires = "adapter")]
     nic: Option<String>,
     /// The adapter's network after a failover.
     #[arg(long)]
     nic_network: Option<String>,
-    /// The adapter's address after a failover.
+    /// The adapter's IPv4 address after a failover.
     #[arg(long, value_name = "ADDRESS/PREFIX")]
     ip: Option<String>,
     /// Whether the adapter keeps its MAC address.
@@ -152,6 +167,14 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
         output::line(&format!("                   {}: {}", error.error_level, error.error_message));
         output::line(&format!("                   → {}", error.recommended_action));
     }
+    let status: ItemStatus = session.client.get(&session.v1(&format!("/items/{}", item.name))).await?;
+    if it.protection_state == "InitialReplicationInProgress" {
+        let initial = &details.initial_replication_details;
+        output::line(&format!("initial copy:      {} %", initial.initial_replication_progress_percentage));
+    }
+    if let Some(told) = status.cycle.as_ref().map(progress::text).filter(|told| !told.is_empty()) {
+        output::line(&format!("under way:         {told}"));
+    }
     let rpo = details.rpo_in_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds} s"));
     output::line(&format!("RPO:               {rpo}"));
     output::line(&format!("policy:            {}", it.policy_friendly_name));
@@ -174,7 +197,6 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
         "  target size:     {}",
         details.recovery_azure_vm_size.clone().unwrap_or_else(|| "as at home".to_owned())
     ));
-    let status: ItemStatus = session.client.get(&session.v1(&format!("/items/{}", item.name))).await?;
     for nic in &details.vm_nics {
         let network = nic.recovery_vm_network_id.as_deref().map_or("not connected", last_segment);
         let address = nic.ip_configs.first().and_then(|config| config.recovery_static_ip_address.clone());
@@ -185,12 +207,28 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
             or_dash(&status.mac_policies.get(&nic.nic_id).cloned()),
         ));
     }
+    // One for all adapters, told with each of them.
+    let test_network = details.vm_nics.first().and_then(|nic| nic.tfo_vm_network_id.as_deref());
+    output::line(&format!("  test network:    {}", test_network.map_or("isolated", last_segment)));
     output::line("");
     output::line("Disks");
+    // Nothing from a server of before formats were told.
+    let format = |key: &str| {
+        let found = status.disks.iter().find(|disk| disk.key == key && !disk.format.is_empty());
+        found.map_or_else(String::new, |disk| format!("{}, ", disk.format.to_lowercase()))
+    };
     for disk in &details.azure_vm_disk_details {
         output::line(&format!(
-            "  {}: {}, {} MiB, replicated",
-            disk.vhd_name, disk.vhd_type, disk.max_size_mb
+            "  {}: {}, {}{} MiB, replicated{}",
+            disk.vhd_name,
+            disk.vhd_type,
+            format(&disk.vhd_id),
+            disk.max_size_mb,
+            status
+                .cycle
+                .as_ref()
+                .and_then(|cycle| progress::of_disk(cycle, &disk.vhd_id))
+                .map_or_else(String::new, |share| format!("; under way: {share}"))
         ));
     }
     let protectable: Resource<mainstay_api::arm::ProtectableItemProperties> =
@@ -202,8 +240,11 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
     for disk in protectable.properties.custom_details.disk_details {
         if !details.azure_vm_disk_details.iter().any(|included| included.vhd_id == disk.vhd_id) {
             output::line(&format!(
-                "  {}: {}, {} MiB, excluded",
-                disk.vhd_name, disk.vhd_type, disk.max_size_mb
+                "  {}: {}, {}{} MiB, excluded",
+                disk.vhd_name,
+                disk.vhd_type,
+                format(&disk.vhd_id),
+                disk.max_size_mb
             ));
         }
     }
@@ -252,6 +293,17 @@ async fn set(session: &Session, arguments: SetArguments) -> anyhow::Result<Exit>
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+A policy first, then the VM; `mainstay vm list` says which VMs there are and what stands in their way:
+  mainstay policy create often --copy-frequency 30s --retention 24 --app-consistent-frequency 1
+  mainstay protect web01 --policy often
+
+Without a disk that need not, or cannot, be replicated:
+  mainstay protect web01 --policy often --exclude-disk vdb
+
+The job ends when replication has begun. To wait until the VM can be failed over, or to look how far it is:
+  mainstay protect web01 --policy often --until-protected
+  mainstay item show web01")]
 pub(crate) struct ProtectArguments {
     /// The VM: its name, or its protectable item's ARM id.
     vm: String,
@@ -267,6 +319,9 @@ pub(crate) struct ProtectArguments {
     /// A disk that is not replicated (`vdb`); can be given several times.
     #[arg(long, value_name = "DISK")]
     exclude_disk: Vec<String>,
+    /// Wait until initial replication is complete and the VM is protected, and show how far it is.
+    #[arg(long, conflicts_with = "no_wait")]
+    until_protected: bool,
     #[command(flatten)]
     wait: WaitArguments,
 }
@@ -323,7 +378,20 @@ pub(crate) async fn protect(session: &Session, arguments: ProtectArguments) -> a
     };
     let name = arguments.name.unwrap_or_else(|| resource_name(&vm.properties.friendly_name, &vm.name));
     let path = format!("{container}/replicationProtectedItems/{name}");
-    jobs::begin(session, Method::PUT, &path, Some(&body), &arguments.wait, &path).await
+    if !arguments.until_protected {
+        return jobs::begin(session, Method::PUT, &path, Some(&body), &arguments.wait, &path).await;
+    }
+    // The item is printed when it is what is waited for.
+    let wait = arguments.wait.silent();
+    let exit = jobs::begin(session, Method::PUT, &path, Some(&body), &wait, &path).await?;
+    if exit != Exit::Done {
+        return Ok(exit);
+    }
+    let item = progress::until_protected(session, &path).await?;
+    if arguments.wait.json {
+        output::json(&item)?;
+    }
+    Ok(Exit::Done)
 }
 
 /// The VM's name if it can name a resource, else its id.
@@ -414,20 +482,51 @@ async fn post<B: serde::Serialize + Sync>(
     jobs::begin(session, Method::POST, &format!("{}/{verb}", item.id), body, wait, &item.id).await
 }
 
+/// What test copies are attached to.
 #[derive(Args)]
+pub(crate) struct TestNetworkArguments {
+    /// A network to attach the copy to, instead of what `mainstay item set --test-network` says; without either it is isolated.
+    #[arg(long)]
+    network: Option<String>,
+    /// Isolate the copy, whatever the item's settings say.
+    #[arg(long, conflicts_with = "network")]
+    no_network: bool,
+}
+
+impl TestNetworkArguments {
+    /// `networkType` and `networkId` of the request. Without a type the server looks at the item's settings.
+    pub(crate) fn input(self) -> (Option<String>, Option<String>) {
+        let kind = if self.no_network {
+            Some("NoNetworkAttachAsInput")
+        } else {
+            self.network.as_ref().map(|_| "VmNetworkAsInput")
+        };
+        (kind.map(str::to_owned), self.network)
+    }
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+A rehearsal and its end:
+  mainstay test-failover web01
+  mainstay cleanup-test-failover web01 --notes \"booted, checked\"
+
+A state of before something went wrong:
+  mainstay recovery-points web01
+  mainstay test-failover web01 --recovery-point 0198f2b4-6a1e-7c33-9d55-3a1c3f0a9b77")]
 pub(crate) struct TestFailoverArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
-    /// The recovery point.
+    /// The recovery point: the newest (`latest`, `latest-processed`: nothing is shipped for a rehearsal), the newest that the
+    /// guest's agent has prepared (`latest-app-consistent`), or the ID of one that `mainstay recovery-points` lists.
     #[arg(
         long,
         default_value = "latest-processed",
         value_name = "latest|latest-processed|latest-app-consistent|ID"
     )]
     recovery_point: String,
-    /// A network to attach the copy to; without it the copy is isolated.
-    #[arg(long)]
-    network: Option<String>,
+    #[command(flatten)]
+    network: TestNetworkArguments,
     #[command(flatten)]
     wait: WaitArguments,
 }
@@ -436,12 +535,11 @@ pub(crate) async fn test_failover(
     session: &Session,
     arguments: TestFailoverArguments,
 ) -> anyhow::Result<Exit> {
-    let network_type =
-        if arguments.network.is_some() { "VmNetworkAsInput" } else { "NoNetworkAttachAsInput" };
+    let (network_type, network_id) = arguments.network.input();
     let properties = FailoverInput {
         failover_direction: Some("PrimaryToRecovery".to_owned()),
-        network_type: Some(network_type.to_owned()),
-        network_id: arguments.network,
+        network_type,
+        network_id,
         provider_specific_details: details(&arguments.recovery_point),
         ..FailoverInput::default()
     };
@@ -465,10 +563,21 @@ pub(crate) async fn cleanup(session: &Session, arguments: CleanupArguments) -> a
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+The protected site may be lost: what can be had is shipped first, and the VM runs in any case:
+  mainstay failover web01
+
+The protected site must not be touched, or is known to be gone:
+  mainstay failover web01 --recovery-point latest-processed --no-shutdown-source
+
+Afterwards another recovery point can be tried (`mainstay change-recovery-point`) until one is made final:
+  mainstay commit web01")]
 pub(crate) struct FailoverArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
-    /// The recovery point.
+    /// The recovery point: what the source still has, shipped after it was stopped, or the newest if that cannot be (`latest`);
+    /// the newest that the recovery site has already, without waiting for anything (`latest-processed`); the newest that the
+    /// guest's agent has prepared (`latest-app-consistent`); or the ID of one that `mainstay recovery-points` lists.
     #[arg(long, default_value = "latest", value_name = "latest|latest-processed|latest-app-consistent|ID")]
     recovery_point: String,
     /// Shut the source down first and ship its last changes; the failover goes on if that fails (default).
@@ -493,10 +602,15 @@ pub(crate) async fn failover(session: &Session, arguments: FailoverArguments) ->
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+All that the VM has written since its failover is discarded. Points can be changed until `mainstay commit`:
+  mainstay recovery-points web01
+  mainstay change-recovery-point web01 --recovery-point 0198f2b4-6a1e-7c33-9d55-3a1c3f0a9b77")]
 pub(crate) struct ChangePointArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
-    /// The recovery point to run instead.
+    /// The recovery point to run instead: the newest (`latest`, `latest-processed`), the newest that the guest's agent had
+    /// prepared (`latest-app-consistent`), or the ID of one that `mainstay recovery-points` lists.
     #[arg(long, value_name = "latest|latest-processed|latest-app-consistent|ID")]
     recovery_point: String,
     #[command(flatten)]
@@ -533,6 +647,16 @@ enum SyncOption {
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+To the recovery site, without loss; both sites must be there:
+  mainstay planned-failover web01 --direction PrimaryToRecovery
+  mainstay commit web01
+
+And home again; the VM runs on until `complete-failover`:
+  mainstay planned-failover web01 --direction RecoveryToPrimary
+  mainstay complete-failover web01
+  mainstay commit web01
+  mainstay reverse-replicate web01")]
 pub(crate) struct PlannedFailoverArguments {
     /// The replicated item: its name, its VM's name, or its ARM id.
     vm: String,
@@ -600,7 +724,8 @@ pub(crate) async fn complete(session: &Session, arguments: OperationArguments) -
     let item = session.item(&arguments.vm).await?;
     let scenario = &item.properties.current_scenario;
     if scenario.scenario_name != "Failback" {
-        return Err(NotFoundError(format!("no failback of '{}' is under way", item.name)).into());
+        let reason = format!("no failback of '{}' is under way", item.name);
+        return Err(RefusedError { reason, allowed: item.properties.allowed_operations }.into());
     }
     jobs::resume(session, last_segment(&scenario.job_id), &arguments.wait).await
 }

@@ -11,12 +11,12 @@ use mainstay_api::{
 use reqwest::Method;
 use serde_json::Value;
 
-use crate::{exit::Exit, output, session::Session};
+use crate::{exit::Exit, output, progress, session::Session};
 
 type Job = Resource<JobProperties>;
 
 /// Whether to wait for the job.
-#[derive(Args)]
+#[derive(Args, Clone, Copy)]
 pub(crate) struct WaitArguments {
     /// Wait until the job ends, or waits for a person (default).
     #[arg(long, overrides_with = "no_wait")]
@@ -26,7 +26,14 @@ pub(crate) struct WaitArguments {
     no_wait: bool,
     /// Print the item (or, without waiting, the job) as ARM resource.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
+}
+
+impl WaitArguments {
+    /// The same, for who prints the item itself, later.
+    pub(crate) fn silent(self) -> Self {
+        Self { json: false, ..self }
+    }
 }
 
 #[derive(Subcommand)]
@@ -36,6 +43,7 @@ pub(crate) enum JobCommand {
         /// How many.
         #[arg(long, default_value_t = 30)]
         limit: usize,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -43,10 +51,18 @@ pub(crate) enum JobCommand {
     Show {
         /// The job's id.
         job: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Follows a job until it ends or waits for a person.
+    #[command(after_help = "\
+What another command began without waiting:
+  mainstay failover web01 --no-wait
+  mainstay job list
+  mainstay job watch 0198f2b4-6a1e-7c33-9d55-3a1c3f0a9b77
+
+The exit code is the job's: 0 done, 1 failed, 6 waiting for a person (`mainstay job resume`).")]
     Watch {
         /// The job's id.
         job: String,
@@ -203,6 +219,9 @@ fn show(job: &Job) {
     output::line(&format!("state:    {} ({})", it.state, it.state_description));
     output::line(&format!("began:    {}", it.start_time.as_deref().unwrap_or("-")));
     output::line(&format!("ended:    {}", it.end_time.as_deref().unwrap_or("-")));
+    if let Some(notes) = it.custom_details["comments"].as_str().filter(|notes| !notes.is_empty()) {
+        output::line(&format!("notes:    {notes}"));
+    }
     if !it.allowed_actions.is_empty() {
         output::line(&format!("possible: {}", it.allowed_actions.join(", ")));
     }
@@ -379,21 +398,11 @@ async fn follow(session: &Session, name: &str) -> anyhow::Result<Job> {
 }
 
 fn progress_text(task: &JobTask, status: Option<&TaskStatus>) -> String {
-    let mut text = task.friendly_name.clone();
-    let Some(TaskStatus { progress, .. }) = status else { return text };
-    if !progress.phase.is_empty() {
-        text = format!("{text}: {}", progress.phase);
+    let told = status.map(|status| progress::text(&status.progress)).filter(|told| !told.is_empty());
+    match told {
+        Some(told) => format!("{}: {told}", task.friendly_name),
+        None => task.friendly_name.clone(),
     }
-    let (done, total) = (progress.bytes_done, progress.bytes_total);
-    if total > 0 {
-        text = format!(
-            "{text} ({} of {}, {} %)",
-            output::bytes(done),
-            output::bytes(total),
-            done.saturating_mul(100) / total
-        );
-    }
-    text
 }
 
 fn ending(job: &Job) -> Exit {

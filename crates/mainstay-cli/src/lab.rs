@@ -50,6 +50,7 @@ pub(crate) enum LabCommand {
     Status {
         #[command(flatten)]
         lab: LabDir,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -99,6 +100,7 @@ pub(crate) enum LabCommand {
         /// How long to wait for the copy to answer, in seconds.
         #[arg(long, default_value_t = 120)]
         timeout: u64,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },

@@ -10,6 +10,7 @@ mod lab;
 mod output;
 mod plans;
 mod principals;
+mod progress;
 mod resources;
 mod scrubs;
 mod server;
@@ -76,7 +77,7 @@ enum Command {
     Protect(items::ProtectArguments),
     /// Lists an item's recovery points.
     RecoveryPoints(items::ItemArguments),
-    /// Boots a copy in an isolated network; source and replication are not touched.
+    /// Boots a copy in an isolated network, or in the item's test network; source and replication are not touched.
     TestFailover(items::TestFailoverArguments),
     /// Removes the copy of a test failover.
     CleanupTestFailover(items::CleanupArguments),
@@ -211,5 +212,39 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Arguments::command().debug_assert();
+    }
+
+    /// Everything that can be said has a sentence about it.
+    #[test]
+    fn every_option_of_every_verb_is_explained() {
+        fn examine(command: &clap::Command, above: &str, mute: &mut Vec<String>) {
+            let name = format!("{above} {}", command.get_name());
+            let is_mute = |argument: &&clap::Arg| !argument.is_hide_set() && argument.get_help().is_none();
+            mute.extend(
+                command
+                    .get_arguments()
+                    .filter(is_mute)
+                    .map(|argument| format!("{name}: {}", argument.get_id())),
+            );
+            for below in command.get_subcommands().filter(|below| !below.is_hide_set()) {
+                examine(below, &name, mute);
+            }
+        }
+        let mut mute = Vec::new();
+        examine(&Arguments::command(), "", &mut mute);
+        assert!(mute.is_empty(), "{mute:#?}");
+    }
+
+    #[test]
+    fn what_would_do_nothing_or_two_things_is_refused() {
+        let code = |words: &[&str]| {
+            let words = ["mainstay"].iter().chain(words);
+            Arguments::try_parse_from(words).err().map(|error| error.exit_code())
+        };
+        let set = ["item", "set", "web01", "--nic", "52:54:00:12:34:56"];
+        assert_eq!(code(&set), Some(2));
+        assert_eq!(code(&[&set[..], &["--ip", "10.0.0.7/24", "--mac-policy", "keep"]].concat()), None);
+        assert_eq!(code(&["test-failover", "web01", "--network", "island"]), None);
+        assert_eq!(code(&["test-failover", "web01", "--network", "island", "--no-network"]), Some(2));
     }
 }

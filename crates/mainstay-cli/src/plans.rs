@@ -13,6 +13,7 @@ use reqwest::Method;
 
 use crate::{
     exit::{Exit, UsageError},
+    items::TestNetworkArguments,
     jobs::{WaitArguments, begin},
     output,
     session::Session,
@@ -41,35 +42,40 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Lists the plans.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Shows a plan: groups, machines, actions.
     Show {
+        /// The plan's name.
         name: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Removes a plan; its machines stay as they are.
     Delete {
+        /// The plan's name.
         name: String,
         #[command(flatten)]
         wait: WaitArguments,
     },
-    /// Boots copies of all machines in isolated networks, group by group.
+    /// Boots copies of all machines, group by group, in isolated networks or in the items' test networks.
     TestFailover {
+        /// The plan's name.
         name: String,
         /// The recovery points.
         #[arg(long, value_enum, default_value = "latest-processed")]
         recovery_points: Points,
-        /// A network to attach the copies to; without it they are isolated.
-        #[arg(long)]
-        network: Option<String>,
+        #[command(flatten)]
+        network: TestNetworkArguments,
         #[command(flatten)]
         wait: WaitArguments,
     },
     /// Removes the copies of a test failover.
     CleanupTestFailover {
+        /// The plan's name.
         name: String,
         /// Kept with the job.
         #[arg(long, default_value = "")]
@@ -79,6 +85,7 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Runs all machines at the recovery site (disaster: something may be lost). Goes on with the others if one fails.
     Failover {
+        /// The plan's name.
         name: String,
         /// The recovery points.
         #[arg(long, value_enum, default_value = "latest")]
@@ -91,6 +98,7 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Moves all machines without loss: to the recovery site, or back home. Stops at the first failure.
     PlannedFailover {
+        /// The plan's name.
         name: String,
         /// Where to.
         #[arg(long, value_parser = ["PrimaryToRecovery", "RecoveryToPrimary"])]
@@ -106,12 +114,14 @@ Manual and script actions are written to a file, as `mainstay plan show --json` 
     },
     /// Makes the failover or failback of all machines final.
     Commit {
+        /// The plan's name.
         name: String,
         #[command(flatten)]
         wait: WaitArguments,
     },
     /// Replicates all machines to the recovery site again after a failback.
     ReverseReplicate {
+        /// The plan's name.
         name: String,
         #[command(flatten)]
         wait: WaitArguments,
@@ -193,11 +203,11 @@ pub(crate) async fn run(session: &Session, command: PlanCommand) -> anyhow::Resu
             begin(session, Method::DELETE, &path(&name), None::<&()>, &wait, &path(&name)).await
         }
         PlanCommand::TestFailover { name, recovery_points, network, wait } => {
-            let kind = if network.is_some() { "VmNetworkAsInput" } else { "NoNetworkAttachAsInput" };
+            let (network_type, network_id) = network.input();
             let properties = RecoveryPlanFailoverInput {
                 failover_direction: to_recovery,
-                network_type: Some(kind.to_owned()),
-                network_id: network,
+                network_type,
+                network_id,
                 provider_specific_details: Some(recovery_points.details()),
                 ..RecoveryPlanFailoverInput::default()
             };

@@ -23,11 +23,13 @@ pub(crate) enum PrincipalCommand {
         /// Days until it stops to work; never by default.
         #[arg(long)]
         days: Option<u32>,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the service principals, without their secrets.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },

@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use mainstay_api::{
     arm::{
         EventProperties, FabricProperties, HYPERV_REPLICA_AZURE, PolicyInput, PolicyProperties,
-        PolicySettings, ProviderProperties, Request, Resource,
+        PolicySettings, ProviderProperties, Request, Resource, WITHOUT,
     },
     v1::{RegistrationKey, Token, TokenRequest},
 };
@@ -12,7 +12,7 @@ use reqwest::Method;
 use serde_json::json;
 
 use crate::{
-    exit::{Exit, NotFoundError, UsageError},
+    exit::{Exit, NotFoundError},
     output,
     session::Session,
 };
@@ -23,11 +23,13 @@ pub(crate) enum FabricCommand {
     Create {
         /// Its name.
         name: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the sites.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -78,11 +80,13 @@ pub(crate) enum HostCommand {
         /// The fabric.
         #[arg(long)]
         fabric: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the registered hosts.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -168,6 +172,7 @@ pub(crate) async fn host(session: &Session, command: HostCommand) -> anyhow::Res
 pub(crate) enum VmCommand {
     /// Lists the discovered VMs: protectable, or why not.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -184,17 +189,22 @@ pub(crate) async fn vm(session: &Session, VmCommand::List { json }: VmCommand) -
         .map(|vm| {
             let it = vm.properties;
             let mebibytes: i64 = it.custom_details.disk_details.iter().map(|disk| disk.max_size_mb).sum();
-            let protectable = if it.protection_readiness_errors.is_empty() {
-                "yes".to_owned()
-            } else {
-                format!("no: {}", it.protection_readiness_errors.join(" "))
-            };
+            let protectable = protectable(&it.protection_readiness_errors);
             let disks = format!("{} ({mebibytes} MiB)", it.custom_details.disk_details.len());
             vec![it.friendly_name, it.protection_status, protectable, disks, vm.name]
         })
         .collect();
     output::table(&["VM", "STATUS", "PROTECTABLE", "DISKS", "ID"], rows);
     Ok(Exit::Done)
+}
+
+/// Whether a VM can be protected, and what stands in the way.
+fn protectable(errors: &[String]) -> String {
+    if errors.is_empty() {
+        return "yes".to_owned();
+    }
+    let can_be_left_out = errors.iter().all(|error| error.starts_with(WITHOUT));
+    format!("{} {}", if can_be_left_out { "yes," } else { "no:" }, errors.join(" "))
 }
 
 /// Values of a policy.
@@ -245,11 +255,13 @@ pub(crate) enum PolicyCommand {
         name: String,
         #[command(flatten)]
         values: PolicyValues,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the policies.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -257,6 +269,7 @@ pub(crate) enum PolicyCommand {
     Show {
         /// Its name.
         name: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -266,6 +279,7 @@ pub(crate) enum PolicyCommand {
         name: String,
         #[command(flatten)]
         values: PolicyValues,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -335,11 +349,13 @@ pub(crate) enum TokenCommand {
         /// Days until it stops to work; never by default.
         #[arg(long)]
         days: Option<u32>,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Lists the tokens, without their secrets.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -394,6 +410,7 @@ pub(crate) enum EventCommand {
         /// How many.
         #[arg(long, default_value_t = 50)]
         limit: usize,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -425,13 +442,23 @@ pub(crate) async fn find_fabric(session: &Session, name: &str) -> anyhow::Result
     let fabrics: Vec<Resource<FabricProperties>> = session.list("/replicationFabrics").await?;
     let known: Vec<_> = fabrics.iter().map(|fabric| fabric.name.clone()).collect();
     fabrics.into_iter().find(|fabric| fabric.name.eq_ignore_ascii_case(name)).ok_or_else(|| {
-        UsageError(format!("there is no fabric '{name}'; there are: {}", known.join(", "))).into()
+        NotFoundError(format!("there is no fabric '{name}'; there are: {}", known.join(", "))).into()
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vm_is_protectable_without_a_disk_or_not_at_all() {
+        let told =
+            |errors: &[&str]| protectable(&errors.iter().map(|&error| error.to_owned()).collect::<Vec<_>>());
+        assert_eq!(told(&[]), "yes");
+        let shared = "without vdb: disk vdb is shared with other VMs. Leave it out.";
+        assert_eq!(told(&[shared]), format!("yes, {shared}"));
+        assert_eq!(told(&["It is away.", shared]), format!("no: It is away. {shared}"));
+    }
 
     #[test]
     fn frequencies_are_seconds_or_presets() {

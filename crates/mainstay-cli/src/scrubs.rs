@@ -19,6 +19,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 pub(crate) enum ScrubCommand {
     /// Lists what was found when each item's replica was last read through.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -26,6 +27,7 @@ pub(crate) enum ScrubCommand {
     Show {
         /// The item: its name, or its VM's.
         vm: String,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -41,6 +43,7 @@ pub(crate) enum ScrubCommand {
         /// Return at once.
         #[arg(long)]
         no_wait: bool,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },

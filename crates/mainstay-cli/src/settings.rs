@@ -21,6 +21,7 @@ use crate::{
 pub(crate) enum AlertCommand {
     /// Shows who is told by mail of what goes wrong.
     Show {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -65,6 +66,7 @@ pub(crate) async fn alert(session: &Session, command: AlertCommand) -> anyhow::R
 pub(crate) enum NetworkCommand {
     /// Lists the networks of all sites, and what they are mapped to.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },

@@ -21,11 +21,13 @@ use crate::{
 pub(crate) enum VaultCommand {
     /// Lists the vaults of the server.
     List {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
     /// Shows the vault (of --in-vault).
     Show {
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },
@@ -56,6 +58,7 @@ pub(crate) enum VaultCommand {
         /// Directory of the replica store; that of the configuration by default.
         #[arg(long, value_name = "DIR")]
         store: Option<PathBuf>,
+        /// Print JSON, for programs.
         #[arg(long)]
         json: bool,
     },

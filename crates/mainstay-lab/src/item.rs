@@ -313,7 +313,7 @@ impl Item {
         match self.begin(Method::POST, verb, body).await {
             Ok(_) => Ok(false),
             Err(error) => match error.downcast_ref::<ClientError>().and_then(ClientError::status) {
-                Some(404 | 409) => Ok(true),
+                Some(409) => Ok(true),
                 _ => Err(error),
             },
         }

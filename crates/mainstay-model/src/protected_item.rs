@@ -283,6 +283,14 @@ impl ItemState {
         Operation::ALL.into_iter().filter(|operation| self.why_not(*operation).is_none()).collect()
     }
 
+    /// Whether an operation may begin; else why not, and what may.
+    pub fn check(&self, operation: Operation) -> Result<(), Refusal> {
+        match self.why_not(operation) {
+            Some(reason) => Err(Refusal { reason, allowed: self.allowed_operations() }),
+            None => Ok(()),
+        }
+    }
+
     /// Whether deltas flow from the primary site now.
     pub fn is_replicating(&self) -> bool {
         self.phase.is_replicating()
@@ -316,10 +324,10 @@ impl ItemState {
     pub fn apply(&self, event: Event) -> Result<Outcome, Refusal> {
         let refuse = |reason: String| Refusal { reason, allowed: self.allowed_operations() };
         match event {
-            Event::Begin(running) => match self.why_not(running.operation) {
-                Some(reason) => Err(refuse(reason)),
-                None => Ok(Outcome::State(Self { running: Some(running), ..*self })),
-            },
+            Event::Begin(running) => {
+                self.check(running.operation)?;
+                Ok(Outcome::State(Self { running: Some(running), ..*self }))
+            }
             Event::Succeed(job) => {
                 let running = self.running_as(job).map_err(refuse)?;
                 let phase = match target(self.phase, running.operation) {

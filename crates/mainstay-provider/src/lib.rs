@@ -27,9 +27,10 @@ pub use recovery::{
 };
 pub use site::{
     AnswerWaiting, ApplyAddresses, CommitHome, CreateRecoveryVm, DiscardHome, Discover, Discovery,
-    Examination, Examine, HomePrepared, Hydrate, NoProgress, Operation, PowerOffVm, PrepareHome, Progress,
-    ProgressSink, Protect, ReadConsole, ReadPower, RemoveRecoveryVm, Replicate, Replicated, ShutDownVm, Site,
-    SiteOperation, StageHome, Staged, StandDown, StartVm, StoodDown, Unprotect, Verified, VerifyHome, call,
+    DiskProgress, Examination, Examine, HomePrepared, Hydrate, NoProgress, Operation, PowerOffVm,
+    PrepareHome, Progress, ProgressSink, Protect, ReadConsole, ReadPower, RemoveRecoveryVm, Replicate,
+    Replicated, ShutDownVm, Site, SiteOperation, StageHome, Staged, StandDown, StartVm, StoodDown, Unprotect,
+    Verified, VerifyHome, call,
 };
 pub use vm::{
     Disk, DiskFormat, Finding, FindingSeverity, Firmware, GuestAddress, Nic, PowerState, VirtualMachine,

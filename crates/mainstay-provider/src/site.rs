@@ -27,6 +27,34 @@ pub struct Progress {
     pub bytes_total: u64,
     /// Bytes that went over the data connection.
     pub bytes_moved: u64,
+    /// The same of each disk, where the operation goes disk by disk; empty from agents of before this was told.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskProgress>,
+}
+
+impl Progress {
+    /// Progress of disks, and of all together.
+    pub fn of_disks(phase: &str, disks: Vec<DiskProgress>, bytes_moved: u64) -> Self {
+        Self {
+            phase: phase.to_owned(),
+            bytes_done: disks.iter().map(|disk| disk.bytes_done).sum(),
+            bytes_total: disks.iter().map(|disk| disk.bytes_total).sum(),
+            bytes_moved,
+            disks,
+        }
+    }
+}
+
+/// How far an operation is with a disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskProgress {
+    /// The disk's key.
+    pub key: String,
+    /// Bytes dealt with so far.
+    pub bytes_done: u64,
+    /// Bytes to deal with in all.
+    pub bytes_total: u64,
 }
 
 /// Receives progress. Must return at once.
@@ -412,4 +440,26 @@ pub struct Verified {
     pub bytes_compared: u64,
     /// Bytes in blocks that differ; anything but 0 is a failure.
     pub bytes_different: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_understood_by_agents_and_servers_of_other_versions() {
+        let old = r#"{"phase":"x","bytes_done":1,"bytes_total":2,"bytes_moved":3}"#;
+        let read: Progress = serde_json::from_str(old).unwrap();
+        assert_eq!((read.bytes_done, read.bytes_total, read.disks.len()), (1, 2, 0));
+        assert_eq!(serde_json::to_string(&read).unwrap(), old);
+        // What an older one reads of a newer one's: fields that it does not know are passed over.
+        let newer: Progress = serde_json::from_str(r#"{"phase":"x","colours":[{"key":"vda"}]}"#).unwrap();
+        assert_eq!(newer, Progress { phase: "x".to_owned(), ..Progress::default() });
+
+        let disk = |key: &str, bytes_done| DiskProgress { key: key.to_owned(), bytes_done, bytes_total: 10 };
+        let sum = Progress::of_disks("x", vec![disk("vda", 3), disk("vdb", 4)], 5);
+        assert_eq!((sum.bytes_done, sum.bytes_total, sum.bytes_moved), (7, 20, 5));
+        let text = serde_json::to_string(&sum).unwrap();
+        assert_eq!(serde_json::from_str::<Progress>(&text).unwrap(), sum);
+    }
 }

@@ -32,6 +32,18 @@ pub struct VirtualMachine {
     pub findings: Vec<Finding>,
 }
 
+impl VirtualMachine {
+    /// Why a disk cannot be replicated; `None` if it can be, or if nobody said.
+    pub fn obstacle(&self, disk: &Disk) -> Option<&Finding> {
+        let names_it = |finding: &&Finding| {
+            let mut words =
+                finding.message.split(|c: char| c.is_whitespace() || matches!(c, ',' | ':' | ';' | '\''));
+            finding.code.starts_with("Disk") && words.any(|word| word == disk.key)
+        };
+        if disk.is_replicable { None } else { self.findings.iter().find(names_it) }
+    }
+}
+
 /// Whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PowerState {
@@ -65,7 +77,8 @@ pub struct Disk {
     pub size_bytes: u64,
     /// Whether the firmware boots from it (or it is the first disk).
     pub is_os_disk: bool,
-    /// Whether it can be replicated; the finding says why not.
+    /// Whether it can be replicated; if not, a finding whose code begins with `Disk` and whose message names the disk by its
+    /// key says why, as [`VirtualMachine::obstacle`] expects it.
     pub is_replicable: bool,
 }
 
@@ -122,4 +135,49 @@ pub enum FindingSeverity {
     Warning,
     /// Cannot be protected as it is.
     Error,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_finding_about_a_disk_is_found_by_its_name() {
+        let disk = |key: &str, is_replicable| Disk {
+            key: key.to_owned(),
+            path: String::new(),
+            format: DiskFormat::Raw,
+            size_bytes: 1,
+            is_os_disk: false,
+            is_replicable,
+        };
+        let finding = |code: &str, message: &str| Finding {
+            code: code.to_owned(),
+            severity: FindingSeverity::Warning,
+            message: message.to_owned(),
+            remedy: String::new(),
+        };
+        let vm = VirtualMachine {
+            id: VmId(uuid::Uuid::nil()),
+            name: "web".to_owned(),
+            power: PowerState::Off,
+            firmware: Firmware::Bios,
+            vcpus: 1,
+            memory_bytes: 1,
+            has_tpm: false,
+            has_guest_agent: false,
+            autostart: false,
+            disks: Vec::new(),
+            nics: Vec::new(),
+            findings: vec![
+                finding("GuestAgentMissing", "nothing about vdb"),
+                finding("DiskShared", "disk vdba is shared"),
+                finding("DiskEncrypted", "disk vdb is encrypted"),
+            ],
+        };
+        let code = |disk: &Disk| vm.obstacle(disk).map(|finding| finding.code.clone());
+        assert_eq!(code(&disk("vdb", false)).as_deref(), Some("DiskEncrypted"));
+        assert_eq!(code(&disk("vdba", false)).as_deref(), Some("DiskShared"));
+        assert_eq!((code(&disk("vdb", true)), code(&disk("vdc", false))), (None, None));
+    }
 }

@@ -23,8 +23,8 @@ use async_trait::async_trait;
 use mainstay_block::BlockError;
 use mainstay_model::{Generation, ItemId, VmId};
 use mainstay_provider::{
-    Discovery, ErrorKind, Examination, FindingSeverity, Hypervisor, Progress, ProgressSink, Site, SiteError,
-    SiteOperation, Staging,
+    Discovery, DiskProgress, ErrorKind, Examination, FindingSeverity, Hypervisor, Progress, ProgressSink,
+    Site, SiteError, SiteOperation, Staging,
 };
 use mainstay_replication::{Connect, RefusalKind, ReplicationError};
 use serde::Serialize;
@@ -80,7 +80,12 @@ impl Work {
             bytes_done,
             bytes_total,
             bytes_moved,
+            disks: Vec::new(),
         });
+    }
+
+    fn report_disks(&self, phase: &str, disks: Vec<DiskProgress>, bytes_moved: u64) {
+        self.progress.send_replace(Progress::of_disks(phase, disks, bytes_moved));
     }
 }
 

@@ -10,8 +10,8 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use mainstay_block::{BLOCK_BYTES, hash_table::HashTable};
 use mainstay_model::{CaptureId, PointId, SessionId};
 use mainstay_provider::{
-    Capture, CaptureLimits, CaptureRequest, Changed, Consistency, Disk, ErrorKind, Replicate, Replicated,
-    SiteError,
+    Capture, CaptureLimits, CaptureRequest, Changed, Consistency, Disk, DiskProgress, ErrorKind, Replicate,
+    Replicated, SiteError,
 };
 use mainstay_replication::{BeforePartial, SendDisk, SendJob, SendOptions, SendProgress, replicate};
 use mainstay_store::PointMeta;
@@ -63,10 +63,24 @@ impl Pace {
 /// What came of the slices so far.
 #[derive(Default)]
 struct Sum {
-    bytes_examined: u64,
+    /// Of each disk: what earlier slices looked at, out of what there was to be looked at when last told.
+    disks: Vec<DiskProgress>,
     bytes_changed: u64,
     bytes_moved: u64,
     resynchronized: Option<String>,
+}
+
+/// What a cycle has done with each disk: in earlier slices, and in the one that is under way.
+fn disks_done(keys: &[String], earlier: &[DiskProgress], now: &SendProgress) -> Vec<DiskProgress> {
+    let disk = |(index, (key, now)): (usize, (&String, &mainstay_replication::DiskProgress))| {
+        let before = earlier.get(index).map_or(0, |disk| disk.bytes_done);
+        DiskProgress {
+            key: key.clone(),
+            bytes_done: before + now.examined_bytes,
+            bytes_total: before + now.total_bytes,
+        }
+    };
+    keys.iter().zip(&now.disks).enumerate().map(disk).collect()
 }
 
 /// What a slice is to do.
@@ -164,7 +178,7 @@ impl Inner {
         // A freeze is for the recovery point: asked for where this slice may become one.
         let left_bytes: u64 = left.iter().flatten().map(|(start, end)| end - start).sum();
         let may_be_last = slice.is_first || left_bytes <= slice.pace.examined_bytes;
-        work.report("Taking a capture", sum.bytes_examined, 0, sum.bytes_moved);
+        work.report_disks("Taking a capture", sum.disks.clone(), sum.bytes_moved);
         let request = CaptureRequest {
             capture: CaptureId(Uuid::now_v7()),
             disks: record.disks.clone(),
@@ -313,20 +327,14 @@ impl Inner {
                 outcome = &mut transfer => break outcome,
                 Ok(()) = sent.changed() => {
                     let progress = sent.borrow_and_update().clone();
-                    let total: u64 = progress.disks.iter().map(|disk| disk.total_bytes).sum();
-                    let done: u64 = progress.disks.iter().map(|disk| disk.examined_bytes).sum();
-                    work.report(
-                        "Replicating changes",
-                        sum.bytes_examined + done,
-                        sum.bytes_examined + total,
-                        sum.bytes_moved + progress.frame_bytes,
-                    );
+                    let disks = disks_done(&record.disks, &sum.disks, &progress);
+                    work.report_disks("Replicating changes", disks, sum.bytes_moved + progress.frame_bytes);
                 }
             }
         };
         let outcome = outcome.map_err(|error| data_error(&error))?;
+        sum.disks = disks_done(&record.disks, &sum.disks, &sent.borrow());
         for disk in &sent.borrow().disks {
-            sum.bytes_examined += disk.examined_bytes;
             sum.bytes_changed += disk.changed_bytes + disk.zeroed_bytes;
         }
         sum.bytes_moved += outcome.traffic.sent() + outcome.traffic.received();
@@ -409,6 +417,30 @@ mod tests {
         let longest = (0..20).fold(pace, |pace, _| pace.next(1000, 900));
         assert_eq!(longest.slice_time, SLICE_TIME_MAX);
         assert!(longest.capture_age_max() > SLICE_TIME_MAX);
+    }
+
+    #[test]
+    fn progress_goes_on_from_slice_to_slice_for_each_disk() {
+        let keys = ["vda".to_owned(), "vdb".to_owned()];
+        let sent = |disks: &[(u64, u64)]| SendProgress {
+            disks: disks
+                .iter()
+                .map(|(examined_bytes, total_bytes)| mainstay_replication::DiskProgress {
+                    examined_bytes: *examined_bytes,
+                    total_bytes: *total_bytes,
+                    ..mainstay_replication::DiskProgress::default()
+                })
+                .collect(),
+            ..SendProgress::default()
+        };
+        let told = |disks: &[DiskProgress]| -> Vec<(String, u64, u64)> {
+            disks.iter().map(|disk| (disk.key.clone(), disk.bytes_done, disk.bytes_total)).collect()
+        };
+        let first = disks_done(&keys, &[], &sent(&[(60, 100), (0, 10)]));
+        assert_eq!(told(&first), [("vda".to_owned(), 60, 100), ("vdb".to_owned(), 0, 10)]);
+        // Of what was left, and 5 bytes that changed meanwhile.
+        let second = disks_done(&keys, &first, &sent(&[(45, 45), (3, 10)]));
+        assert_eq!(told(&second), [("vda".to_owned(), 105, 105), ("vdb".to_owned(), 3, 10)]);
     }
 
     #[test]

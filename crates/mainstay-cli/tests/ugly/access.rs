@@ -46,6 +46,8 @@ async fn mistakes_have_their_exit_codes_and_say_what_to_do() -> Result<()> {
     world.cli(&["job", "show", "0b6a2f4e-7b1f-4c1e-9d55-3a1c3f0a9b77"]).expect(4);
     world.cli(&["host", "key", "--fabric", "nowhere"]).expect(4).says("nowhere");
     world.cli(&["token", "revoke", "abc"]).expect(4);
+    let map = ["network", "map", "lan", "lan", "--fabric", "nowhere"];
+    world.cli(&map).expect(4).says("there is no fabric 'nowhere'").says(HOME);
 
     // 2: usage.
     world.cli(&["failover"]).expect(2);

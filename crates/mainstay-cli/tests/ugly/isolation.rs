@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use mainstay_lab::{Arp, HOME, LabAction, LedgerCopy, Mac, RECOVERY, Segment};
 
 use crate::support::{PATIENCE, World};
@@ -54,7 +54,17 @@ async fn network_of_copy(world: &World) -> Result<String> {
 async fn a_test_copy_and_production_do_not_hear_each_other() -> Result<()> {
     let mut world = World::up("isolation").await?;
     let vm = world.guest("vm1", "ledger.ip=10.77.0.5/24")?;
-    world.protect(&vm).await?;
+    world.add(&vm).await?;
+    world
+        .cli(&["policy", "create", "often", "--copy-frequency", "5", "--app-consistent-frequency", "0"])
+        .expect(0);
+    let protect = ["protect", "vm1", "--policy", "often", "--until-protected", "--json"];
+    let item = world.cli(&protect).expect(0).says("'vm1' is protected").json()?;
+    ensure!(item["properties"]["protectionState"] == "Protected", "{item}");
+    let shown = world.cli(&["item", "show", "vm1"]).expect(0);
+    for words in ["test network:    isolated", "OperatingSystem, qcow2, ", " MiB, replicated"] {
+        ensure!(shown.out.contains(words), "{words} is not in {}", shown.out);
+    }
     let production =
         [HOME, RECOVERY].map(|site| world.lab.file().site(site).map(|site| site.network.clone()));
     let [home, recovery] = production;
@@ -102,10 +112,25 @@ async fn a_test_copy_and_production_do_not_hear_each_other() -> Result<()> {
     assert!(!recovery.has_seen(answers)?, "somebody answers at the recovery site");
 
     world.cli(&["cleanup-test-failover", "vm1", "--notes", "isolated"]).expect(0);
+    let jobs = world.cli(&["job", "list", "--json"]).expect(0).json()?;
+    let cleanup = jobs
+        .as_array()
+        .context("a list")?
+        .iter()
+        .find(|job| job["properties"]["scenarioName"] == "TestFailoverCleanup");
+    let name = cleanup.and_then(|job| job["name"].as_str()).context("the clean-up's job")?;
+    let shown = world.cli(&["job", "show", name]).expect(0);
+    ensure!(shown.out.contains("notes:    isolated"), "{}", shown.out);
     on_a_named_network(&mut world).await?;
     world.whole("vm1", HOME).await?;
     // What the state does not allow is refused with what it does allow.
     world.cli(&["commit", "vm1"]).expect(3).says("Allowed now: ").says("TestFailover");
+    let told = world.cli(&["complete-failover", "vm1"]).expect(3);
+    told.says("no failback of 'vm1' is under way").says("Allowed now: ").says("TestFailover");
+    // Also with a point that does not exist, which is not what keeps it from being done.
+    let point = "0b6a2f4e-7b1f-4c1e-9d55-3a1c3f0a9b77";
+    world.cli(&["change-recovery-point", "vm1", "--recovery-point", point]).expect(3).says("Allowed now: ");
+    world.cli(&["test-failover", "vm1", "--recovery-point", point]).expect(4).says(point);
     world.proved()
 }
 
@@ -132,5 +157,19 @@ async fn on_a_named_network(world: &mut World) -> Result<()> {
     ask(world, LedgerCopy::Test, 211).await?;
     segment.wait_for("the copy's packet", PATIENCE, asks_for(211)).await?;
     world.cli(&["cleanup-test-failover", "vm1"]).expect(0);
+
+    // What the item's settings say is used without being said again, and only then.
+    world.cli(&["item", "set", "vm1", "--test-network", &isolated]).expect(0);
+    let shown = world.cli(&["item", "show", "vm1"]).expect(0);
+    ensure!(shown.out.contains(&format!("test network:    {isolated}")), "{}", shown.out);
+    world.cli(&["test-failover", "vm1", "--network", &isolated, "--no-network"]).expect(2);
+    for (options, is_on_it) in [(&[][..], true), (&["--no-network"][..], false)] {
+        world.cli(&[&["test-failover", "vm1"], options].concat()).expect(0);
+        world.lab.ledger("vm1", LedgerCopy::Test, PATIENCE).await?;
+        let network = network_of_copy(world).await?;
+        ensure!((network == isolated) == is_on_it, "the copy of {options:?} is on {network}");
+        world.cli(&["cleanup-test-failover", "vm1"]).expect(0);
+    }
+    world.cli(&["item", "set", "vm1", "--test-network", ""]).expect(0);
     Ok(())
 }

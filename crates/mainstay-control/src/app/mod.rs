@@ -26,6 +26,7 @@ pub use network_mappings::NetworkMappingRecord;
 pub(crate) use network_mappings::mapped;
 pub use policies::PolicyRecord;
 pub use protectable_items::ProtectableItem;
+pub(crate) use protectable_items::disk_obstacle;
 pub use protected_items::{
     EnableRequest, MEMORY_BYTES_MIN, Requester, check_address, is_resolvable, rehearsal_warning,
 };

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use mainstay_model::{ItemId, ProviderId, VmId};
-use mainstay_provider::{FindingSeverity, VirtualMachine};
+use mainstay_provider::{Disk, FindingSeverity, VirtualMachine};
 
 use crate::{Control, ControlError, db::ItemRecord};
 
@@ -20,6 +20,27 @@ pub struct ProtectableItem {
     pub item: Option<ItemId>,
     /// Why it cannot be protected; empty = it can.
     pub why_not: Vec<String>,
+    /// Disks without which it can be protected only: their keys, and why.
+    pub obstacles: Vec<(String, String)>,
+}
+
+/// Why a disk cannot be replicated, and what to do; `None` if it can be. For listings, and for whoever tries it all the same.
+pub(crate) fn disk_obstacle(vm: &VirtualMachine, disk: &Disk) -> Option<(String, String)> {
+    if disk.is_replicable {
+        return None;
+    }
+    let key = &disk.key;
+    let (why, remedy) = match vm.obstacle(disk) {
+        Some(finding) => (finding.message.clone(), finding.remedy.clone()),
+        None => (
+            format!("disk {key} cannot be replicated"),
+            "Convert it to a raw or qcow2 image, or leave it out.".to_owned(),
+        ),
+    };
+    let how = format!(
+        "To leave it out: `mainstay protect … --exclude-disk {key}`, or `disksToInclude` without it."
+    );
+    Some((why, format!("{remedy} {how}")))
 }
 
 impl Control {
@@ -41,14 +62,20 @@ impl Control {
                     .findings
                     .iter()
                     .filter(|finding| finding.severity == FindingSeverity::Error)
-                    .map(|finding| format!("{} {}", finding.message, finding.remedy))
+                    .map(|finding| format!("{}. {}", finding.message, finding.remedy))
                     .collect();
+                let obstacle = |disk: &Disk| {
+                    disk_obstacle(vm, disk)
+                        .map(|(why, remedy)| (disk.key.clone(), format!("{why}. {remedy}")))
+                };
+                let obstacles = vm.disks.iter().filter_map(obstacle).collect();
                 found.push(ProtectableItem {
                     vm: vm.clone(),
                     provider: provider.id,
                     fabric: fabric.name.clone(),
                     item: protected.get(&vm.id).copied(),
                     why_not,
+                    obstacles,
                 });
             }
         }

@@ -1,6 +1,6 @@
 //! Replicated items: protecting a VM, and every verb on what is protected.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use mainstay_model::{
     ConfigurationChange, Evidence, Health, HealthError, ItemId, ItemState, Operation, PointId, ProviderId,
@@ -10,7 +10,7 @@ use mainstay_replication::{Access, RefusalKind, SessionKind};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::ProtectableItem;
+use super::{ProtectableItem, disk_obstacle};
 use crate::{
     Control, ControlError,
     db::{ConfigurationJob, DiskRecord, ItemRecord, JobRecord, ReplicationRecord, ScrubRecord, TargetRecord},
@@ -50,7 +50,7 @@ impl Control {
     ) -> Result<JobRecord, ControlError> {
         super::check_name("replicated item", &request.name)?;
         let found = self.protectable_items(&request.fabric).await?;
-        let ProtectableItem { vm, provider, fabric, item, why_not } =
+        let ProtectableItem { vm, provider, fabric, item, why_not, obstacles: _ } =
             found.into_iter().find(|found| found.vm.id == request.vm).ok_or_else(|| {
                 ControlError::NotFound { kind: "protectable item", name: request.vm.to_string() }
             })?;
@@ -65,6 +65,14 @@ impl Control {
                 "NotProtectable",
                 format!("'{}' cannot be protected: {}", vm.name, why_not.join(" ")),
                 "Remove the causes, then refresh the host.",
+            ));
+        }
+        let mut included = vm.disks.iter().filter(|disk| !request.excluded_disks.contains(&disk.key));
+        if let Some((why, remedy)) = included.find_map(|disk| disk_obstacle(&vm, disk)) {
+            return Err(ControlError::invalid(
+                "DiskNotReplicable",
+                format!("'{}' cannot be protected as a whole: {why}", vm.name),
+                remedy,
             ));
         }
         let policy = self.policy(&request.policy).await?;
@@ -195,8 +203,15 @@ impl Control {
         self.start_job(item.id, JobRequest { operation, params, requested_by: by.0 }).await
     }
 
-    /// Refuses a choice of a point that does not exist before a job is made of it.
-    async fn check_point(&self, item: &ItemRecord, choice: PointChoice) -> Result<(), ControlError> {
+    /// Refuses a choice of a point that does not exist before a job is made of it. The state comes first: in one that does not
+    /// allow the operation there may be no points at all, and to say that one does not exist would hide the reason.
+    async fn check_point(
+        &self,
+        item: &ItemRecord,
+        operation: Operation,
+        choice: PointChoice,
+    ) -> Result<(), ControlError> {
+        item.state.check(operation)?;
         let points = self.recovery_points(item).await?;
         if let PointChoice::Point(id) = choice
             && !points.iter().any(|point| PointId(point.id) == id)
@@ -213,7 +228,7 @@ impl Control {
         params: TestFailoverParams,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
-        self.check_point(item, params.point).await?;
+        self.check_point(item, Operation::TestFailover, params.point).await?;
         self.begin(item, Operation::TestFailover, params, by).await
     }
 
@@ -234,7 +249,7 @@ impl Control {
         params: FailoverParams,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
-        self.check_point(item, params.point).await?;
+        self.check_point(item, Operation::UnplannedFailover, params.point).await?;
         self.begin(item, Operation::UnplannedFailover, params, by).await
     }
 
@@ -315,6 +330,7 @@ impl Control {
         params: FailbackParams,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
+        item.state.check(Operation::Failback)?;
         if let Some(host) = params.host {
             let provider = self.provider(host).await?;
             if !provider.fabric.eq_ignore_ascii_case(&item.fabric) {
@@ -335,7 +351,7 @@ impl Control {
         point: PointChoice,
         by: Requester,
     ) -> Result<JobRecord, ControlError> {
-        self.check_point(item, point).await?;
+        self.check_point(item, Operation::ChangeRecoveryPoint, point).await?;
         let params = FailoverParams { point, shutdown_source: false, shutdown_timeout_ms: 0 };
         self.begin(item, Operation::ChangeRecoveryPoint, params, by).await
     }
@@ -487,18 +503,45 @@ fn check_target(item: &ItemRecord, target: &TargetRecord) -> Result<(), ControlE
     Ok(())
 }
 
-/// Checks an address with its prefix length.
+/// Checks an address with its prefix length. IPv4 only, because that is all that drivers can reserve or set in a guest: what
+/// they would refuse in the middle of a failover is refused here, when it is chosen.
 pub fn check_address(address: &str) -> Result<(), ControlError> {
     let parsed = address.split_once('/').and_then(|(ip, prefix)| {
-        let ip: std::net::IpAddr = ip.parse().ok()?;
+        let ip: IpAddr = ip.parse().ok()?;
         let prefix: u8 = prefix.parse().ok()?;
-        (prefix <= if ip.is_ipv4() { 32 } else { 128 }).then_some(())
+        (prefix <= if ip.is_ipv4() { 32 } else { 128 }).then_some(ip)
     });
-    parsed.ok_or_else(|| {
-        ControlError::invalid(
+    match parsed {
+        Some(IpAddr::V4(_)) => Ok(()),
+        Some(IpAddr::V6(_)) => Err(ControlError::invalid(
             "InvalidAddress",
-            format!("'{address}' is not an address with a prefix length"),
+            format!("'{address}' is an IPv6 address, and an adapter can be given an IPv4 address only"),
+            "Choose an IPv4 address, like 10.0.0.7/24, or none: the adapter then has what its network gives it.",
+        )),
+        None => Err(ControlError::invalid(
+            "InvalidAddress",
+            format!("'{address}' is not an IPv4 address with a prefix length"),
             "Write it like 10.0.0.7/24.",
-        )
-    })
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_take_ipv4_addresses_with_a_prefix_only() {
+        for good in ["10.0.0.7/24", "10.0.0.7/32", "192.168.1.1/0"] {
+            check_address(good).unwrap();
+        }
+        for bad in ["10.0.0.7", "10.0.0.7/33", "10.0.0/24", "fd00::1", "fd00::1/129", "", "/24"] {
+            let told = check_address(bad).unwrap_err().to_string();
+            assert!(told.contains("not an IPv4 address with a prefix length"), "{told}");
+        }
+        for other in ["fd00::1/64", "::ffff:10.0.0.7/120"] {
+            let told = check_address(other).unwrap_err().to_string();
+            assert!(told.contains("IPv4 address only"), "{told}");
+        }
+    }
 }

@@ -2,17 +2,19 @@
 //! site since the failover is discarded, as the request says.
 
 use async_trait::async_trait;
-use mainstay_model::PointId;
+use jiff::Timestamp;
+use mainstay_model::{Health, PointId};
 use mainstay_provider::{Discover, PowerOffVm, RemoveRecoveryVm};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    failover::{FailoverParams, StartRecoveryVm, create_recovery_vm},
+    failover::{FailoverParams, StartRecoveryVm, create_recovery_vm, loss_bytes},
     points::point_time_ms,
     vm_of_job,
 };
 use crate::{
-    db::{FailoverRecord, JobError, VmCopy},
+    ControlError,
+    db::{FailoverRecord, ItemRecord, JobError, VmCopy},
     jobs::{Done, Patience, Step, StepAction, StepContext},
 };
 
@@ -47,6 +49,9 @@ const CHECK: &str = "VmChangePitPrerequisitesCheck";
 struct Chosen {
     point: PointId,
     taken_at_ms: i64,
+    /// The moment of the point that ran before; absent if there was none, and in the logs of older versions.
+    #[serde(default)]
+    former_ms: Option<i64>,
 }
 
 struct CheckPrerequisites;
@@ -67,7 +72,11 @@ impl StepAction for CheckPrerequisites {
         })?;
         // Opened before anything is removed: a point that cannot be booted must not cost the one that runs.
         step.control.point_contents(item.id, PointId(point.id)).await?;
-        Done::with(&Chosen { point: PointId(point.id), taken_at_ms: point_time_ms(&point) })
+        Done::with(&Chosen {
+            point: PointId(point.id),
+            taken_at_ms: point_time_ms(&point),
+            former_ms: item.recovery_vm.map(|copy| copy.taken_at_ms),
+        })
     }
 }
 
@@ -77,13 +86,45 @@ struct RemovePresent;
 impl StepAction for RemovePresent {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
+        let chosen: Chosen = step.expect_output(CHECK)?;
         let Some(copy) = item.recovery_vm else { return Ok(Done::skipped()) };
         step.call(item.recovery_provider, PowerOffVm { vm: copy.vm }, Patience::OUTAGE).await?;
         let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
         step.call(item.recovery_provider, remove, Patience::OUTAGE).await?;
         step.control.release_point(item.id, copy.vm).await?;
-        Ok(Done::default().changing(|item| item.recovery_vm = None))
+        let warning = discarded(&item, &chosen);
+        let event = step.control.item_event(&item, DISCARDED, Health::Warning, warning.message.clone());
+        step.control.record_event(event).await.map_err(ControlError::from)?;
+        Ok(Done::default().warning(warning).changing(|item| item.recovery_vm = None))
     }
+}
+
+/// Code of the event, and of the task's note.
+const DISCARDED: &str = "WritesDiscarded";
+
+/// What the change costs: it was asked for, and still nobody should have to work out afterwards what is gone.
+fn discarded(item: &ItemRecord, chosen: &Chosen) -> JobError {
+    let moved_ms = chosen.former_ms.map(|former_ms| chosen.taken_at_ms - former_ms);
+    // Rounded away from zero: two points within a second are two.
+    let seconds = moved_ms.map(|moved_ms| moved_ms.unsigned_abs().div_ceil(1000));
+    let whereto = match (moved_ms, seconds) {
+        (Some(0), _) => "begins anew at".to_owned(),
+        (Some(moved_ms), Some(seconds)) if moved_ms < 0 => format!("goes back {seconds} s, to"),
+        (Some(_), Some(seconds)) => format!("goes forward {seconds} s, to"),
+        _ => "goes to".to_owned(),
+    };
+    // Never out of range: points have times of the clock. If one had not, the sentence without it is still true.
+    let time = Timestamp::from_millisecond(chosen.taken_at_ms)
+        .map_or_else(|_| "-".to_owned(), |time| time.to_string());
+    JobError::new(
+        DISCARDED,
+        format!(
+            "'{}' {whereto} the recovery point of {time} ({}); all that it wrote at the recovery site since its failover is \
+             discarded",
+            item.vm_name, chosen.point
+        ),
+        "Until the commit any other recovery point can be chosen the same way.",
+    )
 }
 
 struct CreateOther;
@@ -108,9 +149,10 @@ impl StepAction for CreateOther {
             });
             let first = item.failover.take().unwrap_or_default();
             let failed_over_ms = if first.requested_ms > 0 { first.requested_ms } else { requested_ms };
+            let loss_seconds = (failed_over_ms - chosen.taken_at_ms).max(0).div_euclid(1000) + 1;
             item.failover = Some(FailoverRecord {
-                loss_seconds: (failed_over_ms - chosen.taken_at_ms).max(0).div_euclid(1000) + 1,
-                loss_bytes: None,
+                loss_seconds,
+                loss_bytes: loss_bytes(item, loss_seconds),
                 requested_ms,
                 started_ms: Some(now_ms),
             });

@@ -58,7 +58,7 @@ impl StepAction for LetGo {
                     phase: "Copying the recovery VM's disks out of the store".to_owned(),
                     bytes_done: hydration.bytes_done,
                     bytes_total: hydration.bytes_total,
-                    bytes_moved: 0,
+                    ..mainstay_provider::Progress::default()
                 },
             );
             tokio::time::sleep(HYDRATION_POLL).await;

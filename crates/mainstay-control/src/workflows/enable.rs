@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::points::PointChoice;
 use crate::{
-    app::mapped,
+    app::{disk_obstacle, mapped},
     db::{DiskRecord, JobError},
     jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
 };
@@ -102,13 +102,12 @@ impl StepAction for CheckPrerequisites {
                 "Exclude fewer disks.",
             ));
         }
-        if let Some(disk) = examined.vm.disks.iter().find(|disk| {
-            !disk.is_replicable && disks.iter().any(|record| record.key == disk.key && record.is_included)
-        }) {
+        let mut included = examined.vm.disks.iter().filter(|disk| !excluded.contains(&disk.key));
+        if let Some((why, remedy)) = included.find_map(|disk| disk_obstacle(&examined.vm, disk)) {
             return Err(JobError::new(
                 "DiskNotReplicable",
-                format!("disk '{}' of '{}' cannot be replicated", disk.key, examined.vm.name),
-                "Exclude it, or convert it to a raw or qcow2 image.",
+                format!("'{}' cannot be protected as a whole: {why}", examined.vm.name),
+                remedy,
             ));
         }
         let nics = examined.vm.nics.iter().map(|nic| (nic.mac.clone(), nic.network.clone())).collect();

@@ -396,7 +396,7 @@ impl StepAction for FailOver {
 }
 
 /// What may be lost, from the recent rate of change; `None` when there is no rate yet.
-fn loss_bytes(item: &ItemRecord, loss_seconds: i64) -> Option<u64> {
+pub(super) fn loss_bytes(item: &ItemRecord, loss_seconds: i64) -> Option<u64> {
     let rate = item.replication.bytes_per_second;
     (rate > 0).then(|| rate.saturating_mul(loss_seconds.unsigned_abs()))
 }

@@ -33,7 +33,7 @@ pub(super) enum Takes {
     Mac,
     /// An IP address.
     Ip,
-    /// An IP address with the length of its prefix.
+    /// An IPv4 address with the length of its prefix: drivers know no other.
     Address,
     /// `VCPUS` or `VCPUSxMEMORY_MIB`.
     Size,
@@ -626,7 +626,10 @@ impl Takes {
             Self::Guid => "a GUID".to_owned(),
             Self::Mac => "a MAC address such as 52:54:00:12:34:56".to_owned(),
             Self::Ip => "an IP address such as 10.0.0.7".to_owned(),
-            Self::Address => "an address with its prefix length such as 10.0.0.7/24".to_owned(),
+            Self::Address => {
+                "an IPv4 address with its prefix length such as 10.0.0.7/24 (IPv6 addresses cannot be set)"
+                    .to_owned()
+            }
             Self::Size => "VCPUSxMEMORY_MIB such as 2x1024 (at least 1x16)".to_owned(),
             Self::Time => "a time such as 2026-01-31T23:59:59Z".to_owned(),
             Self::Email => "an e-mail address".to_owned(),
@@ -710,7 +713,8 @@ mod tests {
     fn words_addresses_and_flags_are_told_from_what_is_not() {
         for (takes, good, bad) in [
             (Takes::Mac, "52:54:00:aa:BB:01", "52-54-00-aa-bb-01"),
-            (Takes::Address, "fd00::1/64", "10.0.0.7/33"),
+            (Takes::Address, "10.0.0.7/24", "10.0.0.7/33"),
+            (Takes::Address, "10.0.0.7/32", "fd00::1/64"),
             (Takes::Ip, "10.0.0.7", "10.0.0.7/24"),
             (Takes::Size, "2x1024", "Standard_D2"),
             (Takes::VmName, "web 1", "a/b"),

@@ -10,7 +10,7 @@ use mainstay_api::arm::{
     NAMESPACE, NetworkProperties, PolicyDetails, PolicyProperties, ProtectableItemProperties,
     ProviderProperties, RecoveryPointProperties, Resource, ServiceError, VirtualMachineDetails,
 };
-use mainstay_api::v1::{CycleProgress, JobStatus, TaskStatus};
+use mainstay_api::v1::{CycleProgress, DiskProgress, JobStatus, TaskStatus};
 use mainstay_control::{
     app::{
         ContainerMappingRecord, FabricRecord, PolicyRecord, ProtectableItem, ProviderRecord, VaultRecord,
@@ -19,7 +19,7 @@ use mainstay_control::{
     db::{ConfigurationJob, EventRecord, ItemRecord, JobEntry, JobError, JobRecord, JobState, StepRecord},
     jobs::{Task, job_log, tasks},
 };
-use mainstay_model::{Ending, Health, JobId, StepState, projection};
+use mainstay_model::{Ending, Health, JobId, Operation, StepState, projection};
 use mainstay_provider::{Firmware, Network, Progress};
 use mainstay_store::{Consistency, PointInfo};
 use serde_json::{Value, json};
@@ -228,6 +228,7 @@ pub(super) fn protectable_item(
     item_name: Option<&str>,
 ) -> Resource<ProtectableItemProperties> {
     let vm = &found.vm;
+    let without = found.obstacles.iter().map(|(disk, why)| format!("{}{disk}: {why}", arm::WITHOUT));
     resource(
         ids.protectable_item(fabric, vm.id),
         "replicationFabrics/replicationProtectionContainers/replicationProtectableItems",
@@ -236,7 +237,7 @@ pub(super) fn protectable_item(
             protection_status: if found.item.is_some() { "Protected" } else { "Unprotected" }.to_owned(),
             replication_protected_item_id: item_name.map(|name| ids.item(fabric, name)),
             recovery_services_provider_id: ids.provider(&fabric.name, found.provider),
-            protection_readiness_errors: found.why_not.clone(),
+            protection_readiness_errors: found.why_not.iter().cloned().chain(without).collect(),
             supported_replication_providers: vec![HYPERV_REPLICA_AZURE.to_owned()],
             custom_details: VirtualMachineDetails {
                 instance_type: "HyperVVirtualMachine".to_owned(),
@@ -574,18 +575,28 @@ fn job(ids: &Ids<'_>, record: &JobRecord, children: &Children) -> Resource<JobPr
             target_object_id: if is_plan { record.item_name.clone() } else { record.item.to_string() },
             target_object_name: record.vm_name.clone(),
             target_instance_type: if is_plan { "RecoveryPlan" } else { "ProtectionEntity" }.to_owned(),
-            custom_details: json!({
-                "instanceType": "AsrJobDetails",
-                "affectedObjectDetails": {
-                    "primaryVmName": record.vm_name,
-                    "primaryCloudName": record.fabric,
-                    "primaryFabricProviderId": "HyperVSite",
-                    "recoveryCloudName": AZURE,
-                    "recoveryFabricProviderId": "Azure",
-                },
-            }),
+            custom_details: job_details(record),
         },
     )
+}
+
+/// What the service tells of a job of this kind. What a rehearsal showed is the remark that it was cleaned up with.
+fn job_details(record: &JobRecord) -> Value {
+    let mut details = json!({
+        "instanceType": "AsrJobDetails",
+        "affectedObjectDetails": {
+            "primaryVmName": record.vm_name,
+            "primaryCloudName": record.fabric,
+            "primaryFabricProviderId": "HyperVSite",
+            "recoveryCloudName": AZURE,
+            "recoveryFabricProviderId": "Azure",
+        },
+    });
+    if record.operation == Operation::TestFailoverCleanup {
+        details["instanceType"] = "TestFailoverJobDetails".into();
+        details["comments"] = record.params["notes"].as_str().unwrap_or_default().into();
+    }
+    details
 }
 
 fn has_warnings(record: &JobRecord) -> bool {
@@ -663,11 +674,17 @@ pub(super) fn job_status(entry: &JobEntry) -> JobStatus {
 }
 
 pub(super) fn progress(progress: Progress) -> CycleProgress {
+    let disk = |disk: mainstay_provider::DiskProgress| DiskProgress {
+        key: disk.key,
+        bytes_done: disk.bytes_done,
+        bytes_total: disk.bytes_total,
+    };
     CycleProgress {
         phase: progress.phase,
         bytes_done: progress.bytes_done,
         bytes_total: progress.bytes_total,
         bytes_moved: progress.bytes_moved,
+        disks: progress.disks.into_iter().map(disk).collect(),
     }
 }
 

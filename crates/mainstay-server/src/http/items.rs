@@ -501,3 +501,34 @@ pub(super) fn parse_size(size: &str) -> Result<(Option<u32>, Option<u64>), ApiEr
         && memory.is_none_or(|bytes| (MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes));
     if is_possible { Ok((Some(vcpus), memory)) } else { Err(bad()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_items_test_network_counts_unless_the_request_says_something_else() {
+        let read = |kind: Option<&str>, network: Option<&str>| {
+            let input = FailoverInput {
+                network_type: kind.map(str::to_owned),
+                network_id: network.map(str::to_owned),
+                ..FailoverInput::default()
+            };
+            test_network(&input).map_err(|error| error.message().to_owned())
+        };
+        // None = the item's setting; empty = no network.
+        for (kind, network, meant) in [
+            (None, None, None),
+            (None, Some(""), None),
+            (Some("VmNetworkAsInput"), None, None),
+            (None, Some("/x/replicationNetworks/lan"), Some("lan")),
+            (Some("VmNetworkAsInput"), Some("lan"), Some("lan")),
+            (Some("NoNetworkAttachAsInput"), None, Some("")),
+        ] {
+            assert_eq!(read(kind, network), Ok(meant.map(str::to_owned)), "{kind:?} {network:?}");
+        }
+        assert!(
+            read(Some("NoNetworkAttachAsInput"), Some("lan")).unwrap_err().contains("properties.networkId")
+        );
+    }
+}

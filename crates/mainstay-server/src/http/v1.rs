@@ -10,13 +10,13 @@ use axum::response::{IntoResponse as _, Response};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hyper::{Method, StatusCode, header};
 use mainstay_api::v1::{
-    AuditEntry, Console, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey, ServicePrincipal,
-    ServicePrincipalRequest, Token, TokenRequest, Vault,
+    AuditEntry, Console, DiskStatus, ItemStatus, RegisterAnswer, RegisterRequest, RegistrationKey,
+    ServicePrincipal, ServicePrincipalRequest, Token, TokenRequest, Vault,
 };
 use mainstay_control::{
     ControlError,
     app::{HostRegistration, Role, ServicePrincipalRecord, TokenRecord, VaultRecord},
-    db::{AuditRecord, ItemRecord},
+    db::{AuditRecord, DiskRecord, ItemRecord},
 };
 use mainstay_model::ItemId;
 use mainstay_provider::{NicPlan, NoProgress, ReadConsole, call as call_site};
@@ -279,6 +279,10 @@ async fn find_item(call: &Call, id: &str) -> Result<ItemRecord, ApiError> {
         .ok_or_else(|| ControlError::not_found("replicated item", id).into())
 }
 
+fn disk_status(disk: &DiskRecord) -> DiskStatus {
+    DiskStatus { key: disk.key.clone(), format: disk.format.clone(), is_replicated: disk.is_included }
+}
+
 async fn item_status(call: &Call, id: &str) -> Result<ItemStatus, ApiError> {
     let item = find_item(call, id).await?;
     let (_, _, rpo_seconds) = call.control().item_health(&item).await?;
@@ -297,5 +301,6 @@ async fn item_status(call: &Call, id: &str) -> Result<ItemStatus, ApiError> {
         cycle,
         loss_seconds: item.failover.map(|failover| failover.loss_seconds),
         mac_policies: item.target.nics.iter().map(mac_policy).collect(),
+        disks: item.disks.iter().map(disk_status).collect(),
     })
 }

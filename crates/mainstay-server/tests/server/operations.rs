@@ -2,11 +2,16 @@
 
 use std::sync::Arc;
 
-use crate::support::{MAC, Seed, Server, seed};
+use crate::support::{MAC, Seed, Server, put_item, seed};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mainstay_api::arm::{ExportJobDetails, JobProperties, Resource};
-use mainstay_control::{ManualClock, SystemClock, app::Requester, db::EventRecord};
-use mainstay_model::Health;
+use mainstay_control::{
+    ManualClock, SystemClock,
+    app::Requester,
+    db::{EventRecord, ItemRecord},
+};
+use mainstay_model::{Health, ItemState, Phase, TestFailoverState};
+use mainstay_provider::{Disk, Finding, FindingSeverity};
 use serde_json::{Value, json};
 
 async fn ask(server: &Server, method: &str, path: &str, body: &Value) -> Value {
@@ -186,6 +191,50 @@ async fn protectable_items_come_in_pages_as_long_as_the_client_wants() {
         let (status, text) = server.send("GET", &server.at(&format!("{path}?{wrong}")), None).await;
         assert_eq!(status, 400, "{wrong}: {text}");
     }
+    server.running.stop().await;
+}
+
+/// One disk that cannot be replicated is told before anybody tries, and whoever tries is told how to go on without it.
+#[tokio::test]
+async fn a_vm_with_a_disk_that_cannot_be_replicated_is_protected_without_it() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    let mut host = control.provider(seed.home).await.unwrap();
+    let vms = &mut host.discovery.as_mut().unwrap().inventory.vms;
+    let vm = vms.iter_mut().find(|vm| vm.id == seed.other_vm).unwrap();
+    let shared =
+        Disk { key: "vdb".to_owned(), is_os_disk: false, is_replicable: false, ..vm.disks[0].clone() };
+    vm.disks.push(shared);
+    vm.findings.push(Finding {
+        code: "DiskShared".to_owned(),
+        severity: FindingSeverity::Warning,
+        message: "disk vdb is shared with other VMs".to_owned(),
+        remedy: "Move it, or leave it out.".to_owned(),
+    });
+    let mut transaction = control.db.begin().await.unwrap();
+    transaction.put_resource(&host).await.unwrap();
+    transaction.commit().await.unwrap();
+
+    let container = format!("replicationFabrics/home/replicationProtectionContainers/{}", seed.container);
+    let protectable = format!("{container}/replicationProtectableItems/{}", seed.other_vm);
+    let found = get(&server, &protectable).await;
+    let told = found["properties"]["protectionReadinessErrors"][0].as_str().unwrap();
+    assert!(told.starts_with("without vdb: disk vdb is shared with other VMs. Move it, "), "{told}");
+    let path = format!("{container}/replicationProtectedItems/vm2");
+    let mut body = json!({ "properties": {
+        "policyId": "policy",
+        "protectableItemId": server.at(&protectable),
+        "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure" },
+    } });
+    let (status, text) = server.send("PUT", &server.at(&path), Some(body.to_string().into_bytes())).await;
+    let error: Value = serde_json::from_str(&text).unwrap();
+    let detail = &error["error"]["details"][0];
+    assert_eq!((status, &detail["code"]), (400, &json!("DiskNotReplicable")), "{text}");
+    assert!(detail["message"].as_str().unwrap().contains("disk vdb is shared with other VMs"), "{text}");
+    assert!(detail["recommendedAction"].as_str().unwrap().contains("--exclude-disk vdb"), "{text}");
+    body["properties"]["providerSpecificDetails"]["disksToInclude"] = json!(["vda"]);
+    ask(&server, "PUT", &path, &body).await;
     server.running.stop().await;
 }
 
@@ -384,6 +433,73 @@ async fn items_tell_sizes_and_put_a_warning_out_of_sight() {
         refusal(&server, "POST", &format!("{path}/failoverCancel"), &json!({})).await;
     assert_eq!((status, code.as_str()), (409, "OperationNotAllowed"));
     assert!(message.contains("no failover of 'vm1' is under way"), "{message}");
+    server.running.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_rehearsal_showed_is_told_with_the_job_that_cleaned_it_up() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    let state = ItemState { test_failover: TestFailoverState::WaitingForCleanup, ..seed.item.state };
+    put_item(&control, &ItemRecord { state, ..seed.item.clone() }).await;
+    let path = server.at(&format!("{}/testFailoverCleanup", item_path(&seed)));
+    let body = json!({ "properties": { "comments": "booted,\nchecked" } });
+    let name = server.administrator.begin(reqwest::Method::POST, &path, Some(&body)).await.unwrap().unwrap();
+    let job = get(&server, &format!("replicationJobs/{name}")).await;
+    let details = &job["properties"]["customDetails"];
+    assert_eq!(
+        (&details["instanceType"], &details["comments"]),
+        (&json!("TestFailoverJobDetails"), &json!("booted,\nchecked"))
+    );
+    assert_eq!(details["affectedObjectDetails"]["primaryVmName"], "vm1");
+    server.running.stop().await;
+}
+
+/// What keeps an operation from being begun is the state, and not that in this state there are no recovery points.
+#[tokio::test]
+async fn a_state_that_does_not_allow_an_operation_is_told_before_a_point_that_does_not_exist() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let control = server.records().await;
+    let seed = seed(&control).await;
+    let point = "0b6a2f4e-7b1f-4c1e-9d55-3a1c3f0a9b77";
+    let failover = json!({ "properties": {
+        "providerSpecificDetails": { "instanceType": "HyperVReplicaAzure", "recoveryPointId": point },
+    } });
+    let change = json!({ "properties": { "recoveryPointId": point } });
+    let home = json!({ "properties": {
+        "failoverDirection": "RecoveryToPrimary",
+        "providerSpecificDetails": {
+            "instanceType": "HyperVReplicaAzureFailback",
+            "providerIdForAlternateRecovery": point,
+        },
+    } });
+    let cases = [
+        ("testFailover", &failover, Phase::UnplannedFailoverCommitted, Phase::Protected),
+        ("unplannedFailover", &failover, Phase::UnplannedFailoverCommitted, Phase::Protected),
+        (
+            "applyRecoveryPoint",
+            &change,
+            Phase::UnplannedFailoverCommitted,
+            Phase::UnplannedFailoverCommitPending,
+        ),
+        ("plannedFailover", &home, Phase::Protected, Phase::UnplannedFailoverCommitted),
+    ];
+    for (verb, body, refusing, allowing) in cases {
+        let in_phase = async |phase| {
+            let state = ItemState { phase, ..seed.item.state };
+            put_item(&control, &ItemRecord { state, ..seed.item.clone() }).await;
+            let path = server.at(&format!("{}/{verb}", item_path(&seed)));
+            let (status, text) = server.send("POST", &path, Some(body.to_string().into_bytes())).await;
+            (status, serde_json::from_str::<Value>(&text).unwrap())
+        };
+        let (status, answer) = in_phase(refusing).await;
+        assert_eq!(status, 409, "{verb}: {answer}");
+        let detail = &answer["error"]["details"][0];
+        let remedy = detail["recommendedAction"].as_str().unwrap();
+        assert!(remedy.starts_with("Allowed now: "), "{verb}: {answer}");
+        assert_eq!(in_phase(allowing).await.0, 404, "{verb}");
+    }
     server.running.stop().await;
 }
 

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use mainstay_control::{
     ControlError,
     app::Requester,
-    workflows::{FailoverParams, PointChoice},
+    db::TargetRecord,
+    workflows::{FailoverParams, PointChoice, TestFailoverParams},
 };
-use mainstay_model::{Ending, Operation, Phase};
+use mainstay_model::{Ending, Operation, Phase, PointId};
 use mainstay_provider::Hypervisor as _;
 use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
 use tokio::sync::Semaphore;
@@ -80,6 +81,71 @@ fn a_mapping_counts_where_no_network_was_chosen_and_only_there() {
             assert_eq!(networks(&world).await, [chosen.unwrap_or("island")]);
             world.check().await;
         }
+    });
+}
+
+/// Tests on the item's network, on another, and on none.
+#[test]
+fn a_test_copy_is_attached_to_what_the_item_says_unless_the_request_says_something_else() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let item = world.item(VM).await.unwrap();
+        let target = TargetRecord { test_network: Some("island".to_owned()), ..item.target };
+        world.update_target(VM, target).await;
+        for (asked, used) in [(None, "island"), (Some("lan"), "lan"), (Some(""), "")] {
+            let item = world.item(VM).await.unwrap();
+            let params =
+                TestFailoverParams { point: PointChoice::LatestProcessed, network: asked.map(str::to_owned) };
+            let job = world
+                .ask(move |control| async move { control.test_failover(&item, params, by()).await })
+                .await
+                .unwrap();
+            assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
+            let copy = world.item(VM).await.unwrap().test_vm.unwrap().vm;
+            let vm = world.recovery.hypervisor.vm(copy).await.unwrap();
+            assert!(vm.nics.iter().all(|nic| nic.network == used), "{asked:?}: {:?}", vm.nics);
+            world.run(VM, Operation::TestFailoverCleanup).await;
+        }
+        world.check().await;
+    });
+}
+
+/// How far, which way, and that what was written is gone: in the task and as an event.
+#[test]
+fn another_recovery_point_comes_with_what_it_costs() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.write(VM, &[("vda", 6, 4)]).await;
+        world.cycle(VM).await;
+        world.run(VM, Operation::UnplannedFailover).await;
+        let item = world.item(VM).await.unwrap();
+        let latest = item.recovery_vm.unwrap();
+        let points = world.ask(|control| async move { control.recovery_points(&item).await }).await.unwrap();
+        let first_ms = i64::try_from(points[0].time_ms).unwrap();
+        let seconds = (latest.taken_at_ms - first_ms).unsigned_abs().div_ceil(1000);
+        assert!(seconds > 0);
+        for (point, way) in [
+            (PointId(points[0].id), format!("goes back {seconds} s, to")),
+            (PointId(points[0].id), "begins anew at".to_owned()),
+            (latest.point, format!("goes forward {seconds} s, to")),
+        ] {
+            let job = world.change_point(VM, PointChoice::Point(point)).await.unwrap();
+            assert_eq!(world.complete(job.id).await, Ending::Succeeded);
+            let job = world.job(job.id).await;
+            let note = job.steps.iter().flat_map(|step| &step.errors).next().unwrap();
+            assert!(note.is_warning && note.code == "WritesDiscarded", "{note:?}");
+            assert!(note.message.contains(&way) && note.message.contains(&point.to_string()), "{note:?}");
+            assert!(note.message.contains("since its failover is discarded"), "{note:?}");
+            let events =
+                world.ask(|control| async move { control.db.events_after(None, 1000).await }).await.unwrap();
+            assert!(events.iter().any(|event| event.code == note.code && event.description == note.message));
+            world.settle().await;
+        }
+        world.check().await;
     });
 }
 
