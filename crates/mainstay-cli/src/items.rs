@@ -180,13 +180,14 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
     output::line(&format!("policy:            {}", it.policy_friendly_name));
     let points: List<Resource<RecoveryPointProperties>> =
         session.client.get(&format!("{}/recoveryPoints", item.id)).await?;
-    for kind in ["CrashConsistent", "AppConsistent"] {
+    for (label, kind) in [("latest crash:     ", "CrashConsistent"), ("latest app:       ", "AppConsistent")]
+    {
         let latest = points.value.iter().find(|point| point.properties.recovery_point_type == kind);
         let text = latest.map_or_else(
             || "-".to_owned(),
             |point| format!("{}  {}", point.properties.recovery_point_time, point.name),
         );
-        output::line(&format!("latest {kind:<11.11} {text}"));
+        output::line(&format!("{label} {text}"));
     }
     output::line(&format!("recovery points:   {}", points.value.len()));
     output::line(&format!("allowed now:       {}", it.allowed_operations.join(", ")));

@@ -132,7 +132,11 @@ pub(crate) async fn run(session: &Session, command: JobCommand) -> anyhow::Resul
             Ok(ending(&job))
         }
         JobCommand::Export(arguments) => export(session, arguments).await,
-        JobCommand::Cancel { job, wait } => act(session, &job, "cancel", &wait).await,
+        JobCommand::Cancel { job, wait } => match act(session, &job, "cancel", &wait).await? {
+            // That is what was asked for.
+            Exit::Failed if read(session, &job).await?.properties.state == "Cancelled" => Ok(Exit::Done),
+            exit => Ok(exit),
+        },
         JobCommand::Resume { job, wait } => resume(session, &job, &wait).await,
         JobCommand::Restart { job, wait } => act(session, &job, "restart", &wait).await,
     }

@@ -13,6 +13,11 @@ fn job(world: &World, command: &[&str]) -> Result<String> {
     Ok(job["name"].as_str().context("a job's name")?.to_owned())
 }
 
+fn shows(world: &World, command: &[&str], text: &str) {
+    let told = world.cli(command).expect(0);
+    assert!(told.out.contains(text), "no '{text}' in:\n{}", told.out);
+}
+
 /// Points of an item: id and kind, newest first.
 fn points(world: &World, vm: &str) -> Result<Vec<(String, String)>> {
     let points = world.cli(&["recovery-points", vm, "--json"]).expect(0).json()?;
@@ -43,7 +48,7 @@ async fn two_vms_fail_over_at_once_and_one_comes_home_to_a_vm_made_for_it() -> R
     for vm in ["vm1", "vm2"] {
         world.wait_item(vm, "is protected", |item| item["protectionState"] == "Protected").await?;
     }
-    world.cli(&["item", "show", "vm2"]).expect(0).says("excluded");
+    shows(&world, &["item", "show", "vm2"], "excluded");
     application_consistent(&world).await?;
     compared(&world)?;
 
@@ -67,7 +72,7 @@ async fn two_vms_fail_over_at_once_and_one_comes_home_to_a_vm_made_for_it() -> R
     ensure!(info.contains("CPU(s):         2") && info.contains("262144 KiB"), "{info}");
     let mac = mac(&world, RECOVERY, "vm1")?;
     ensure!(mac != mac_at_home, "the MAC address {mac} is the one of home");
-    world.cli(&["console", "vm1"]).expect(0).says("virsh");
+    shows(&world, &["console", "vm1"], "virsh");
 
     // Another moment, and back to what was there.
     let older = points(&world, "vm1")?.get(1).context("another recovery point")?.0.clone();
@@ -79,7 +84,15 @@ async fn two_vms_fail_over_at_once_and_one_comes_home_to_a_vm_made_for_it() -> R
     world.cli(&["change-recovery-point", "vm1", "--recovery-point", &older]).expect(3).says("Allowed now");
     world.cli(&["complete-failover", "vm1"]).expect(3);
     home_made_anew(&world).await?;
-    world.bring_home("vm2").await?;
+    // What was left out is at home as it was: it has not seen what the other disk has.
+    world.cli(&["planned-failover", "vm2", "--direction", "RecoveryToPrimary"]).expect(6);
+    let away = world.whole("vm2", RECOVERY).await?;
+    world.cli(&["complete-failover", "vm2"]).expect(0);
+    let home = world.lab.ledger("vm2", LedgerCopy::Active, PATIENCE).await?;
+    ensure!(home.site == HOME && home.last >= away.acknowledged, "{away:?}, {home:?}");
+    ensure!(home.corrupt == 0 && home.gaps == 0 && !home.disks_agree, "{home:?}");
+    ensure!(disks(&world, HOME, "vm2")? == ["vda", "vdb"]);
+    world.cli(&["commit", "vm2"]).expect(0);
     world.proved()
 }
 
@@ -87,7 +100,7 @@ async fn two_vms_fail_over_at_once_and_one_comes_home_to_a_vm_made_for_it() -> R
 async fn application_consistent(world: &World) -> Result<()> {
     let wanted = eventually("a point for which applications took part, and later ones", async || {
         let points = points(world, "vm1")?;
-        let found = points.iter().position(|(_, kind)| kind == "ApplicationConsistent");
+        let found = points.iter().position(|(_, kind)| kind == "AppConsistent");
         let found = found.filter(|index| *index > 0).with_context(|| format!("there are {points:?}"))?;
         Ok(points[found].0.clone())
     })
@@ -107,7 +120,7 @@ fn compared(world: &World) -> Result<()> {
     world.cli(&["resync", "vm1"]).expect(0);
     let jobs = world.cli(&["job", "list", "--json"]).expect(0).json()?;
     let newest = jobs[0]["name"].as_str().context("a job")?;
-    world.cli(&["job", "show", newest]).expect(0).says("Succeeded");
+    shows(world, &["job", "show", newest], "Succeeded");
     Ok(())
 }
 
@@ -129,7 +142,7 @@ async fn cancelled(world: &World) -> Result<()> {
     world.cli(&["job", "resume", &failover]).expect(3);
     world.lab.wait_connected(RECOVERY).await?;
     world.whole("vm1", HOME).await?;
-    world.lab_cli(&["status"]).expect(0).says("agent:recovery");
+    assert!(world.lab_cli(&["status"]).expect(0).out.contains("agent:recovery"));
     Ok(())
 }
 
@@ -144,8 +157,7 @@ async fn home_made_anew(world: &World) -> Result<()> {
     world.cli(&home).expect(1).says("--create-vm");
     world.whole("vm1", RECOVERY).await?;
     let before = world.whole("vm1", RECOVERY).await?;
-    world.cli(&[&home[..], &["--create-vm"]].concat()).expect(6);
-    world.cli(&["complete-failover", "vm1"]).expect(0);
+    world.cli(&[&home[..], &["--create-vm"]].concat()).expect(0);
     let after = world.whole("vm1", HOME).await?;
     ensure!(after.last >= before.acknowledged, "{before:?}, {after:?}");
     world.cli(&["commit", "vm1"]).expect(0);

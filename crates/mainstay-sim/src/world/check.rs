@@ -65,7 +65,10 @@ impl World {
         assert_eq!(recovered.keys().collect::<BTreeSet<_>>(), included, "the disks of '{name}'");
         for (key, recovered) in &*recovered {
             // The copy that is off may have been given more room since.
-            assert!(is_grown(&home[key], recovered), "'{name}' lost something of {key} in a planned failover");
+            assert!(
+                is_grown(&home[key], recovered),
+                "'{name}' lost something of {key} in a planned failover"
+            );
         }
     }
 
