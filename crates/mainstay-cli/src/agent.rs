@@ -11,7 +11,9 @@ use mainstay_kvm::{
     KvmHost, KvmOptions,
     libvirt::{mend_statuses, status_directory},
 };
-use mainstay_provider::{Acceleration, FindingSeverity, Hypervisor, Network, NetworkKind, Site};
+use mainstay_provider::{
+    Acceleration, Finding, FindingSeverity, HostFacts, Hypervisor, Network, NetworkKind, Site,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -58,7 +60,9 @@ impl AgentArguments {
 
 fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     for path in [config.run_dir.clone(), config.vm_dir()] {
-        std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        std::fs::create_dir_all(&path).with_context(|| {
+            format!("create {}, where the agent must be able to write (vm_dir, run_dir)", path.display())
+        })?;
     }
     let of_kind = |names: &[String], kind: NetworkKind| {
         names.iter().map(|name| Network { name: name.clone(), kind }).collect::<Vec<_>>()
@@ -68,6 +72,7 @@ fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     let options = KvmOptions {
         uri: config.libvirt_uri.clone(),
         directory: config.vm_dir(),
+        socket_directory: Some(config.run_dir.clone()),
         networks,
         hydration_bytes_per_second: Some(config.hydration_bytes_per_second).filter(|limit| *limit > 0),
     };
@@ -209,8 +214,14 @@ fn host_name() -> anyhow::Result<String> {
 }
 
 async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
-    let host = hypervisor(config)?.host().await;
-    let mut host = host.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?;
+    let mut host = match host_facts(config).await {
+        Ok(host) => host,
+        Err(error) => {
+            // What can be said without libvirt is said all the same: it is likely to be the reason, or the next thing.
+            mainstay_kvm::missing_programs().iter().for_each(|finding| output::note(&line_of(finding)));
+            return Err(error);
+        }
+    };
     if let Some(identity) = Identity::find(&config.data_dir)? {
         host.findings.extend(identity.lapse()?);
     }
@@ -230,10 +241,17 @@ async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
             let word = if capability.is_available { "yes" } else { "no " };
             output::line(&format!("{word}  {}  {}", capability.name, capability.reason));
         }
-        for finding in &host.findings {
-            output::line(&format!("{:?}: {} {}", finding.severity, finding.message, finding.remedy));
-        }
+        host.findings.iter().for_each(|finding| output::line(&line_of(finding)));
     }
     let is_fit = host.findings.iter().all(|finding| finding.severity != FindingSeverity::Error);
     Ok(if is_fit { Exit::Done } else { Exit::Failed })
+}
+
+async fn host_facts(config: &AgentConfig) -> anyhow::Result<HostFacts> {
+    let facts = hypervisor(config)?.host().await;
+    facts.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))
+}
+
+fn line_of(finding: &Finding) -> String {
+    format!("{:?}: {}. {}", finding.severity, finding.message.trim_end_matches('.'), finding.remedy)
 }
