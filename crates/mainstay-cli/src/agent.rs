@@ -17,36 +17,29 @@ use mainstay_provider::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    configuration,
     exit::{Exit, UsageError},
     output,
     server::{LogArguments, terminated},
 };
 
-/// The agent's settings: a file, with environment and flags over it.
+/// The agent's settings: a file, the environment over it (each key as MAINSTAY_AGENT_KEY), and flags over both.
 #[derive(Args)]
 pub(crate) struct AgentArguments {
     /// Configuration file (TOML; unknown keys are refused).
     #[arg(long, env = "MAINSTAY_AGENT_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where everything is kept.
-    #[arg(long, env = "MAINSTAY_AGENT_DATA_DIR", value_name = "DIR")]
+    /// Where everything is kept [env: MAINSTAY_AGENT_DATA_DIR].
+    #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// libvirt's URI.
-    #[arg(long, env = "MAINSTAY_AGENT_LIBVIRT_URI", value_name = "URI")]
+    /// libvirt's URI [env: MAINSTAY_AGENT_LIBVIRT_URI].
+    #[arg(long, value_name = "URI")]
     libvirt_uri: Option<String>,
 }
 
 impl AgentArguments {
     fn config(&self) -> anyhow::Result<AgentConfig> {
-        let mut config = match &self.config {
-            Some(path) => {
-                let text =
-                    std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-                AgentConfig::parse(&text)
-                    .map_err(|error| UsageError(format!("configuration {}: {error}", path.display())))?
-            }
-            None => AgentConfig::default(),
-        };
+        let mut config: AgentConfig = configuration::read(&configuration::AGENT, self.config.as_deref())?;
         if let Some(data_dir) = &self.data_dir {
             config.data_dir.clone_from(data_dir);
         }

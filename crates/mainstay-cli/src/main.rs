@@ -2,6 +2,7 @@
 //! `lab` and `demo` start the other parts.
 
 mod agent;
+mod configuration;
 mod demo;
 mod exit;
 mod items;
