@@ -14,12 +14,13 @@ use mainstay_kvm::{
 use mainstay_provider::{
     Acceleration, Finding, FindingSeverity, HostFacts, Hypervisor, Network, NetworkKind, Site,
 };
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    configuration,
+    agent_metrics, configuration,
     exit::{Exit, UsageError},
-    output,
+    notify, output,
     server::{LogArguments, terminated},
 };
 
@@ -191,14 +192,42 @@ async fn run_agent(config: &AgentConfig) -> anyhow::Result<Exit> {
     site.recover().await.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?;
     let stop = CancellationToken::new();
     let serving: Arc<dyn Site> = Arc::new(site.clone());
+    let told = tokio::spawn(tell_connection(link.connection(), address.clone()));
+    let answering = match config.metrics_listen {
+        Some(address) => {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.with_context(|| format!("listen on {address} (metrics_listen)"))?;
+            Some(tokio::spawn(agent_metrics::serve(listener, link.connection())))
+        }
+        None => None,
+    };
+    // Without a server, too: it gives recovery VMs their disks. Before there is anything else to tell.
+    notify::ready("dialling the server");
     let connection = tokio::spawn(mainstay_agent::run(link, serving, stop.clone()));
     tracing::info!(provider = identity.provider, fabric = identity.fabric, "the agent runs");
     terminated().await?;
+    told.abort();
+    if let Some(answering) = answering {
+        answering.abort();
+    }
+    notify::stopping();
     stop.cancel();
     connection.await?;
     site.stop().await;
     tracing::info!("the agent has stopped");
     Ok(Exit::Done)
+}
+
+/// Tells the service manager whether the server is there, until the link is gone.
+async fn tell_connection(mut connected: watch::Receiver<bool>, address: String) {
+    while connected.changed().await.is_ok() {
+        let is_connected = *connected.borrow_and_update();
+        notify::status(&if is_connected {
+            format!("connected to {address}")
+        } else {
+            format!("{address} cannot be reached; trying on")
+        });
+    }
 }
 
 fn host_name() -> anyhow::Result<String> {

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use mainstay_server::ServerConfig;
 
-use crate::{configuration, exit::Exit, output};
+use crate::{configuration, exit::Exit, notify, output};
 
 /// The server's settings: a file, the environment over it (each key as MAINSTAY_SERVER_KEY), and flags over both.
 #[derive(Args)]
@@ -191,10 +191,12 @@ pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
         ServerCommand::Run { server, logging } => {
             logging.start()?;
             let running = mainstay_server::run(&server.config()?).await?;
+            notify::ready(&format!("API on {}, agents on {}", running.api_address, running.agent_address));
             let is_superseded = tokio::select! {
                 ended = terminated() => ended.map(|()| false)?,
                 () = running.superseded() => true,
             };
+            notify::stopping();
             running.stop().await;
             if is_superseded {
                 anyhow::bail!(
