@@ -199,10 +199,12 @@ pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
             notify::stopping();
             running.stop().await;
             if is_superseded {
-                anyhow::bail!(
+                output::error(
                     "another server has taken over the replica store; only one may look after it: \
-                     see which one it is before you start this one again"
+                     see which one it is before you start this one again",
                 );
+                // Not a failure: a service manager that started it again would take the store back.
+                return Ok(Exit::Refused);
             }
             Ok(Exit::Done)
         }
