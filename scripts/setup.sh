@@ -3,7 +3,7 @@
 # Idempotent: does nothing when everything is there. Works as root or with sudo.
 #
 # usage: scripts/setup.sh [--check] [test] [bench] [soak]
-#   --check  only say what is missing (exit 1 if anything is)
+#   --check  only say what is missing, all of it (exit 1 if anything is)
 #   test     also the clients and tools that `make test` uses, under .cache (1 GB)
 #   bench    also the peers that `make bench` measures against
 #   soak     also cargo-fuzz, under .cache (a nightly Rust must be there)
@@ -31,7 +31,10 @@ packages=(
   qemu-system-x86 qemu-utils libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt0
   # The ledger guest: kernel, shell, module tools, the guest agent, and what packs them.
   # The guest agent and the kernel are unpacked, never installed (see `cargo xtask guest`).
-  busybox-static cpio kmod e2fsprogs dnsmasq-base iproute2 swtpm swtpm-tools ovmf
+  # Kernel modules are packed with either of two programs, by version.
+  busybox-static cpio kmod xz-utils zstd e2fsprogs dnsmasq-base iproute2 swtpm swtpm-tools ovmf
+  # Tests look for processes that were left over.
+  procps
   # Tools and clients that come as Python packages.
   python3 python3-venv
 )
@@ -41,30 +44,33 @@ if $want_soak; then packages+=(g++); fi
 
 version_at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 
-if ! command -v cargo >/dev/null 2>&1; then
-  echo "setup: cargo is missing: install Rust $rust_wanted or newer (rustup.rs or your distribution)" >&2
-  exit 1
-fi
-rust_found=$(rustc --version | awk '{print $2}')
-if ! version_at_least "$rust_found" "$rust_wanted"; then
-  echo "setup: rustc $rust_found is too old: $rust_wanted or newer is needed" >&2
-  exit 1
-fi
+# What is not ours to install is collected and told at once, with what to do.
+problems=()
 
+rust_found=$(rustc --version 2>/dev/null | awk '{print $2}' || true)
+if [ -z "$rust_found" ] || ! command -v cargo >/dev/null 2>&1; then
+  problems+=("Rust is missing: install $rust_wanted or newer (rustup.rs or your distribution)")
+else
+  version_at_least "$rust_found" "$rust_wanted" ||
+    problems+=("rustc $rust_found is too old: $rust_wanted or newer is needed (rustup update)")
+  cargo fmt --version >/dev/null 2>&1 ||
+    problems+=("cargo fmt is missing: rustup component add rustfmt (or your distribution's package rustfmt)")
+  cargo clippy --version >/dev/null 2>&1 ||
+    problems+=("cargo clippy is missing: rustup component add clippy (or your distribution's package rust-clippy)")
+fi
 if $want_soak && ! { command -v rustup && rustup run nightly rustc --version; } >/dev/null 2>&1; then
-  echo "setup: fuzzing needs a nightly Rust beside the stable one: rustup toolchain install nightly" >&2
-  exit 1
+  problems+=("fuzzing needs a nightly Rust beside the stable one: rustup toolchain install nightly")
 fi
 
 node_wanted=20
-if ! command -v npm >/dev/null 2>&1 || ! version_at_least "$(node --version | tr -d v)" "$node_wanted"; then
-  echo "setup: Node.js $node_wanted or newer with npm is missing (nodejs.org or your distribution)" >&2
-  exit 1
+node_found=$(node --version 2>/dev/null | tr -d v || true)
+if ! command -v npm >/dev/null 2>&1 || ! version_at_least "${node_found:-0}" "$node_wanted"; then
+  problems+=("Node.js $node_wanted or newer with npm is missing (nodejs.org or your distribution)")
 fi
 
 if ! command -v dpkg-query >/dev/null 2>&1; then
-  echo "setup: this is not a Debian system; install the equivalents of: ${packages[*]}" >&2
-  exit 1
+  problems+=("this is not a Debian system; install the equivalents of: ${packages[*]}")
+  packages=()
 fi
 
 missing=()
@@ -84,9 +90,11 @@ install_tools() {
   install_environment "$tools" "$requirements"
 }
 
+has_environment() { cmp -s "$2" "$1/requirements.txt"; }
+
 # Installs Python packages into an environment of their own, unless they are there.
 install_environment() {
-  if cmp -s "$2" "$1/requirements.txt"; then return; fi
+  if has_environment "$1" "$2"; then return; fi
   echo "setup: installing $1" >&2
   rm -rf "$1"
   python3 -m venv "$1"
@@ -97,16 +105,20 @@ install_environment() {
 
 # Drives libFuzzer; see fuzz/.
 cargo_fuzz_version=0.13.1
+has_cargo_fuzz() {
+  [ "$(.cache/cargo/bin/cargo-fuzz --version 2>/dev/null)" = "cargo-fuzz $cargo_fuzz_version" ]
+}
 install_cargo_fuzz() {
-  if [ "$(.cache/cargo/bin/cargo-fuzz --version 2>/dev/null)" = "cargo-fuzz $cargo_fuzz_version" ]; then return; fi
+  if has_cargo_fuzz; then return; fi
   echo "setup: installing cargo-fuzz" >&2
   cargo install --quiet --locked --root .cache/cargo --version "$cargo_fuzz_version" cargo-fuzz
 }
 
 # Clients and tools that come as npm packages, at the versions of the lock file.
 node_packages=.cache/node
+has_node_packages() { cmp -s "$(dirname "$0")/package-lock.json" "$node_packages/installed.json"; }
 install_node_packages() {
-  if cmp -s "$(dirname "$0")/package-lock.json" "$node_packages/installed.json"; then return; fi
+  if has_node_packages; then return; fi
   echo "setup: installing $node_packages" >&2
   rm -rf "$node_packages"
   mkdir -p "$node_packages"
@@ -119,14 +131,27 @@ install_node_packages() {
 azure_cli=.cache/azure-cli
 azure_cli_requirements="$(dirname "$0")/azure-cli.txt"
 
+if $check_only; then
+  if [ ${#missing[@]} -gt 0 ]; then problems+=("missing packages, which setup installs: ${missing[*]}"); fi
+  tools_missing=()
+  if $want_soak && ! has_cargo_fuzz; then tools_missing+=(cargo-fuzz); fi
+  if $want_test; then
+    has_node_packages || tools_missing+=("$node_packages")
+    has_environment "$azure_cli" "$azure_cli_requirements" || tools_missing+=("$azure_cli")
+    has_environment "$tools" "$requirements" || tools_missing+=("$tools")
+  fi
+  if [ ${#tools_missing[@]} -gt 0 ]; then
+    problems+=("missing tools, which setup installs: ${tools_missing[*]}")
+  fi
+fi
+if [ ${#problems[@]} -gt 0 ]; then
+  printf 'setup: %s\n' "${problems[@]}" >&2
+  exit 1
+fi
+if $check_only; then exit 0; fi
 if [ ${#missing[@]} -eq 0 ]; then
-  if $check_only; then exit 0; fi
   install_tools
   exit 0
-fi
-if $check_only; then
-  echo "setup: missing packages: ${missing[*]}" >&2
-  exit 1
 fi
 
 as_root=()

@@ -1,6 +1,6 @@
 //! The agent's configuration: a TOML file, unknown keys refused.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +37,9 @@ pub struct AgentConfig {
     pub boot_id_file: PathBuf,
     /// Address of the server's agent endpoint, `HOST:PORT`; empty = what registration answered.
     pub server: String,
+    /// Where `/metrics` and `/readyz` are answered, in plain HTTP and to whoever asks: an address that only this host has.
+    /// Nowhere without it.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 impl Default for AgentConfig {
@@ -53,6 +56,7 @@ impl Default for AgentConfig {
             nice: 10,
             boot_id_file: PathBuf::from("/proc/sys/kernel/random/boot_id"),
             server: String::new(),
+            metrics_listen: None,
         }
     }
 }
@@ -72,6 +76,12 @@ impl AgentConfig {
     pub fn check(&self) -> Result<(), String> {
         if self.nice > 19 {
             return Err(format!("nice is {}, but 19 is the most", self.nice));
+        }
+        if let Some(address) = self.metrics_listen.filter(|address| !address.ip().is_loopback()) {
+            return Err(format!(
+                "metrics_listen is {address}, but what is answered there is open to all: say an address that only this host \
+                 has, such as 127.0.0.1:9464"
+            ));
         }
         for name in self.networks.iter().chain(&self.isolated_networks) {
             check_network(name)?;
@@ -136,5 +146,11 @@ mod tests {
         assert_eq!(check("nice = 19"), Ok(()));
         assert!(check("nice = 20").unwrap_err().contains("20"));
         assert!(AgentConfig::parse("nice = -1").is_err());
+        for own in ["127.0.0.1:9464", "127.8.0.1:1", "[::1]:9464"] {
+            assert_eq!(check(&format!("metrics_listen = '{own}'")), Ok(()));
+        }
+        for other in ["0.0.0.0:9464", "[::]:9464", "10.0.0.1:9464"] {
+            assert!(check(&format!("metrics_listen = '{other}'")).unwrap_err().contains(other));
+        }
     }
 }

@@ -16,6 +16,7 @@ use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::TcpStream,
+    sync::watch,
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
@@ -50,6 +51,7 @@ pub struct ServerLink {
     name: ServerName<'static>,
     identity: Identity,
     tls: Arc<RwLock<Protocols>>,
+    is_connected: watch::Sender<bool>,
 }
 
 /// TLS with the agent's certificate, for each protocol.
@@ -81,7 +83,13 @@ impl ServerLink {
             name,
             identity: identity.clone(),
             tls: Arc::new(RwLock::new(Protocols::of(identity)?)),
+            is_connected: watch::Sender::new(false),
         })
+    }
+
+    /// Whether the server is connected, now and from now on.
+    pub fn connection(&self) -> watch::Receiver<bool> {
+        self.is_connected.subscribe()
     }
 
     fn tls(&self, protocol: fn(&Protocols) -> &Arc<ClientConfig>) -> Arc<ClientConfig> {
@@ -153,6 +161,7 @@ pub async fn run(link: ServerLink, site: Arc<dyn Site>, stop: CancellationToken)
         let session = async {
             let stream = link.dial(&link.tls(|tls| &tls.control)).await?;
             tracing::info!(server = link.address, "connected to the server");
+            link.is_connected.send_replace(true);
             tokio::select! {
                 served = serve_site(stream, site.clone()) => Ok::<_, io::Error>(served),
                 never = link.keep_certificate() => match never {},
@@ -162,6 +171,7 @@ pub async fn run(link: ServerLink, site: Arc<dyn Site>, stop: CancellationToken)
             () = stop.cancelled() => return,
             ended = session => ended,
         };
+        link.is_connected.send_replace(false);
         match ended {
             Ok(served) => {
                 let error = served.err().map(|error| error.to_string()).unwrap_or_default();

@@ -11,40 +11,36 @@ use mainstay_kvm::{
     KvmHost, KvmOptions,
     libvirt::{mend_statuses, status_directory},
 };
-use mainstay_provider::{Acceleration, FindingSeverity, Hypervisor, Network, NetworkKind, Site};
+use mainstay_provider::{
+    Acceleration, Finding, FindingSeverity, HostFacts, Hypervisor, Network, NetworkKind, Site,
+};
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    agent_metrics, configuration,
     exit::{Exit, UsageError},
-    output,
+    notify, output,
     server::{LogArguments, terminated},
 };
 
-/// The agent's settings: a file, with environment and flags over it.
+/// The agent's settings: a file, the environment over it (each key as MAINSTAY_AGENT_KEY), and flags over both.
 #[derive(Args)]
 pub(crate) struct AgentArguments {
     /// Configuration file (TOML; unknown keys are refused).
     #[arg(long, env = "MAINSTAY_AGENT_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where everything is kept.
-    #[arg(long, env = "MAINSTAY_AGENT_DATA_DIR", value_name = "DIR")]
+    /// Where everything is kept [env: MAINSTAY_AGENT_DATA_DIR].
+    #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// libvirt's URI.
-    #[arg(long, env = "MAINSTAY_AGENT_LIBVIRT_URI", value_name = "URI")]
+    /// libvirt's URI [env: MAINSTAY_AGENT_LIBVIRT_URI].
+    #[arg(long, value_name = "URI")]
     libvirt_uri: Option<String>,
 }
 
 impl AgentArguments {
     fn config(&self) -> anyhow::Result<AgentConfig> {
-        let mut config = match &self.config {
-            Some(path) => {
-                let text =
-                    std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-                AgentConfig::parse(&text)
-                    .map_err(|error| UsageError(format!("configuration {}: {error}", path.display())))?
-            }
-            None => AgentConfig::default(),
-        };
+        let mut config: AgentConfig = configuration::read(&configuration::AGENT, self.config.as_deref())?;
         if let Some(data_dir) = &self.data_dir {
             config.data_dir.clone_from(data_dir);
         }
@@ -58,7 +54,9 @@ impl AgentArguments {
 
 fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     for path in [config.run_dir.clone(), config.vm_dir()] {
-        std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        std::fs::create_dir_all(&path).with_context(|| {
+            format!("create {}, where the agent must be able to write (vm_dir, run_dir)", path.display())
+        })?;
     }
     let of_kind = |names: &[String], kind: NetworkKind| {
         names.iter().map(|name| Network { name: name.clone(), kind }).collect::<Vec<_>>()
@@ -68,6 +66,7 @@ fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     let options = KvmOptions {
         uri: config.libvirt_uri.clone(),
         directory: config.vm_dir(),
+        socket_directory: Some(config.run_dir.clone()),
         networks,
         hydration_bytes_per_second: Some(config.hydration_bytes_per_second).filter(|limit| *limit > 0),
     };
@@ -193,14 +192,42 @@ async fn run_agent(config: &AgentConfig) -> anyhow::Result<Exit> {
     site.recover().await.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?;
     let stop = CancellationToken::new();
     let serving: Arc<dyn Site> = Arc::new(site.clone());
+    let told = tokio::spawn(tell_connection(link.connection(), address.clone()));
+    let answering = match config.metrics_listen {
+        Some(address) => {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.with_context(|| format!("listen on {address} (metrics_listen)"))?;
+            Some(tokio::spawn(agent_metrics::serve(listener, link.connection())))
+        }
+        None => None,
+    };
+    // Without a server, too: it gives recovery VMs their disks. Before there is anything else to tell.
+    notify::ready("dialling the server");
     let connection = tokio::spawn(mainstay_agent::run(link, serving, stop.clone()));
     tracing::info!(provider = identity.provider, fabric = identity.fabric, "the agent runs");
     terminated().await?;
+    told.abort();
+    if let Some(answering) = answering {
+        answering.abort();
+    }
+    notify::stopping();
     stop.cancel();
     connection.await?;
     site.stop().await;
     tracing::info!("the agent has stopped");
     Ok(Exit::Done)
+}
+
+/// Tells the service manager whether the server is there, until the link is gone.
+async fn tell_connection(mut connected: watch::Receiver<bool>, address: String) {
+    while connected.changed().await.is_ok() {
+        let is_connected = *connected.borrow_and_update();
+        notify::status(&if is_connected {
+            format!("connected to {address}")
+        } else {
+            format!("{address} cannot be reached; trying on")
+        });
+    }
 }
 
 fn host_name() -> anyhow::Result<String> {
@@ -209,8 +236,14 @@ fn host_name() -> anyhow::Result<String> {
 }
 
 async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
-    let host = hypervisor(config)?.host().await;
-    let mut host = host.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))?;
+    let mut host = match host_facts(config).await {
+        Ok(host) => host,
+        Err(error) => {
+            // What can be said without libvirt is said all the same: it is likely to be the reason, or the next thing.
+            mainstay_kvm::missing_programs().iter().for_each(|finding| output::note(&line_of(finding)));
+            return Err(error);
+        }
+    };
     if let Some(identity) = Identity::find(&config.data_dir)? {
         host.findings.extend(identity.lapse()?);
     }
@@ -230,10 +263,17 @@ async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
             let word = if capability.is_available { "yes" } else { "no " };
             output::line(&format!("{word}  {}  {}", capability.name, capability.reason));
         }
-        for finding in &host.findings {
-            output::line(&format!("{:?}: {} {}", finding.severity, finding.message, finding.remedy));
-        }
+        host.findings.iter().for_each(|finding| output::line(&line_of(finding)));
     }
     let is_fit = host.findings.iter().all(|finding| finding.severity != FindingSeverity::Error);
     Ok(if is_fit { Exit::Done } else { Exit::Failed })
+}
+
+async fn host_facts(config: &AgentConfig) -> anyhow::Result<HostFacts> {
+    let facts = hypervisor(config)?.host().await;
+    facts.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))
+}
+
+fn line_of(finding: &Finding) -> String {
+    format!("{:?}: {}. {}", finding.severity, finding.message.trim_end_matches('.'), finding.remedy)
 }

@@ -2,11 +2,14 @@
 //! `lab` and `demo` start the other parts.
 
 mod agent;
+mod agent_metrics;
+mod configuration;
 mod demo;
 mod exit;
 mod items;
 mod jobs;
 mod lab;
+mod notify;
 mod output;
 mod plans;
 mod principals;

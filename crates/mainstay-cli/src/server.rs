@@ -6,35 +6,28 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use mainstay_server::ServerConfig;
 
-use crate::{exit::Exit, output};
+use crate::{configuration, exit::Exit, notify, output};
 
-/// The server's settings: a file, with environment and flags over it.
+/// The server's settings: a file, the environment over it (each key as MAINSTAY_SERVER_KEY), and flags over both.
 #[derive(Args)]
 pub(crate) struct ServerArguments {
     /// Configuration file (TOML; unknown keys are refused).
     #[arg(long, env = "MAINSTAY_SERVER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where everything is kept.
-    #[arg(long, env = "MAINSTAY_SERVER_DATA_DIR", value_name = "DIR")]
+    /// Where everything is kept [env: MAINSTAY_SERVER_DATA_DIR].
+    #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Where the API listens.
-    #[arg(long, env = "MAINSTAY_SERVER_LISTEN", value_name = "ADDRESS:PORT")]
+    /// Where the API listens [env: MAINSTAY_SERVER_LISTEN].
+    #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
-    /// Where agents are let in.
-    #[arg(long, env = "MAINSTAY_SERVER_AGENT_LISTEN", value_name = "ADDRESS:PORT")]
+    /// Where agents are let in [env: MAINSTAY_SERVER_AGENT_LISTEN].
+    #[arg(long, value_name = "ADDRESS:PORT")]
     agent_listen: Option<SocketAddr>,
 }
 
 impl ServerArguments {
     pub(crate) fn config(&self) -> anyhow::Result<ServerConfig> {
-        let mut config = match &self.config {
-            Some(path) => {
-                let text =
-                    std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-                ServerConfig::parse(&text).with_context(|| format!("configuration {}", path.display()))?
-            }
-            None => ServerConfig::default(),
-        };
+        let mut config: ServerConfig = configuration::read(&configuration::SERVER, self.config.as_deref())?;
         if let Some(data_dir) = &self.data_dir {
             config.data_dir.clone_from(data_dir);
         }
@@ -198,16 +191,20 @@ pub(crate) async fn run(invocation: ServerInvocation) -> anyhow::Result<Exit> {
         ServerCommand::Run { server, logging } => {
             logging.start()?;
             let running = mainstay_server::run(&server.config()?).await?;
+            notify::ready(&format!("API on {}, agents on {}", running.api_address, running.agent_address));
             let is_superseded = tokio::select! {
                 ended = terminated() => ended.map(|()| false)?,
                 () = running.superseded() => true,
             };
+            notify::stopping();
             running.stop().await;
             if is_superseded {
-                anyhow::bail!(
+                output::error(
                     "another server has taken over the replica store; only one may look after it: \
-                     see which one it is before you start this one again"
+                     see which one it is before you start this one again",
                 );
+                // Not a failure: a service manager that started it again would take the store back.
+                return Ok(Exit::Refused);
             }
             Ok(Exit::Done)
         }

@@ -22,6 +22,8 @@ pub struct KvmOptions {
     /// The driver's own directory, at most 60 bytes long, with room for recovery VMs' disks. QEMU's account must
     /// be able to pass through its parents.
     pub directory: PathBuf,
+    /// Where the sockets lie over which recovery VMs read, if not there: looked at for what the host lacks.
+    pub socket_directory: Option<PathBuf>,
     /// Networks that libvirt does not know of: `mcast:ADDRESS:PORT`, `bridge:NAME`.
     pub networks: Vec<Network>,
     /// How fast each disk of a recovery VM is copied out of the store at most; `None` = as fast as it goes.

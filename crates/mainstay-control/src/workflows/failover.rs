@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use mainstay_model::{Generation, Health, PointId};
 use mainstay_provider::{
-    ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, PowerState, ReadPower, RemoveRecoveryVm,
-    ShutDownVm, ShutdownOutcome, SiteError, StartVm,
+    ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, HostFacts, PowerState, ReadPower,
+    RemoveRecoveryVm, ShutDownVm, ShutdownOutcome, SiteError, StartVm,
 };
 use serde::{Deserialize, Serialize};
 
@@ -148,6 +148,7 @@ struct Checked {
 /// Checks that name and addresses are free at the recovery site.
 pub(super) async fn check_target(step: &StepContext<'_>, item: &ItemRecord) -> Result<(), JobError> {
     let target = step.call(item.recovery_provider, Discover {}, Patience::RESTART).await?;
+    check_host(&target.host)?;
     let own = item.recovery_vm.map(|copy| copy.vm);
     let others = || {
         target
@@ -192,6 +193,19 @@ pub(super) async fn check_target(step: &StepContext<'_>, item: &ItemRecord) -> R
         }
     }
     Ok(())
+}
+
+/// Checks that recovery VMs can run on a host; one that does not say (an agent from before) is taken at its word later.
+pub(super) fn check_host(host: &HostFacts) -> Result<(), JobError> {
+    let instant = host.capabilities.iter().find(|capability| capability.name == "InstantRecovery");
+    match instant {
+        Some(instant) if !instant.is_available => Err(JobError::new(
+            "InstantRecoveryUnavailable",
+            format!("the recovery host '{}' cannot run recovery VMs: {}", host.name, instant.reason),
+            "Put that right on the host; `mainstay agent doctor` there says whether it is.",
+        )),
+        _ => Ok(()),
+    }
 }
 
 #[derive(Serialize, Deserialize)]

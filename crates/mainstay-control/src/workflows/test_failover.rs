@@ -8,6 +8,7 @@ use mainstay_provider::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    failover::check_host,
     points::{PointChoice, point_time_ms},
     vm_of_job,
 };
@@ -80,6 +81,7 @@ impl StepAction for CheckPrerequisites {
         let item = step.item().await?;
         let params: TestFailoverParams = step.params()?;
         let target = step.call(item.recovery_provider, Discover {}, Patience::RESTART).await?;
+        check_host(&target.host)?;
         let network = params.network_for(&item);
         if let Some(network) = network
             && !target.inventory.networks.iter().any(|known| known.name == network)

@@ -5,6 +5,7 @@ use std::path::Path;
 use mainstay_provider::{Acceleration, Capability, Finding, FindingSeverity, HostFacts, SiteError};
 use nix::sys::statvfs::statvfs;
 
+use super::lacks::{Account, Seen, findings, look, missing_programs, version};
 use crate::error::failed;
 use crate::host::Host;
 use crate::probe::hardware_acceleration;
@@ -12,11 +13,11 @@ use crate::probe::hardware_acceleration;
 /// Reads everything afresh; only the probe guest runs once.
 pub(crate) async fn facts(host: &Host) -> Result<HostFacts, SiteError> {
     let (libvirt, qemu) = host.libvirt.versions().await?;
-    let mut findings = Vec::new();
+    let mut lacks = missing_programs();
     let acceleration = match hardware_acceleration().await {
         Ok(()) => Acceleration::Hardware,
         Err(reason) => {
-            findings.push(Finding {
+            lacks.push(Finding {
                 code: "NoHardwareAcceleration".to_owned(),
                 severity: FindingSeverity::Warning,
                 message: format!("guests run in software, slowly: {reason}"),
@@ -40,6 +41,17 @@ pub(crate) async fn facts(host: &Host) -> Result<HostFacts, SiteError> {
     ];
     let space =
         statvfs(host.files.directory()).map_err(|error| failed(format!("asking for free space: {error}")))?;
+    let free_bytes = space.blocks_available() * space.fragment_size();
+    let account = host.owner().await?.map(Account::of);
+    let run_dir = host.options.socket_directory.as_deref().filter(|path| *path != host.files.directory());
+    lacks.extend(findings(&Seen {
+        libvirt: &libvirt,
+        qemu: &qemu,
+        confinement,
+        free_bytes,
+        vm_dir: look(host.files.directory(), account.as_ref()),
+        run_dir: run_dir.map(|path| look(path, account.as_ref())),
+    }));
     let (processors, memory_bytes) = capacity(host.capabilities().await?)?;
     Ok(HostFacts {
         name: host.libvirt.hostname().await?,
@@ -49,17 +61,15 @@ pub(crate) async fn facts(host: &Host) -> Result<HostFacts, SiteError> {
         capabilities,
         processors,
         memory_bytes,
-        free_bytes: space.blocks_available() * space.fragment_size(),
-        findings,
+        free_bytes,
+        findings: lacks,
     })
 }
 
 /// AppArmor's profiles deny QEMU to write to a backing file, which is what filling a recovery VM's disks is.
 fn app_armor_limit(capabilities: &str, libvirt: &str, is_enabled: bool) -> Option<&'static str> {
     let confines = is_enabled && capabilities.contains("<model>apparmor</model>");
-    let mut numbers = libvirt.split('.').filter_map(|part| part.parse::<u32>().ok());
-    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    (confines && version < (12, 1)).then_some(
+    (confines && version(libvirt) < (12, 1)).then_some(
         "AppArmor confines QEMU, and before libvirt 12.1 it denies writing to backing files: set \
          security_driver = \"none\" in /etc/libvirt/qemu.conf, or update libvirt",
     )

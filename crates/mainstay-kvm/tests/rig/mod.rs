@@ -32,6 +32,7 @@ impl Rig {
         let options = KvmOptions {
             uri: site.uri().to_owned(),
             directory: site.driver_directory_short(),
+            socket_directory: None,
             networks: Vec::new(),
             hydration_bytes_per_second: None,
         };
@@ -43,6 +44,7 @@ impl Rig {
         let options = KvmOptions {
             uri: self.site.uri().to_owned(),
             directory: self.site.driver_directory_short(),
+            socket_directory: None,
             networks: Vec::new(),
             hydration_bytes_per_second: None,
         };
@@ -54,6 +56,7 @@ impl Rig {
         let options = KvmOptions {
             uri: self.site.uri().to_owned(),
             directory: self.site.driver_directory_short(),
+            socket_directory: None,
             networks: Vec::new(),
             hydration_bytes_per_second: Some(bytes_per_second),
         };

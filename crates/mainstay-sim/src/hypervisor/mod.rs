@@ -20,9 +20,9 @@ use async_trait::async_trait;
 use mainstay_block::BLOCK_BYTES;
 use mainstay_model::VmId;
 use mainstay_provider::{
-    Acceleration, Capture, CaptureRequest, Disk, DiskFormat, ErrorKind, Firmware, GuestAddress, HostFacts,
-    Hydration, Hypervisor, Inventory, Network, NetworkKind, PowerState, RecoveryVmSpec, ShutdownOutcome,
-    SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition, WhenOff,
+    Acceleration, Capability, Capture, CaptureRequest, Disk, DiskFormat, ErrorKind, Firmware, GuestAddress,
+    HostFacts, Hydration, Hypervisor, Inventory, Network, NetworkKind, PowerState, RecoveryVmSpec,
+    ShutdownOutcome, SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition, WhenOff,
 };
 
 use crate::Oracle;
@@ -71,6 +71,8 @@ pub(crate) struct State {
     trackers_are_volatile: bool,
     /// Whether guests ignore the power button.
     guests_refuse: bool,
+    /// Why the host cannot run recovery VMs; empty = it can.
+    confinement: String,
     /// How often the sizes of a VM's disks will not be told.
     sizes_withheld: usize,
 }
@@ -216,6 +218,11 @@ impl SimHypervisor {
     /// Whether guests ignore the power button from now on.
     pub fn let_guests_refuse(&self, refuse: bool) {
         self.lock().guests_refuse = refuse;
+    }
+
+    /// Why the host says from now on that it cannot run recovery VMs; empty = it can.
+    pub fn confine(&self, reason: &str) {
+        reason.clone_into(&mut self.lock().confinement);
     }
 
     /// The guest writes a block; refused when it does not run.
@@ -402,12 +409,17 @@ impl Machine {
 impl Hypervisor for SimHypervisor {
     async fn host(&self) -> Result<HostFacts, SiteError> {
         let facts = async {
+            let confinement = self.lock().confinement.clone();
             Ok(HostFacts {
                 name: self.inner.name.clone(),
                 hypervisor: "Simulation".to_owned(),
                 manager: "Simulation".to_owned(),
                 acceleration: Acceleration::Software,
-                capabilities: Vec::new(),
+                capabilities: vec![Capability {
+                    name: "InstantRecovery".to_owned(),
+                    is_available: confinement.is_empty(),
+                    reason: confinement,
+                }],
                 processors: 4,
                 memory_bytes: 8 << 30,
                 free_bytes: 1 << 40,

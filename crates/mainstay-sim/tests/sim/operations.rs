@@ -1,4 +1,4 @@
-//! Mapped networks, and failovers that somebody cancels.
+//! Mapped networks, failovers that somebody cancels, and those that a host is not fit for.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use mainstay_control::{
     workflows::{FailoverParams, PointChoice, TestFailoverParams},
 };
 use mainstay_model::{Ending, Operation, Phase, PointId};
-use mainstay_provider::Hypervisor as _;
+use mainstay_provider::{Hypervisor as _, PowerState};
 use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
 use tokio::sync::Semaphore;
 
@@ -177,6 +177,31 @@ fn a_failover_is_cancelled_while_it_runs_and_not_when_it_is_done() {
         let ControlError::NotAllowed { reason, allowed } = refused else { panic!("{refused}") };
         assert!(reason.contains("no failover"), "{reason}");
         assert!(allowed.contains(&Operation::Commit) && allowed.contains(&Operation::ChangeRecoveryPoint));
+        world.check().await;
+    });
+}
+
+#[test]
+fn nothing_is_begun_where_recovery_vms_cannot_run() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.recovery.hypervisor.confine("AppArmor confines QEMU");
+        let home_vm = world.home_vm(VM);
+        for operation in [Operation::TestFailover, Operation::PlannedFailover, Operation::UnplannedFailover] {
+            let job = world.begin(VM, operation).await.unwrap();
+            assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Failed), "{operation:?}");
+            let job = world.job(job.id).await;
+            let error = job.steps[0].errors.last().expect("the check says why");
+            assert_eq!(error.code, "InstantRecoveryUnavailable");
+            assert!(error.message.contains("AppArmor confines QEMU"), "{error:?}");
+            assert_eq!(world.phase(VM).await, Some(Phase::Protected));
+            assert_eq!(world.home.hypervisor.view(home_vm).unwrap().power, PowerState::Running);
+            world.check().await;
+        }
+        world.recovery.hypervisor.confine("");
+        world.run(VM, Operation::UnplannedFailover).await;
         world.check().await;
     });
 }
