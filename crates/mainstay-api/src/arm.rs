@@ -187,6 +187,9 @@ pub struct ProviderProperties {
     pub allowed_scenarios: Vec<String>,
     /// Items that it protects.
     pub protected_item_count: i64,
+    /// What the host lacks.
+    #[serde(default)]
+    pub health_error_details: Vec<HealthError>,
 }
 
 /// A replication policy.

@@ -139,20 +139,25 @@ pub(crate) async fn host(session: &Session, command: HostCommand) -> anyhow::Res
             if json {
                 output::json(&hosts)?;
             } else {
-                let rows = hosts
-                    .into_iter()
-                    .map(|host| {
-                        let it = host.properties;
-                        vec![
-                            it.friendly_name,
-                            it.fabric_friendly_name,
-                            it.connection_status,
-                            it.provider_version,
-                            host.name,
-                        ]
-                    })
-                    .collect();
+                let row = |host: &Resource<ProviderProperties>| {
+                    let it = host.properties.clone();
+                    vec![
+                        it.friendly_name,
+                        it.fabric_friendly_name,
+                        it.connection_status,
+                        it.provider_version,
+                        host.name.clone(),
+                    ]
+                };
+                let rows = hosts.iter().map(row).collect();
                 output::table(&["HOST", "FABRIC", "CONNECTION", "VERSION", "ID"], rows);
+                for host in hosts.iter().map(|host| &host.properties) {
+                    for error in &host.health_error_details {
+                        let (level, message) = (&error.error_level, &error.error_message);
+                        output::line(&format!("{}: {level}: {message}", host.friendly_name));
+                        output::line(&format!("  → {}", error.recommended_action));
+                    }
+                }
             }
         }
         HostCommand::Refresh { host } => {

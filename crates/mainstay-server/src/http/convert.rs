@@ -20,7 +20,7 @@ use mainstay_control::{
     jobs::{Task, job_log, tasks},
 };
 use mainstay_model::{Ending, Health, JobId, Operation, StepState, projection};
-use mainstay_provider::{Firmware, Network, Progress};
+use mainstay_provider::{Finding, FindingSeverity, Firmware, Network, Progress};
 use mainstay_store::{Consistency, PointInfo};
 use serde_json::{Value, json};
 
@@ -141,8 +141,31 @@ pub(super) fn provider(
             fabric_friendly_name: record.fabric.clone(),
             allowed_scenarios: vec!["Refresh".to_owned()],
             protected_item_count: items as i64,
+            health_error_details: host_errors(record),
         },
     )
+}
+
+/// What a host lacked when it was last looked at, as `mainstay agent doctor` says it there.
+fn host_errors(record: &ProviderRecord) -> Vec<HealthError> {
+    let Some(discovery) = &record.discovery else { return Vec::new() };
+    let time = time_text(record.discovered_ms.unwrap_or(record.last_seen_ms));
+    let error = |finding: &Finding| {
+        let level = match finding.severity {
+            FindingSeverity::Error => Health::Critical,
+            FindingSeverity::Warning => Health::Warning,
+            FindingSeverity::Information => return None,
+        };
+        let error = mainstay_model::HealthError {
+            code: finding.code.clone(),
+            level,
+            message: finding.message.clone(),
+            possible_causes: String::new(),
+            recommended_action: finding.remedy.clone(),
+        };
+        Some(health_error(&record.name, &error, "Configuration", &time))
+    };
+    discovery.host.findings.iter().filter_map(error).collect()
 }
 
 pub(super) fn policy(ids: &Ids<'_>, record: &PolicyRecord) -> Resource<PolicyProperties> {

@@ -1,5 +1,6 @@
 //! What the administrator of a host does to its VMs behind our back.
 
+use mainstay_block::blocks_of;
 use mainstay_model::VmId;
 use mainstay_provider::{ErrorKind, SiteError};
 
@@ -40,6 +41,22 @@ impl SimHypervisor {
         let size = disk.base.len() + by_bytes as usize;
         disk.base.resize(size, 0);
         disk.version += 1;
+        Ok(())
+    }
+
+    /// Makes a disk smaller; what trackers have of what is gone goes, too.
+    pub fn shrink_disk(&self, vm: VmId, key: &str, by_bytes: u64) -> Result<(), SiteError> {
+        let mut state = self.lock();
+        let machine = state.machine(vm)?;
+        machine.check_free()?;
+        let index = machine.disk(key)?;
+        let disk = &mut machine.disks[index];
+        disk.base.truncate(disk.base.len().saturating_sub(by_bytes as usize));
+        disk.version += 1;
+        let blocks = blocks_of(disk.size());
+        for dirty in machine.trackers.values_mut() {
+            dirty[index].retain(|block| *block < blocks);
+        }
         Ok(())
     }
 

@@ -46,6 +46,36 @@ fn a_disk_grows_on_either_side_and_nothing_is_lost_on_the_way() {
     });
 }
 
+/// What was behind the new end is gone for good: it does not come back when the disk grows again.
+#[test]
+fn a_disk_shrinks_and_what_was_behind_its_end_stays_gone() {
+    simulate(|| async {
+        log();
+        for grows_again in [false, true] {
+            let world = World::new(WorldOptions::default()).await;
+            assert!(world.write(VM, &[("vdb", 15, 1), ("vdb", 12, 2)]).await);
+            world.protect(VM).await;
+            let (home, vm) = (&world.home.hypervisor, world.home_vm(VM));
+            let blocks = 5;
+            home.shrink_disk(vm, "vdb", blocks * 4096).unwrap();
+            world.cycle(VM).await;
+            world.check().await;
+            if grows_again {
+                home.grow_disk(vm, "vdb", blocks * 4096).unwrap();
+                world.cycle(VM).await;
+                world.check().await;
+            }
+            world.run(VM, Operation::PlannedFailover).await;
+            world.check_planned_failover(VM).await;
+            world.run(VM, Operation::Commit).await;
+            world.write(VM, &[("vdb", 3, 4), ("vda", 5, 4)]).await;
+            world.run(VM, Operation::Failback).await;
+            world.check_failback(VM).await;
+            world.check().await;
+        }
+    });
+}
+
 /// Home is larger than the point that was failed over to, and holds something behind it: in the replica, and not yet in it.
 #[test]
 fn a_disk_that_has_grown_since_the_recovery_point_comes_home() {
