@@ -163,24 +163,29 @@ if [ "$(id -u)" -ne 0 ]; then
   as_root=(sudo)
 fi
 
-# qemu-utils may come from backports already; QEMU and libvirt must then come from there too, because
-# Debian's packages of one QEMU version depend on each other exactly.
+# Debian 12's own libvirt (9.0) does not let a recovery VM wait for its store: on a machine that has no QEMU and no libvirt yet, both come
+# from backports. Where one of them is there already, they stay what they are: its packages of one QEMU version depend on each
+# other exactly, and what VMs run with is not ours to replace.
 target_release=()
-installed_qemu=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
-case "$installed_qemu" in
-  *~bpo*)
-    suite="$(. /etc/os-release && echo "$VERSION_CODENAME")-backports"
-    if ! grep -rqs "$suite" /etc/apt/sources.list /etc/apt/sources.list.d; then
-      # The mirror this machine already uses, not one we choose.
-      mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: '"${suite%-backports}" 2>/dev/null | head -n 1)
-      if [ -z "$mirror" ]; then
-        echo "setup: qemu-utils comes from $suite, which is not among this machine's apt sources; add it" >&2
-        exit 1
-      fi
-      echo "deb $mirror $suite main" | "${as_root[@]}" tee "/etc/apt/sources.list.d/$suite.list" >/dev/null
+codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+version_of() { dpkg-query -W -f '${db:Status-Status} ${Version}' "$1" 2>/dev/null | sed -n 's/^installed //p' || true; }
+installed="$(version_of qemu-utils)$(version_of qemu-system-x86)$(version_of libvirt-daemon)"
+if [[ "$installed" == *~bpo* || ( -z "$installed" && "$codename" == bookworm ) ]]; then
+  suite="$codename-backports"
+  if ! grep -rqs "$suite" /etc/apt/sources.list /etc/apt/sources.list.d; then
+    # The mirror this machine already uses, not one we choose.
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' "Codename: $codename" 2>/dev/null | head -n 1)
+    if [ -z "$mirror" ]; then
+      echo "setup: QEMU and libvirt are to come from $suite, which is not among this machine's apt sources; add it" >&2
+      exit 1
     fi
-    target_release=(-t "$suite") ;;
-esac
+    echo "deb $mirror $suite main" | "${as_root[@]}" tee "/etc/apt/sources.list.d/$suite.list" >/dev/null
+  fi
+  target_release=(-t "$suite")
+elif [ "$codename" = bookworm ]; then
+  echo "setup: note: QEMU and libvirt are Debian 12's own; with libvirt before 9.2 (bookworm-backports has a newer one) recovery VMs" \
+    "that are still being filled do not outwait a restart of agent or server, and tests of that fail" >&2
+fi
 
 echo "setup: installing ${missing[*]}" >&2
 "${as_root[@]}" apt-get update -qq
