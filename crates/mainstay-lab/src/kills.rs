@@ -103,7 +103,8 @@ pub async fn run(
         }
         say(&format!("round {round} of {rounds}"));
         // Labs with seeds one after the other have different rounds at the same time.
-        let outcome = if (seed + round) % 2 == 0 { killer.planned().await } else { killer.unplanned().await };
+        let outcome =
+            if (seed + round).is_multiple_of(2) { killer.planned().await } else { killer.unplanned().await };
         outcome.with_context(|| format!("seed {seed}, round {round}, kills {:?}", killer.report.kills))?;
     }
     Ok(killer.report)

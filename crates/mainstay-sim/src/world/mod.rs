@@ -326,7 +326,7 @@ impl World {
     }
 
     /// The server's database.
-    pub fn database(&self) -> std::path::PathBuf {
+    pub fn database(&self) -> PathBuf {
         self.dir.path().join("database").join("db")
     }
 

@@ -66,7 +66,7 @@ impl Faults for Panics {
 fn a_job_that_a_mistake_of_ours_breaks_off_is_stuck_with_the_reason_and_can_be_restarted() {
     simulate(|| async {
         log();
-        let mut world = World::new(WorldOptions::default()).await;
+        let world = World::new(WorldOptions::default()).await;
         world.protect(VM).await;
         world.set_faults(Some(Arc::new(Panics)));
         let job = world.begin(VM, Operation::PlannedFailover).await.unwrap();
