@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::{Lab, LabFile, RECOVERY, demo::Progress};
+use crate::{Lab, LabFile, LabVm, RECOVERY, demo::Progress};
 
 const POLL: Duration = Duration::from_millis(50);
 /// Nothing in the journey takes longer, also in software emulation on a busy machine.
@@ -47,6 +47,11 @@ impl Job {
     pub fn output(&self, task: &str) -> Value {
         self.status.task(task).map_or(Value::Null, |task| task.output.clone())
     }
+}
+
+/// The protection container that a VM of the lab is in.
+fn container_of(vm: &LabVm) -> Result<&str> {
+    vm.protectable_item_id.split("/replicationProtectableItems/").next().context("an ARM id")
 }
 
 impl Item {
@@ -84,8 +89,7 @@ impl Item {
             "applicationConsistentSnapshotFrequencyInHours": application_consistent_hours } } });
         client.begin(Method::PUT, &policy, Some(&settings)).await?;
         let found = lab.file().vms.iter().find(|found| found.name == vm).context("a VM of the lab")?;
-        let container =
-            found.protectable_item_id.split("/replicationProtectableItems/").next().context("an ARM id")?;
+        let container = container_of(found)?;
         let mapping = json!({ "properties": { "policyId": policy, "targetProtectionContainerId": "Microsoft Azure",
             "providerSpecificInput": { "instanceType": "HyperVReplicaAzure" } } });
         let path = format!("{container}/replicationProtectionContainerMappings/{name}");
@@ -105,8 +109,7 @@ impl Item {
     /// What goes on with a VM of the lab, if it is protected: what its job does, else its replication cycle.
     pub async fn progress_of(client: &Client, lab: &LabFile, vm: &str) -> Result<Progress> {
         let found = lab.vms.iter().find(|found| found.name == vm).context("a VM of the lab")?;
-        let container =
-            found.protectable_item_id.split("/replicationProtectableItems/").next().context("an ARM id")?;
+        let container = container_of(found)?;
         let path = format!("{container}/replicationProtectedItems/{vm}");
         let item = client.get::<Resource<ItemProperties>>(&path).await?.properties;
         let status: ItemStatus = client.get(&format!("/api/v1/items/{vm}")).await?;

@@ -115,7 +115,7 @@ async fn application_consistent(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// All hashes are compared, and nothing is sent that is there.
+/// All hashes are compared; that nothing is sent that is there is looked at by the kills.
 fn compared(world: &World) -> Result<()> {
     world.cli(&["resync", "vm1"]).expect(0);
     let jobs = world.cli(&["job", "list", "--json"]).expect(0).json()?;
@@ -124,7 +124,7 @@ fn compared(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// A planned failover whose source is out of reach is cancelled, and the VM goes on as if nothing had been asked.
+/// A planned failover whose target does not answer is cancelled, and the VM goes on as if nothing had been asked.
 async fn cancelled(world: &World) -> Result<()> {
     world.lab_cli(&["pause", "agent:recovery"]).expect(0);
     let failover = job(world, &["planned-failover", "vm1", "--direction", "PrimaryToRecovery"])?;

@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -283,9 +283,15 @@ struct Heard<'a> {
     last: Mutex<tokio::time::Instant>,
 }
 
+impl Heard<'_> {
+    fn last(&self) -> MutexGuard<'_, tokio::time::Instant> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl ProgressSink for Heard<'_> {
     fn report(&self, progress: Progress) {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = tokio::time::Instant::now();
+        *self.last() = tokio::time::Instant::now();
         self.sink.report(progress);
     }
 }
@@ -302,15 +308,13 @@ pub(crate) async fn call_heard<O: Operation>(
     let answer = call(site, operation, &heard);
     tokio::pin!(answer);
     loop {
-        let silent_until = *heard.last.lock().unwrap_or_else(PoisonError::into_inner) + silence_max;
+        let silent_until = *heard.last() + silence_max;
         tokio::select! {
             biased;
             answer = &mut answer => return answer,
             () = tokio::time::sleep_until(silent_until) => {}
         }
-        if *heard.last.lock().unwrap_or_else(PoisonError::into_inner) + silence_max
-            <= tokio::time::Instant::now()
-        {
+        if *heard.last() + silence_max <= tokio::time::Instant::now() {
             let message = format!("the host has said nothing of this for {} s", silence_max.as_secs());
             let remedy = "See on the host whether its hypervisor answers (`virsh list`), and restart its daemon if not.";
             return Err(SiteError::new(ErrorKind::TimedOut, message).with_remedy(remedy));

@@ -5,7 +5,6 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use mainstay_control::{
     db::{JobRecord, JobState},
     jobs::{Fault, Faults},
-    workflows::{FailoverParams, PointChoice},
 };
 use mainstay_model::{Ending, Operation, Phase};
 use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
@@ -92,10 +91,8 @@ fn an_unplanned_failover_does_not_wait_for_a_host_that_hangs() {
         for method in ["power", "shut_down", "begin_capture", "vm", "disks", "inventory", "power_off"] {
             world.home.hypervisor.inject(method, HostFault::Hang(gate.clone()), 20);
         }
-        let params =
-            FailoverParams { point: PointChoice::Latest, shutdown_source: true, shutdown_timeout_ms: 1_000 };
         let began = tokio::time::Instant::now();
-        let job = world.fail_over(VM, params).await.unwrap();
+        let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
         assert_eq!(world.end(job.id).await, JobEnd::Ended(Ending::Succeeded));
         assert!(began.elapsed() < Duration::from_secs(300), "{:?}", began.elapsed());
         let job = world.job(job.id).await;

@@ -6,7 +6,7 @@ use mainstay_control::{
     ControlError,
     app::Requester,
     db::TargetRecord,
-    workflows::{FailoverParams, PointChoice, TestFailoverParams},
+    workflows::{PointChoice, TestFailoverParams},
 };
 use mainstay_model::{Ending, Operation, Phase, PointId};
 use mainstay_provider::{Hypervisor as _, PowerState};
@@ -157,9 +157,7 @@ fn a_failover_is_cancelled_while_it_runs_and_not_when_it_is_done() {
         world.protect(VM).await;
         let gate = Arc::new(Semaphore::new(0));
         world.home.hypervisor.inject("shut_down", HostFault::Hang(gate.clone()), 1);
-        let params =
-            FailoverParams { point: PointChoice::Latest, shutdown_source: true, shutdown_timeout_ms: 1_000 };
-        let job = world.fail_over(VM, params).await.unwrap();
+        let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
         world.home.hypervisor.wait_for_hang().await;
         let item = world.item(VM).await.unwrap();
         let cancelled =
