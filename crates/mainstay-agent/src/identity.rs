@@ -12,7 +12,7 @@ use mainstay_api::{
     Client, Connection,
     v1::{RegisterAnswer, RegisterRequest},
 };
-use mainstay_block::durable::write_private;
+use mainstay_block::durable::{create_directory, write_private};
 use mainstay_provider::{Finding, FindingSeverity};
 use rcgen::{CertificateParams, KeyPair};
 use rustls::{
@@ -72,7 +72,7 @@ pub async fn register(
     version: &str,
 ) -> anyhow::Result<Identity> {
     let dir = identity_dir(data_dir);
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    create_directory(&dir).with_context(|| format!("create {}", dir.display()))?;
     let key_pair = KeyPair::generate()?;
     let request = RegisterRequest {
         secret: key.secret.clone(),

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mainstay_block::durable::{UNFINISHED, sync_parent, write_aside};
+use mainstay_block::durable::{UNFINISHED, create_directory, sync_parent, write_aside};
 use mainstay_model::{Generation, ItemId, PointId, VmId};
 use mainstay_provider::TrackerId;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -109,8 +109,8 @@ impl Records {
     /// Opens the records under a data directory.
     pub fn open(data_dir: &Path) -> io::Result<Self> {
         let dir = data_dir.to_owned();
-        fs::create_dir_all(dir.join("items"))?;
-        fs::create_dir_all(dir.join("recovery"))?;
+        create_directory(&dir.join("items"))?;
+        create_directory(&dir.join("recovery"))?;
         Ok(Self { dir })
     }
 
@@ -132,7 +132,7 @@ impl Records {
     /// Writes an item's record.
     pub fn put_item(&self, record: &ItemFile) -> io::Result<()> {
         let dir = self.item_dir(record.item);
-        fs::create_dir_all(&dir)?;
+        create_directory(&dir)?;
         replace(&dir.join("item.json"), record)
     }
 
@@ -144,9 +144,11 @@ impl Records {
 
     /// Removes an item's record and hash tables.
     pub fn remove_item(&self, item: ItemId) -> io::Result<()> {
-        match fs::remove_dir_all(self.item_dir(item)) {
+        let dir = self.item_dir(item);
+        match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+            // Also what an earlier call removed before a loss of power.
+            _ => sync_parent(&dir),
         }
     }
 
@@ -191,13 +193,13 @@ impl Records {
     pub fn remove_recovery_vm(&self, vm: VmId) -> io::Result<()> {
         let path = self.recovery_path(vm);
         // What a crash left half written goes too: nobody would replace it any more.
-        for path in [path.with_extension(UNFINISHED), path] {
+        for path in [&path.with_extension(UNFINISHED), &path] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         }
-        Ok(())
+        sync_parent(&path)
     }
 
     /// All recovery VMs on record.

@@ -6,6 +6,8 @@
 
 pub mod arm;
 mod client;
+mod received;
 pub mod v1;
 
 pub use client::{Client, ClientError, Connection, encode_segment};
+pub use received::Received;

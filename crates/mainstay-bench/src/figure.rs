@@ -115,6 +115,16 @@ mod tests {
         assert_eq!(figure(f64::NAN, 1.05, 1.3).verdict(), Verdict::Missed);
     }
 
+    /// Scripts read these words: a change of this test is a change for them.
+    #[test]
+    fn the_words_of_a_figure_are_a_contract() {
+        let expected = serde_json::json!({
+            "name": "x", "value": 0.5, "unit": "s", "peer": null, "ratio": 0.5, "aim": 0.8, "accept": 0.25,
+            "note": "",
+        });
+        assert_eq!(serde_json::to_value(figure(0.5, 0.8, 0.25)).unwrap(), expected);
+    }
+
     #[test]
     fn percentiles_are_values_that_were_measured() {
         let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();

@@ -66,7 +66,7 @@ fn main() -> ExitCode {
 fn run() -> anyhow::Result<bool> {
     let arguments = Arguments::parse();
     let runtime = tokio::runtime::Runtime::new().context("the asynchronous runtime")?;
-    let base = arguments.dir.clone().unwrap_or_else(std::env::temp_dir);
+    let base = arguments.dir.clone().unwrap_or_else(mainstay_lab::scratch_dir);
     let dir = tempfile::Builder::new()
         .prefix("mainstay-bench-")
         .tempdir_in(&base)

@@ -35,7 +35,26 @@ fn put(path: &Path, bytes: &[u8], options: &mut OpenOptions) -> io::Result<()> {
     std::fs::rename(&unfinished, path)
 }
 
-/// Makes the directory entry of `path` durable. Windows flushes it with the file.
+/// Makes a directory, with those above it, and each of their names durable. Nothing is done if it is there.
+///
+/// # Errors
+/// Those of making and syncing directories.
+pub fn create_directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        create_directory(parent)?;
+    }
+    match std::fs::create_dir(path) {
+        // Somebody else may have made it in the same moment.
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    sync_parent(path)
+}
+
+/// Makes the directory entry of `path`, or that there is none any more, durable. Windows flushes it with the file.
 ///
 /// # Errors
 /// Those of opening and syncing the directory.

@@ -92,7 +92,7 @@ impl Narrator for Terminal {
 pub(crate) async fn run(arguments: DemoArguments) -> anyhow::Result<Exit> {
     let dir = match &arguments.dir {
         Some(dir) => dir.clone(),
-        None => std::env::temp_dir().join(format!("mainstay-demo-{}", std::process::id())),
+        None => mainstay_lab::scratch_dir().join(format!("mainstay-demo-{}", std::process::id())),
     };
     let options = LabOptions {
         has_relays: true,

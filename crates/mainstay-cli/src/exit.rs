@@ -72,7 +72,7 @@ fn code(error: &anyhow::Error) -> Exit {
     if error.is::<UsageError>() {
         return Exit::Usage;
     }
-    if error.is::<NotFoundError>() {
+    if error.is::<NotFoundError>() || error.is::<mainstay_lab::NotThere>() {
         return Exit::NotFound;
     }
     if error.is::<RefusedError>() {

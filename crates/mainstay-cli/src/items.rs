@@ -6,7 +6,7 @@ use mainstay_api::{
         AZURE, ApplyRecoveryPointInput, CommentsInput, ContainerMappingInput, ContainerMappingProperties,
         EnableDetails, EnableProtectionInput, FailoverDetails, FailoverInput, HYPERV_REPLICA_AZURE,
         HYPERV_REPLICA_AZURE_FAILBACK, ItemIpConfig, ItemNic, List, RecoveryPointProperties, Request,
-        Resource, UpdateItemInput,
+        UpdateItemInput,
     },
     v1::{Console, ItemStatus},
 };
@@ -19,7 +19,7 @@ use crate::{
     output, progress,
     resources::{find_fabric, find_host},
     scrubs,
-    session::{Item, Session},
+    session::{Item, Resource, Session},
 };
 
 #[derive(Args)]
@@ -118,6 +118,7 @@ pub(crate) async fn item(session: &Session, command: ItemCommand) -> anyhow::Res
             let rows = items
                 .into_iter()
                 .map(|item| {
+                    let item = item.into_known();
                     let it = item.properties;
                     let rpo = it.provider_specific_details.rpo_in_seconds;
                     vec![
@@ -238,7 +239,7 @@ async fn show(session: &Session, item: &Item) -> anyhow::Result<()> {
             Err(error) if error.status() == Some(404) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-    for disk in protectable.properties.custom_details.disk_details {
+    for disk in protectable.into_known().properties.custom_details.disk_details {
         if !details.azure_vm_disk_details.iter().any(|included| included.vhd_id == disk.vhd_id) {
             output::line(&format!(
                 "  {}: {}, {}{} MiB, excluded",
@@ -447,6 +448,7 @@ pub(crate) async fn recovery_points(session: &Session, arguments: ItemArguments)
     let damaged = scrubs::of_item(session, &item.name).await?.damaged_points;
     let rows = points.value.into_iter().map(|point| {
         let state = if damaged.contains(&point.name) { "Damaged" } else { "" };
+        let point = point.into_known();
         let properties = point.properties;
         vec![properties.recovery_point_time, properties.recovery_point_type, point.name, state.to_owned()]
     });
@@ -697,7 +699,7 @@ pub(crate) async fn planned_failover(
         }
         Direction::RecoveryToPrimary => {
             let host = match &arguments.host {
-                Some(name) => Some(find_host(session, name).await?.id),
+                Some(name) => Some(find_host(session, name).await?.into_known().id),
                 None => None,
             };
             let sync = match arguments.sync {
@@ -726,7 +728,7 @@ pub(crate) async fn complete(session: &Session, arguments: OperationArguments) -
     let scenario = &item.properties.current_scenario;
     if scenario.scenario_name != "Failback" {
         let reason = format!("no failback of '{}' is under way", item.name);
-        return Err(RefusedError { reason, allowed: item.properties.allowed_operations }.into());
+        return Err(RefusedError { reason, allowed: item.into_known().properties.allowed_operations }.into());
     }
     jobs::resume(session, last_segment(&scenario.job_id), &arguments.wait).await
 }

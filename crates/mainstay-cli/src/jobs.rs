@@ -5,13 +5,17 @@ use std::{io::Write as _, path::PathBuf, time::Duration};
 use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
 use mainstay_api::{
-    arm::{CommentsInput, ExportJobDetails, JobProperties, JobQueryParameter, JobTask, Request, Resource},
+    arm::{CommentsInput, ExportJobDetails, JobProperties, JobQueryParameter, JobTask, Request},
     v1::{JobStatus, TaskStatus},
 };
 use reqwest::Method;
 use serde_json::Value;
 
-use crate::{exit::Exit, output, progress, session::Session};
+use crate::{
+    exit::Exit,
+    output, progress,
+    session::{Resource, Session},
+};
 
 type Job = Resource<JobProperties>;
 
@@ -104,6 +108,7 @@ pub(crate) async fn run(session: &Session, command: JobCommand) -> anyhow::Resul
             let rows = jobs
                 .into_iter()
                 .map(|job| {
+                    let job = job.into_known();
                     let it = job.properties;
                     vec![
                         it.start_time.unwrap_or_default(),
@@ -194,7 +199,7 @@ async fn export(session: &Session, arguments: ExportArguments) -> anyhow::Result
     };
     let path = format!("{}/replicationJobs/export", session.vault);
     let name = session.client.begin(Method::POST, &path, Some(&query)).await?;
-    let job = read(session, &name.context("the server answered without an operation")?).await?;
+    let job = read(session, &name.context("the server answered without an operation")?).await?.into_known();
     let details: ExportJobDetails = serde_json::from_value(job.properties.custom_details)?;
     let (Some(uri), Some(token)) = (details.blob_uri, details.sas_token) else {
         anyhow::bail!("job {} offers nothing to download", job.name);

@@ -7,7 +7,7 @@ use clap::{Subcommand, ValueEnum};
 use mainstay_api::arm::{
     AZURE, CommentsInput, HYPERV_REPLICA_AZURE, HYPERV_REPLICA_AZURE_FAILBACK, RecoveryPlanFailoverDetails,
     RecoveryPlanFailoverInput, RecoveryPlanGroup, RecoveryPlanInput, RecoveryPlanProperties,
-    RecoveryPlanProtectedItem, Request, Resource,
+    RecoveryPlanProtectedItem, Request,
 };
 use reqwest::Method;
 
@@ -16,7 +16,7 @@ use crate::{
     items::TestNetworkArguments,
     jobs::{WaitArguments, begin},
     output,
-    session::Session,
+    session::{Resource, Session},
 };
 
 #[derive(Subcommand)]
@@ -177,6 +177,7 @@ pub(crate) async fn run(session: &Session, command: PlanCommand) -> anyhow::Resu
                 return Ok(Exit::Done);
             }
             let rows = plans.into_iter().map(|plan| {
+                let plan = plan.into_known();
                 let it = plan.properties;
                 let last = last_of(&it);
                 vec![
@@ -294,7 +295,8 @@ async fn of_groups(session: &Session, groups: &[String]) -> anyhow::Result<Recov
                 plan.primary_fabric_id =
                     item.id.split("/replicationProtectionContainers/").next().map(str::to_owned);
             }
-            machines.push(RecoveryPlanProtectedItem { id: Some(item.id), virtual_machine_id: None });
+            machines
+                .push(RecoveryPlanProtectedItem { id: Some(item.into_known().id), virtual_machine_id: None });
         }
         read.push(RecoveryPlanGroup {
             group_type: "Boot".to_owned(),

@@ -58,7 +58,11 @@ pub(crate) async fn until_protected(session: &Session, path: &str) -> anyhow::Re
                     "'{name}' is no longer on its way to being protected: {}",
                     it.protection_state_description
                 );
-                return Err(RefusedError { reason, allowed: item.properties.allowed_operations }.into());
+                return Err(RefusedError {
+                    reason,
+                    allowed: item.into_known().properties.allowed_operations,
+                }
+                .into());
             }
         }
         for error in it.health_errors.iter().filter(|error| error.error_category == "Replication") {

@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use mainstay_api::{
     arm::{
         EventProperties, FabricProperties, HYPERV_REPLICA_AZURE, PolicyInput, PolicyProperties,
-        PolicySettings, ProviderProperties, Request, Resource, WITHOUT,
+        PolicySettings, ProviderProperties, Request, WITHOUT,
     },
     v1::{RegistrationKey, Token, TokenRequest},
 };
@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::{
     exit::{Exit, NotFoundError},
     output,
-    session::Session,
+    session::{Resource, Session},
 };
 
 #[derive(Subcommand)]
@@ -61,8 +61,11 @@ pub(crate) async fn fabric(session: &Session, command: FabricCommand) -> anyhow:
             if json {
                 output::json(&fabrics)?;
             } else {
-                let rows =
-                    fabrics.into_iter().map(|fabric| vec![fabric.name, fabric.properties.health]).collect();
+                let rows = fabrics
+                    .into_iter()
+                    .map(Resource::into_known)
+                    .map(|it| vec![it.name, it.properties.health])
+                    .collect();
                 output::table(&["FABRIC", "HEALTH"], rows);
             }
         }
@@ -192,6 +195,7 @@ pub(crate) async fn vm(session: &Session, VmCommand::List { json }: VmCommand) -
     let rows = found
         .into_iter()
         .map(|vm| {
+            let vm = vm.into_known();
             let it = vm.properties;
             let mebibytes: i64 = it.custom_details.disk_details.iter().map(|disk| disk.max_size_mb).sum();
             let protectable = protectable(&it.protection_readiness_errors);
@@ -329,6 +333,7 @@ pub(crate) async fn policy(session: &Session, command: PolicyCommand) -> anyhow:
     let rows = policies
         .into_iter()
         .map(|policy| {
+            let policy = policy.into_known();
             let values = policy.properties.provider_specific_details;
             vec![
                 policy.name,
@@ -434,7 +439,7 @@ pub(crate) async fn event(
     let rows = events
         .into_iter()
         .map(|event| {
-            let it = event.properties;
+            let it = event.into_known().properties;
             vec![it.time_of_occurrence, it.severity, it.affected_object_friendly_name, it.description]
         })
         .collect();

@@ -57,13 +57,13 @@ pub(crate) async fn run(session: &Session, command: ScrubCommand) -> anyhow::Res
             Ok(Exit::Done)
         }
         ScrubCommand::Show { vm, json } => {
-            let name = session.item(&vm).await?.name;
+            let name = session.item(&vm).await?.into_known().name;
             show(&of_item(session, &name).await?, json)?;
             Ok(Exit::Done)
         }
         ScrubCommand::Start { vm, all: _, no_wait, json } => {
             let names = match vm {
-                Some(vm) => vec![session.item(&vm).await?.name],
+                Some(vm) => vec![session.item(&vm).await?.into_known().name],
                 None => {
                     let scrubs: List<ItemScrub> = session.client.get(&session.v1("/scrubs")).await?;
                     scrubs.value.into_iter().map(|scrub| scrub.item).collect()

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::Args;
 use mainstay_api::{
     Client, Connection,
-    arm::{FabricProperties, ItemProperties, List, ProtectableItemProperties, Resource},
+    arm::{FabricProperties, ItemProperties, List, ProtectableItemProperties},
     encode_segment,
     v1::Vault,
 };
@@ -85,6 +85,9 @@ pub(crate) struct Session {
     query: String,
 }
 
+/// A resource as it came, so that `--json` prints it unchanged.
+pub(crate) type Resource<P> = mainstay_api::Received<mainstay_api::arm::Resource<P>>;
+
 pub(crate) type Item = Resource<ItemProperties>;
 
 impl Session {
@@ -141,7 +144,7 @@ impl Session {
     async fn containers(&self) -> anyhow::Result<Vec<String>> {
         let containers: Vec<Resource<serde_json::Value>> =
             self.list("/replicationProtectionContainers").await?;
-        Ok(containers.into_iter().map(|container| container.id).collect())
+        Ok(containers.into_iter().map(|container| container.id.clone()).collect())
     }
 
     /// The container of a fabric.
@@ -150,7 +153,7 @@ impl Session {
         let list: List<Resource<serde_json::Value>> = self.client.get(&path).await?;
         let container = list.value.into_iter().next();
         container
-            .map(|container| container.id)
+            .map(|container| container.id.clone())
             .ok_or_else(|| NotFoundError(format!("fabric '{}' has no container", fabric.name)).into())
     }
 }

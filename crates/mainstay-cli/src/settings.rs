@@ -2,10 +2,7 @@
 
 use clap::Subcommand;
 use mainstay_api::{
-    arm::{
-        AlertProperties, List, NetworkMappingInput, NetworkMappingProperties, NetworkProperties, Request,
-        Resource,
-    },
+    arm::{AlertProperties, List, NetworkMappingInput, NetworkMappingProperties, NetworkProperties, Request},
     encode_segment,
 };
 use reqwest::Method;
@@ -14,7 +11,7 @@ use crate::{
     exit::{Exit, NotFoundError},
     output,
     resources::find_fabric,
-    session::Session,
+    session::{Resource, Session},
 };
 
 #[derive(Subcommand)]
@@ -45,7 +42,7 @@ pub(crate) async fn alert(session: &Session, command: AlertCommand) -> anyhow::R
                 output::json(&setting)?;
                 return Ok(Exit::Done);
             }
-            let it = setting.properties;
+            let it = setting.into_known().properties;
             output::line(&format!("owners:    {}", it.send_to_owners.unwrap_or_default()));
             let addresses = it.custom_email_addresses.unwrap_or_default();
             output::line(&format!("addresses: {}", addresses.join(", ")));
@@ -125,7 +122,7 @@ pub(crate) async fn network(session: &Session, command: NetworkCommand) -> anyho
                         .collect();
                     let fabric = network.id.split("/replicationFabrics/").nth(1).unwrap_or_default();
                     let fabric = fabric.split('/').next().unwrap_or_default().to_owned();
-                    let it = network.properties;
+                    let it = network.into_known().properties;
                     vec![fabric, it.friendly_name, it.network_type, targets.join(", ")]
                 })
                 .collect();

@@ -23,7 +23,7 @@ const PHASES: [&str; 12] = [
 fn the_demonstration_proves_every_phase_and_leaves_nothing_behind() {
     let scratch = tempfile::tempdir().unwrap();
     // Not beneath the scratch directory: the lab's machines may run as another account, which must get through.
-    let dir = std::env::temp_dir().join(format!("mainstay-journey-{}", std::process::id()));
+    let dir = mainstay_lab::scratch_dir().join(format!("mainstay-journey-{}", std::process::id()));
     let report = scratch.path().join("report.json");
     let output = Command::new(env!("CARGO_BIN_EXE_mainstay"))
         .args(["demo", "--disk-size", "64M", "--json"])

@@ -37,7 +37,7 @@ async fn kills_change_nothing_but_time() {
 }
 
 async fn in_a_lab(seed: u64, rounds: u64) -> kills::KillReport {
-    let dir = std::env::temp_dir().join(format!("mainstay-kills-{}-{seed}", std::process::id()));
+    let dir = mainstay_lab::scratch_dir().join(format!("mainstay-kills-{}-{seed}", std::process::id()));
     let options = LabOptions {
         has_relays: true,
         far_server: None,

@@ -110,7 +110,20 @@ fn no_secret_is_in_a_log_a_list_of_processes_or_an_answer() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("server");
     let log = dir.path().join("server.log");
+    let file = |name: &str, content: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        path.display().to_string()
+    };
+    // None of anybody's.
+    let (vault_key, password) = ("5ec2e7".repeat(11)[..64].to_owned(), "the-mail-servers-5ec2e7");
     let mut environment = BTreeMap::from([
+        ("MAINSTAY_SERVER_VAULT_KEY_FILE", file("vault.key", &format!("mainstay-vault-key-1:{vault_key}\n"))),
+        ("MAINSTAY_SERVER_SMTP_HOST", "127.0.0.1".to_owned()),
+        ("MAINSTAY_SERVER_SMTP_SENDER", "mainstay@example.org".to_owned()),
+        ("MAINSTAY_SERVER_SMTP_USER", "mainstay".to_owned()),
+        ("MAINSTAY_SERVER_SMTP_PASSWORD_FILE", file("smtp.password", password)),
         ("MAINSTAY_SERVER_DATA_DIR", data.display().to_string()),
         ("MAINSTAY_SERVER_LISTEN", "127.0.0.1:0".to_owned()),
         ("MAINSTAY_SERVER_AGENT_LISTEN", "127.0.0.1:0".to_owned()),
@@ -152,7 +165,7 @@ fn no_secret_is_in_a_log_a_list_of_processes_or_an_answer() {
     let principal: Value = serde_json::from_str(&principal).unwrap();
     let principal = principal["secret"].as_str().unwrap().to_owned();
 
-    let mut secrets = vec![token, key_secret, second, principal];
+    let mut secrets = vec![token, key_secret, second, principal, vault_key, password.to_owned()];
     let mut in_lists = secrets.clone();
     in_lists.push(key.clone());
     let watch = Watch::start(in_lists);

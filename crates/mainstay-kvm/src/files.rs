@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, lchown};
 use std::path::{Path, PathBuf};
 
-use mainstay_block::durable::{sync_parent, write_aside};
+use mainstay_block::durable::{create_directory, sync_parent, write_aside};
 use mainstay_model::VmId;
 use mainstay_provider::SiteError;
 use serde::Serialize;
@@ -49,7 +49,7 @@ impl Files {
         }
         for name in ["", "captures", "recovery", "staging", "run"] {
             let path = directory.join(name);
-            fs::create_dir_all(&path).doing(&format!("creating {}", path.display()))?;
+            create_directory(&path).doing(&format!("creating {}", path.display()))?;
             // Nobody but the owners of what is inside may read it; everybody may pass who knows a name.
             let mode = if matches!(name, "captures" | "staging") { 0o700 } else { 0o711 };
             fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;

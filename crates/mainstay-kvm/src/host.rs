@@ -110,7 +110,7 @@ impl Host {
 
     /// Makes a directory that QEMU may write to.
     pub(crate) async fn make_directory(&self, path: &std::path::Path) -> Result<(), SiteError> {
-        std::fs::create_dir_all(path).doing(&format!("creating {}", path.display()))?;
+        mainstay_block::durable::create_directory(path).doing(&format!("creating {}", path.display()))?;
         give(path, self.owner().await?)
     }
 

@@ -39,7 +39,7 @@ impl Account {
     }
 
     /// A command that runs as the account.
-    pub(crate) fn command(&self, program: &str) -> Command {
+    pub fn command(&self, program: &str) -> Command {
         if !self.is_other {
             return Command::new(program);
         }

@@ -10,7 +10,7 @@ use mainstay_kvm::{libvirt::XmlKind, recovery_mark};
 use mainstay_model::VmId;
 use mainstay_provider::PowerState;
 
-use crate::{Lab, LedgerCopy, Site, ledger};
+use crate::{Lab, LedgerCopy, NotThere, Site, ledger};
 
 /// A machine that is a copy of some guest.
 struct Copy<'a> {
@@ -30,9 +30,12 @@ impl Lab {
     /// than at home while both run, because then the one at home is about to be stopped.
     pub async fn vm(&self, name: &str, copy: LedgerCopy) -> Result<(&Site, VmId)> {
         let (copies, unheard) = self.copies().await;
-        let guest = match self.guest_by_name(&copies, name) {
-            Some(guest) => Some(guest),
-            None => self.guest_by_item(&copies, name).await,
+        let (guest, unheard) = match self.guest_by_name(&copies, name) {
+            Some(guest) => (Some(guest), unheard),
+            None => match self.guest_by_item(&copies, name).await {
+                Ok(guest) => (guest, unheard),
+                Err(error) => (None, Some(error.context("the server does not answer"))),
+            },
         };
         let mut present = None;
         for found in copies.iter().filter(|found| Some(&found.guest) == guest.as_ref()) {
@@ -48,8 +51,11 @@ impl Lab {
         if let Some(error) = unheard {
             return Err(error);
         }
+        if guest.is_none() {
+            return Err(NotThere(format!("the lab has no VM '{name}'")).into());
+        }
         present.with_context(|| match copy {
-            LedgerCopy::Active => format!("the lab has no VM '{name}'"),
+            LedgerCopy::Active => format!("there is no active copy of '{name}'"),
             LedgerCopy::Test => format!("there is no test copy of '{name}'"),
         })
     }
@@ -64,7 +70,9 @@ impl Lab {
         let found = copies
             .iter()
             .find(|found| found.site.name() == site.name() && Some(&found.guest) == guest.as_ref());
-        found.map(|found| found.vm).with_context(|| format!("site {} has no VM '{name}'", site.name()))
+        found
+            .map(|found| found.vm)
+            .ok_or_else(|| NotThere(format!("site {} has no VM '{name}'", site.name())).into())
     }
 
     /// All copies, the recovery site's first, and why a site could not be asked.
@@ -90,21 +98,22 @@ impl Lab {
         named(self.home()).or_else(made).or_else(|| named(self.recovery()))
     }
 
-    /// The guest of a replicated item. A lab without its server knows no items.
-    async fn guest_by_item(&self, copies: &[Copy<'_>], name: &str) -> Option<String> {
-        let client = self.client().ok()?;
+    /// The guest of a replicated item.
+    async fn guest_by_item(&self, copies: &[Copy<'_>], name: &str) -> Result<Option<String>> {
+        let client = self.client()?;
         let path = format!("{}/replicationProtectedItems", self.vault_path());
-        let items: Vec<Resource<ItemProperties>> = client.list(&path).await.ok()?;
+        let items: Vec<Resource<ItemProperties>> = client.list(&path).await?;
         let item = items.into_iter().find(|item| {
             item.id.eq_ignore_ascii_case(name)
                 || item.name.eq_ignore_ascii_case(name)
                 || item.properties.friendly_name == name
                 || item.properties.provider_specific_details.recovery_azure_vm_name == name
-        })?;
-        let status: ItemStatus = client.get(&format!("/api/v1/items/{}", item.name)).await.ok()?;
+        });
+        let Some(item) = item else { return Ok(None) };
+        let status: ItemStatus = client.get(&format!("/api/v1/items/{}", item.name)).await?;
         let is_of_item =
             |copy: &&Copy<'_>| copy.vm.to_string() == status.vm || copy.item.as_ref() == Some(&status.id);
-        copies.iter().find(is_of_item).map(|copy| copy.guest.clone())
+        Ok(copies.iter().find(is_of_item).map(|copy| copy.guest.clone()))
     }
 }
 

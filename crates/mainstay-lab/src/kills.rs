@@ -91,11 +91,7 @@ pub async fn run(
     let (item, job) = Item::begin_protection(lab, &vm, POLICY).await?;
     let random = StdRng::seed_from_u64(seed);
     let mut killer = Killer { lab, item, vm, random, report: KillReport::default(), say };
-    let home = (HOME, killer.lab.vm_at(killer.lab.home(), &killer.vm).await?);
-    if killer.trouble("enable", &job, home).await?.is_none() {
-        killer.item = Item::protect(killer.lab, &killer.vm, POLICY.1).await?;
-    }
-    killer.item.wait("protection", |item| item.protection_state == "Protected").await?;
+    killer.until_enabled(&job).await?;
     killer.write_content().await?;
     for round in 1.. {
         if round > rounds && killer.report.ours() >= least {
@@ -129,7 +125,8 @@ impl Killer<'_> {
         self.come_home("ForDownTime").await
     }
 
-    /// Comparison of everything, failover with what is there, another recovery point, failback with all that there is, reversal.
+    /// Comparison of everything, failover with what is there, another recovery point, failback with all that there is, reversal;
+    /// then protection is disabled and enabled again.
     async fn unplanned(&mut self) -> Result<()> {
         self.operation("repairReplication", &json!({})).await?;
         let mut body = to_recovery();
@@ -143,7 +140,37 @@ impl Killer<'_> {
         self.operation("applyRecoveryPoint", &body).await?;
         self.whole_at(RECOVERY).await?;
         self.operation("failoverCommit", &json!({})).await?;
-        self.come_home("ForSynchronization").await
+        self.come_home("ForSynchronization").await?;
+        self.disable().await?;
+        let (item, job) = Item::begin_protection(self.lab, &self.vm, POLICY).await?;
+        self.item = item;
+        self.until_enabled(&job).await
+    }
+
+    /// Breaks things while protection is enabled; it is in the end.
+    async fn until_enabled(&mut self, job: &str) -> Result<()> {
+        let home = (HOME, self.lab.vm_at(self.lab.home(), &self.vm).await?);
+        if self.trouble("enable", job, home).await?.is_none() {
+            self.item = Item::protect(self.lab, &self.vm, POLICY.1).await?;
+        }
+        self.item.wait("protection", |item| item.protection_state == "Protected").await.map(drop)
+    }
+
+    /// Breaks things while protection is disabled; nothing of it is left, and the VM runs on.
+    async fn disable(&mut self) -> Result<()> {
+        let body = json!({ "properties": { "disableProtectionReason": "NotSpecified" } });
+        let active = self.active().await?;
+        let job = self.item.begin(Method::POST, "remove", &body).await.context("remove")?;
+        if self.trouble("remove", &job, active).await?.is_none() {
+            self.item.run(Method::POST, "remove", &body).await.context("again, after it was cancelled")?;
+        }
+        ensure!(self.item.show().await.is_err_and(|error| is_missing(&error)), "the item is there still");
+        ensure!(self.item.remains(self.lab).await?.is_empty(), "something is left at the recovery site");
+        self.whole_at(HOME).await?;
+        let flat = json!({ "flat": true });
+        let nodes = self.lab.home().libvirt().qmp(active.1, "query-named-block-nodes", flat).await?;
+        ensure!(!nodes.to_string().contains("\"ms-"), "a tracker is left: {nodes}");
+        Ok(())
     }
 
     /// Fails back, and is protected again.

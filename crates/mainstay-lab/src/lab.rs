@@ -14,14 +14,17 @@ use mainstay_api::{
     arm::{List, ProtectableItemProperties, ProviderProperties, Resource},
     v1::Vault,
 };
-use nix::sys::signal::Signal;
+use nix::sys::{
+    signal::Signal,
+    statfs::{TMPFS_MAGIC, statfs},
+};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::process::Command;
 use uuid::Uuid;
 
 use crate::{
-    DiskImage, GuestImages, LabFile, LabSite, LabVm, LedgerVm, Process, Site,
+    DiskImage, GuestImages, LabFile, LabSite, LabVm, LedgerVm, NotThere, Process, Site,
     guest::Fill,
     ledger::{self, Ledger},
 };
@@ -30,6 +33,18 @@ use crate::{
 pub const HOME: &str = "home";
 /// The site where they are recovered.
 pub const RECOVERY: &str = "recovery";
+
+/// Where labs are made unless somebody chooses a place: the directory for temporary files, or the one for large ones where that is in
+/// memory and nobody has chosen it (as on Debian 13), for disks have no place there, and nothing there can be made durable.
+pub fn scratch_dir() -> PathBuf {
+    let (usual, large) = (std::env::temp_dir(), Path::new("/var/tmp"));
+    let is_in_memory = statfs(&usual).is_ok_and(|about| about.filesystem_type() == TMPFS_MAGIC);
+    if is_in_memory && std::env::var_os("TMPDIR").is_none() && large.is_dir() {
+        large.to_owned()
+    } else {
+        usual
+    }
+}
 
 /// How long a component may take to be ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
@@ -218,7 +233,7 @@ impl Lab {
         match name {
             HOME => Ok(&self.home),
             RECOVERY => Ok(&self.recovery),
-            other => bail!("the lab has no site '{other}'; its sites are: {HOME}, {RECOVERY}"),
+            other => Err(NotThere::site(other, &format!("{HOME}, {RECOVERY}")).into()),
         }
     }
 
@@ -599,6 +614,8 @@ impl Lab {
             };
             match asked.await {
                 Ok(found) => return Ok(found),
+                // No waiting brings it.
+                Err(error) if error.is::<NotThere>() => return Err(error),
                 Err(error) if Instant::now() > deadline => {
                     return Err(error.context(format!("the ledger of '{name}' does not answer")));
                 }

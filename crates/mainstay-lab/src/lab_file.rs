@@ -90,10 +90,66 @@ impl LabFile {
 
     /// A site by name.
     pub fn site(&self, name: &str) -> Result<&LabSite> {
-        let known: Vec<_> = self.sites.iter().map(|site| site.name.as_str()).collect();
-        self.sites
-            .iter()
-            .find(|site| site.name == name)
-            .with_context(|| format!("the lab has no site '{name}'; its sites are: {}", known.join(", ")))
+        let known = || self.sites.iter().map(|site| site.name.as_str()).collect::<Vec<_>>().join(", ");
+        let found = self.sites.iter().find(|site| site.name == name);
+        found.ok_or_else(|| NotThere::site(name, &known()).into())
+    }
+}
+
+/// Something was named that the lab does not have.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NotThere(pub(crate) String);
+
+impl NotThere {
+    pub(crate) fn site(name: &str, known: &str) -> Self {
+        Self(format!("the lab has no site '{name}'; its sites are: {known}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Scripts read what is here by these words: a change of this test is a change for them.
+    #[test]
+    fn the_words_of_lab_json_are_a_contract() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = LabFile {
+            url: "https://127.0.0.1:1".to_owned(),
+            ca_file: "/lab/ca.pem".into(),
+            token: "secret".to_owned(),
+            subscription: "s".to_owned(),
+            resource_group: "g".to_owned(),
+            vault: "v".to_owned(),
+            server_pid: 7,
+            sites: vec![LabSite {
+                name: "home".to_owned(),
+                fabric: "home".to_owned(),
+                libvirt_uri: "qemu:///session".to_owned(),
+                agent_pid: 8,
+                network: "mcast:1".to_owned(),
+            }],
+            vms: vec![LabVm {
+                name: "vm1".to_owned(),
+                site: "home".to_owned(),
+                protectable_item_id: "/subscriptions/s".to_owned(),
+            }],
+        };
+        file.write(dir.path()).unwrap();
+        let written: Value = serde_json::from_slice(&fs::read(dir.path().join(FILE)).unwrap()).unwrap();
+        let expected = json!({
+            "url": "https://127.0.0.1:1", "ca_file": "/lab/ca.pem", "token": "secret",
+            "subscription": "s", "resource_group": "g", "vault": "v", "server_pid": 7,
+            "sites": [{
+                "name": "home", "fabric": "home", "libvirt_uri": "qemu:///session", "agent_pid": 8,
+                "network": "mcast:1",
+            }],
+            "vms": [{ "name": "vm1", "site": "home", "protectable_item_id": "/subscriptions/s" }],
+        });
+        assert_eq!(written, expected);
+        assert_eq!(LabFile::read(dir.path()).unwrap(), file);
     }
 }

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use mainstay_block::durable::write_private;
+use mainstay_block::durable::{create_directory, write_private};
 use mainstay_model::ProviderId;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
@@ -87,7 +87,7 @@ fn validity(params: &mut CertificateParams, now: OffsetDateTime, days: i64) {
 impl Authority {
     /// Opens the authority in a directory, or makes it.
     pub fn open(dir: &Path) -> Result<Self, AuthorityError> {
-        fs::create_dir_all(dir).map_err(file_error(dir))?;
+        create_directory(dir).map_err(file_error(dir))?;
         let (key_path, certificate_path) = (dir.join("ca.key"), dir.join("ca.pem"));
         if !certificate_path.exists() {
             let key = KeyPair::generate()?;

@@ -10,6 +10,7 @@
 //! Nothing here goes into a release.
 
 mod chance;
+mod files;
 mod hypervisor;
 mod oracle;
 mod storage;
@@ -22,4 +23,4 @@ pub use oracle::Oracle;
 pub use storage::{SimStorage, StorageTrouble};
 pub use trace::{Digest, note};
 pub use turns::{simulate, simulate_traced};
-pub use world::{Direction, Host, JobEnd, Legible, Snapshot, World, WorldOptions};
+pub use world::{Direction, Host, JobEnd, Legible, Shipped, Snapshot, World, WorldOptions};

@@ -27,7 +27,7 @@ const BULK_BYTES: usize = 4 << 20;
 /// # Errors
 /// Those of creating and reading the directory.
 pub fn local_storage(directory: &FilePath) -> io::Result<Arc<dyn ObjectStore>> {
-    std::fs::create_dir_all(directory)?;
+    mainstay_block::durable::create_directory(directory)?;
     remove_staging_files(directory)?;
     let files = LocalFileSystem::new_with_prefix(directory).map_err(io::Error::other)?;
     Ok(Arc::new(LocalStorage { files: files.with_fsync(true), staged: AtomicU64::new(0) }))

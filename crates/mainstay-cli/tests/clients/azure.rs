@@ -162,7 +162,7 @@ fn command_line(lab: &Lab, operator: &ServicePrincipal, contributor: &ServicePri
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn azures_own_clients_sign_in() -> Result<()> {
-    let dir = std::env::temp_dir().join(format!("mainstay-azure-{}", std::process::id()));
+    let dir = mainstay_lab::scratch_dir().join(format!("mainstay-azure-{}", std::process::id()));
     let options = LabOptions::without_guests(PathBuf::from(env!("CARGO_BIN_EXE_mainstay")))?;
     let done = match Lab::up(&dir, &options).await {
         Ok(lab) => sign_in(&lab).await,

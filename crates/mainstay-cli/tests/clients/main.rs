@@ -42,7 +42,7 @@ async fn with_lab(
     work: impl AsyncFnOnce(&mut Lab, &Path) -> Result<()>,
 ) -> Result<()> {
     // Not beneath a test's own directory: the lab's machines may run as another account, which must get through.
-    let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
+    let dir = mainstay_lab::scratch_dir().join(format!("mainstay-{name}-{}", std::process::id()));
     let options = LabOptions::without_guests(PathBuf::from(env!("CARGO_BIN_EXE_mainstay")))?;
     let done = match Lab::up(&dir, &options).await {
         Ok(mut lab) => {

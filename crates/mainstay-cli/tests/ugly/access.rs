@@ -54,6 +54,9 @@ async fn mistakes_have_their_exit_codes_and_say_what_to_do() -> Result<()> {
     world.cli(&["planned-failover", "vm1", "--direction", "Sideways"]).expect(2).says("PrimaryToRecovery");
     world.cli(&["policy", "create", "hasty", "--copy-frequency", "1"]).expect(2).says("5");
     world.lab_cli(&["kill", "everything"]).expect(2).says("is not a component");
+    world.lab_cli(&["kill", "vm:nobody"]).expect(4).says("no VM 'nobody'");
+    world.lab_cli(&["cut", "moon"]).expect(4).says("its sites are: home, recovery");
+    world.lab_cli(&["ledger", "nobody"]).expect(4).says("no VM 'nobody'");
     let mut nowhere = Command::new(env!("CARGO_BIN_EXE_mainstay"));
     nowhere.args(["item", "list"]);
     run(nowhere).expect(2).says("which server?");

@@ -1,6 +1,6 @@
 //! What administrators do to a VM while it is protected: they back it up, let its disks grow and rename it.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mainstay_lab::{DiskImage, HOME, LedgerCopy, RECOVERY};
@@ -59,6 +59,30 @@ fn foreign_backup(world: &World) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A disk is plugged in: that is told, and changes nothing of what is replicated.
+async fn disk_added(world: &World) -> Result<()> {
+    let image = world.lab.dir().join("foreign").join("added.qcow2");
+    let status =
+        Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("8M").status()?;
+    ensure!(status.success(), "{} could not be made", image.display());
+    world.lab.site(HOME)?.account().give(&image)?;
+    let image = image.to_string_lossy().into_owned();
+    eventually("the disk is plugged in", async || {
+        world.virsh(HOME, &["attach-disk", "vm1", &image, "vdc", "--subdriver", "qcow2", "--live"]).map(drop)
+    })
+    .await?;
+    world.cli(&["host", "refresh", "home"]).expect(0);
+    world.wait_event("DiskAdded", "a new disk 'vdc', which is not replicated").await?;
+    let disks = world.status("vm1").await?.disks;
+    let replicated: Vec<_> = disks.iter().map(|disk| (disk.key.as_str(), disk.is_replicated)).collect();
+    assert_eq!(replicated, [("vda", true), ("vdb", true), ("vdc", false)]);
+    world.wait_point("vm1").await?;
+    eventually("the disk is taken out", async || {
+        world.virsh(HOME, &["detach-disk", "vm1", "vdc", "--live"]).map(drop)
+    })
+    .await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_protected_vm_is_backed_up_grown_renamed_and_comes_home() -> Result<()> {
     let mut world = World::up("changes").await?;
@@ -82,6 +106,7 @@ async fn a_protected_vm_is_backed_up_grown_renamed_and_comes_home() -> Result<()
         assert_eq!(disk["maxSizeMB"], "96", "{disk}");
     }
 
+    disk_added(&world).await?;
     renamed(&world).await?;
 
     // It is failed over with its new size, to a name and an address of their own.

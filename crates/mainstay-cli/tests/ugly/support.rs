@@ -64,7 +64,7 @@ impl World {
     /// A lab without guests, whose protected site finds the server at an address of its own.
     pub(crate) async fn up_with(name: &str, far_server: Option<Ipv4Addr>) -> Result<Self> {
         // Not beneath a test's own directory: the lab's machines may run as another account, which must get through.
-        let dir = std::env::temp_dir().join(format!("mainstay-{name}-{}", std::process::id()));
+        let dir = mainstay_lab::scratch_dir().join(format!("mainstay-{name}-{}", std::process::id()));
         let options = LabOptions {
             has_relays: true,
             far_server,

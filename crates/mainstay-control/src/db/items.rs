@@ -1,7 +1,7 @@
 //! Replicated items as stored.
 
 use mainstay_model::{CycleError, Generation, ItemId, ItemState, Location, PointId, ProviderId, VmId};
-use mainstay_provider::NicPlan;
+use mainstay_provider::{Disk, NicPlan};
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 use uuid::Uuid;
@@ -85,6 +85,19 @@ pub struct DiskRecord {
     pub is_os_disk: bool,
     /// Whether it is replicated.
     pub is_included: bool,
+}
+
+impl DiskRecord {
+    /// A disk as its host describes it.
+    pub fn of(disk: &Disk, is_included: bool) -> Self {
+        Self {
+            key: disk.key.clone(),
+            size_bytes: disk.size_bytes,
+            format: format!("{:?}", disk.format),
+            is_os_disk: disk.is_os_disk,
+            is_included,
+        }
+    }
 }
 
 /// What the recovery VM shall be.

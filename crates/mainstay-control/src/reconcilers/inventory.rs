@@ -3,11 +3,15 @@
 use std::{collections::HashMap, sync::Arc};
 
 use futures::future::join_all;
-use mainstay_model::{Health, ItemId, ProviderId, VmId};
-use mainstay_provider::{AnswerWaiting, Discovery, NoProgress, VirtualMachine, call};
+use mainstay_model::{Health, ItemId, Phase, ProviderId, VmId};
+use mainstay_provider::{AnswerWaiting, Discovery, Disk, NoProgress, VirtualMachine, call};
 
 use super::{ANSWER_MAX, within};
-use crate::{Control, ControlError, app::ProviderRecord, db::DiskRecord};
+use crate::{
+    Control, ControlError,
+    app::ProviderRecord,
+    db::{DiskRecord, ItemRecord},
+};
 
 /// How old a discovery may be: new VMs show within this time.
 const DISCOVERY_AGE_MAX_MS: i64 = 30_000;
@@ -83,7 +87,8 @@ impl Control {
         Ok(())
     }
 
-    /// A VM that its administrator renamed, or whose disks grew, stays the same item; people see what it is now.
+    /// A VM that its administrator renamed, or whose disks grew, stays the same item; people see what it is now, and hear of a disk
+    /// that nobody replicates.
     pub(crate) async fn note_changes(&self, discovery: &Discovery) -> Result<(), ControlError> {
         let vms: HashMap<VmId, &VirtualMachine> =
             discovery.inventory.vms.iter().map(|vm| (vm.id, vm)).collect();
@@ -92,9 +97,18 @@ impl Control {
             let name = home.map_or(&item.vm_name, |vm| &vm.name);
             let active = item.active_vm().unwrap_or(item.vm);
             let active = vms.get(&active).copied();
-            let disks = with_sizes(&item.disks, active);
+            let disks = as_now(item, active);
             if *name == item.vm_name && disks == item.disks {
                 continue;
+            }
+            let is_new = |disk: &&DiskRecord| !item.disks.iter().any(|known| known.key == disk.key);
+            for disk in disks.iter().filter(is_new) {
+                let text = format!(
+                    "'{name}' has a new disk '{}', which is not replicated. To have it replicated, disable the protection of the VM \
+                     and enable it again.",
+                    disk.key
+                );
+                self.record_event(self.item_event(item, "DiskAdded", Health::Warning, text)).await?;
             }
             if *name != item.vm_name {
                 tracing::info!(item = %item.id, from = item.vm_name, to = name, "a VM was renamed");
@@ -102,13 +116,26 @@ impl Control {
             self.change_item(item.id, |item| {
                 item.vm_name.clone_from(name);
                 // From what is there now: the job that protects the VM may have decided meanwhile which disks these are.
-                item.disks = with_sizes(&item.disks, active);
+                item.disks = as_now(item, active);
                 Ok(())
             })
             .await?;
         }
         Ok(())
     }
+}
+
+/// The disks of an item as its VM has them now: while it is protected at home also those that are not replicated.
+fn as_now(item: &ItemRecord, vm: Option<&VirtualMachine>) -> Vec<DiskRecord> {
+    let mut disks = with_sizes(&item.disks, vm);
+    // Elsewhere, and while a job decides which disks these are, it may have others.
+    if let Some(vm) = vm.filter(|_| item.state.phase == Phase::Protected && item.state.running.is_none()) {
+        let is_there = |record: &DiskRecord| vm.disks.iter().any(|disk| disk.key == record.key);
+        disks.retain(|record| record.is_included || is_there(record));
+        let is_known = |disk: &&Disk| item.disks.iter().any(|record| record.key == disk.key);
+        disks.extend(vm.disks.iter().filter(|disk| !is_known(disk)).map(|disk| DiskRecord::of(disk, false)));
+    }
+    disks
 }
 
 /// The disks with the sizes that a VM has now. What is not known (a disk that is away) stays.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::points::PointChoice;
 use crate::{
+    ControlError,
     app::{disk_obstacle, mapped},
     db::{DiskRecord, JobError},
     jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
@@ -87,13 +88,7 @@ impl StepAction for CheckPrerequisites {
             .vm
             .disks
             .iter()
-            .map(|disk| DiskRecord {
-                key: disk.key.clone(),
-                size_bytes: disk.size_bytes,
-                format: format!("{:?}", disk.format),
-                is_os_disk: disk.is_os_disk,
-                is_included: !excluded.contains(&disk.key),
-            })
+            .map(|disk| DiskRecord::of(disk, !excluded.contains(&disk.key)))
             .collect();
         if !disks.iter().any(|disk| disk.is_included) {
             return Err(JobError::new(
@@ -167,6 +162,10 @@ impl StepAction for IdentifyTarget {
             }
             nics.push(plan);
         }
+        // The replica, and with it the item's place in the catalogue. First made and last removed: as long as a host has anything
+        // of the item, a server that loses its database finds out about it.
+        let generation = item.state.generation.0;
+        step.control.store.raise_generation(item.id.0, generation).await.map_err(ControlError::from)?;
         Ok(done.changing(move |item| {
             item.vm_name = checked.vm_name;
             item.disks = checked.disks;
@@ -177,6 +176,11 @@ impl StepAction for IdentifyTarget {
                 item.target.nics = nics;
             }
         }))
+    }
+
+    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
+        step.control.delete_replica(step.item_id()).await?;
+        Ok(Undone::default())
     }
 }
 
@@ -210,18 +214,9 @@ struct StartInitialReplication;
 #[async_trait]
 impl StepAction for StartInitialReplication {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
-        let item = step.item().await?;
-        step.control
-            .store
-            .raise_generation(item.id.0, item.state.generation.0)
-            .await
-            .map_err(crate::ControlError::from)?;
+        // What it will write into.
+        step.control.store.replica(step.item_id().0).await.map_err(ControlError::from)?;
         Ok(Done::default())
-    }
-
-    async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
-        step.control.delete_replica(step.item_id()).await?;
-        Ok(Undone::default())
     }
 }
 

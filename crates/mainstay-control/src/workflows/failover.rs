@@ -227,20 +227,19 @@ impl StepAction for ShutDownSource {
             return Ok(Done::skipped());
         }
         let patience = if self.is_planned { Patience::RESTART } else { patience_with_source(step) };
+        let answer_max = AGENT_ANSWER_MAX + patience.0;
         let shutdown = async {
-            let power = step.call(item.primary_provider, ReadPower { vm: item.vm }, patience).await?;
-            if power == PowerState::Off {
+            let read = step.call(item.primary_provider, ReadPower { vm: item.vm }, patience);
+            if answer_within(answer_max, "the question whether the VM runs", read).await? == PowerState::Off {
                 return Ok(ShutdownOutcome::Off);
             }
             let shutdown = ShutDownVm { item: item.id, vm: item.vm, timeout_ms: params.shutdown_timeout_ms };
-            step.call(item.primary_provider, shutdown, patience).await
+            let shutdown = step.call(item.primary_provider, shutdown, patience);
+            // The agent watches the guest's time-out; this one is for a host that does not answer.
+            let limit = Duration::from_millis(params.shutdown_timeout_ms) + answer_max;
+            answer_within(limit, "the shutdown", shutdown).await
         };
-        // The agent watches the guest's time-out; this one is for a host that does not answer.
-        let limit = Duration::from_millis(params.shutdown_timeout_ms) + AGENT_ANSWER_MAX + patience.0 * 2;
-        let result = tokio::time::timeout(limit, shutdown).await.unwrap_or_else(|_| {
-            Err(SiteError::new(ErrorKind::TimedOut, "the host did not answer to the shutdown in time"))
-        });
-        let why = match result {
+        let why = match shutdown.await {
             Ok(ShutdownOutcome::Off) => return Done::with(&ShutDown { is_off: true }),
             Ok(ShutdownOutcome::Refused) => JobError::new(
                 "ShutdownRefused",
@@ -273,6 +272,18 @@ impl StepAction for ShutDownSource {
         }
         Ok(Undone::default())
     }
+}
+
+/// A host's answer, if it comes in time.
+async fn answer_within<T>(
+    limit: Duration,
+    to: &str,
+    answer: impl Future<Output = Result<T, SiteError>>,
+) -> Result<T, SiteError> {
+    tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| {
+        let message = format!("the host did not answer to {to} within {} s", limit.as_secs());
+        Err(SiteError::new(ErrorKind::TimedOut, message))
+    })
 }
 
 /// What an agent may take to answer on top of the guest's own time.

@@ -72,7 +72,7 @@ pub(crate) async fn open(host: &Arc<Host>, spec: &StagingSpec) -> Result<Box<dyn
     let _lock = host.lock(spec.vm).await;
     check_home(host, spec.vm).await?;
     let directory = host.files.staging(spec.vm);
-    std::fs::create_dir_all(&directory).doing("making a staging area")?;
+    mainstay_block::durable::create_directory(&directory).doing("making a staging area")?;
     end_strays(&directory).await?;
     let record = match read_record(host, spec.vm)? {
         Some(record) if record.is_merging => {

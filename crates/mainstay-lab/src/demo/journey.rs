@@ -368,7 +368,12 @@ async fn failback(world: &World<'_>, phases: &mut Phases<'_>, chosen: Image) -> 
     phase.ledger = Some(found.clone());
     ensure!(found.site == RECOVERY, "the VM runs at {} during the synchronisation", found.site);
     whole(&found)?;
-    phases.proved("the VM ran on while its changes went home; the job waits for Complete failover");
+    // Not among the bytes that were moved home: the store is the recovery site's.
+    let captured = count_at(&output, "/bytes_captured").context("what was captured of the recovery VM")?;
+    phases.proved(format!(
+        "the VM ran on while its changes went into the store ({:.1} MB) and home; the job waits for Complete failover",
+        captured as f64 / 1e6
+    ));
 
     phases.begin();
     let before = world.answer(LedgerCopy::Active).await?.0;

@@ -132,3 +132,20 @@ fn the_sound_hello_is_welcome() {
     let (_, answer) = serve(&hello());
     assert_eq!(&answer[..5], b"MSDP\x02");
 }
+
+#[test]
+fn who_speaks_newer_versions_alone_is_told_which_are_spoken_here() {
+    let of_versions = |from: u8, to: u8| {
+        let mut bytes = hello();
+        // After the header of 20 bytes.
+        bytes[20..22].copy_from_slice(&[from, to]);
+        serve(&bytes).1
+    };
+    assert_eq!(&of_versions(1, 3)[..5], b"MSDP\x02", "one that speaks both is welcome");
+    for (from, to) in [(2, 3), (0, 0)] {
+        let answer = of_versions(from, to);
+        assert_ne!(&answer[..5], b"MSDP\x02");
+        let said = String::from_utf8_lossy(&answer);
+        assert!(said.contains("this server speaks version 1"), "{said}");
+    }
+}

@@ -115,9 +115,11 @@ impl SimHypervisor {
             (Some(_), PowerState::Running) => Consistency::Application,
             _ => Consistency::Crash,
         };
-        let (taken_at_ms, disks) = self
-            .oracle()
-            .record(indices.iter().map(|index| all[*index].clone()).collect(), self.clock_offset_ms());
+        let (taken_at_ms, disks) = self.oracle().record(
+            vm,
+            indices.iter().map(|index| all[*index].clone()).collect(),
+            self.clock_offset_ms(),
+        );
         let disks = request
             .disks
             .iter()

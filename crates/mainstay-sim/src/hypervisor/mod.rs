@@ -25,6 +25,8 @@ use mainstay_provider::{
     ShutdownOutcome, SiteError, Staging, StagingSpec, TrackerId, VirtualMachine, VmDefinition, WhenOff,
 };
 
+use rand::{RngCore as _, SeedableRng as _, rngs::StdRng};
+
 use crate::Oracle;
 use faults::FaultPlan;
 use machine::{BOOT_BLOCK, Machine, MachineDisk, SHUTDOWN_BLOCK, Shape, mark};
@@ -133,6 +135,29 @@ pub struct VmView {
     pub started_from: Option<Arc<BTreeMap<String, Vec<u8>>>>,
 }
 
+/// Zeroes what a guest writes when it boots and is shut down.
+pub(crate) fn forget_boots(disks: &mut [Vec<u8>]) {
+    let Some(disk) = disks.first_mut() else { return };
+    for (block, _) in [BOOT_BLOCK, SHUTDOWN_BLOCK] {
+        disk[(block * BLOCK_BYTES) as usize..((block + 1) * BLOCK_BYTES) as usize].fill(0);
+    }
+}
+
+/// Fills from which on a block's content cannot be compressed.
+const NOISE: u8 = 0x60;
+
+/// What the guest writes into a block. Two blocks of one fill differ, so that a block in the wrong place is noticed.
+fn content(block: u64, fill: u8) -> Vec<u8> {
+    let mut data = vec![fill; BLOCK_BYTES as usize];
+    if fill >= NOISE {
+        StdRng::seed_from_u64(block << 8 | u64::from(fill)).fill_bytes(&mut data);
+    }
+    if fill != 0 {
+        data[..8].copy_from_slice(&block.to_le_bytes());
+    }
+    data
+}
+
 // What a test does to a host.
 impl SimHypervisor {
     /// A host without VMs.
@@ -236,12 +261,7 @@ impl SimHypervisor {
         if block * BLOCK_BYTES >= machine.disks[disk].size() {
             return Err(SiteError::new(ErrorKind::Refused, format!("block {block} lies outside {key}")));
         }
-        let mut data = vec![fill; BLOCK_BYTES as usize];
-        if fill != 0 {
-            // Two blocks of one fill differ, so that a block in the wrong place is noticed.
-            data[..8].copy_from_slice(&block.to_le_bytes());
-        }
-        machine.write_block(disk, block, &data);
+        machine.write_block(disk, block, &content(block, fill));
         Ok(())
     }
 
@@ -343,7 +363,7 @@ impl SimHypervisor {
     }
 
     async fn start_for_agent(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
-        let was_off = self.power(vm).await? == PowerState::Off;
+        let was_off = self.lock().machine(vm)?.power == PowerState::Off;
         self.start_with(vm, tracker).await?;
         if was_off {
             self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).push((moment(), vm));
@@ -352,7 +372,7 @@ impl SimHypervisor {
     }
 
     async fn start_with(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
-        if self.power(vm).await? == PowerState::Off {
+        if self.lock().machine(vm)?.power == PowerState::Off {
             // Booting reads the disks: without them it does not get far.
             let content = self.disks_by_key(vm).await?;
             let mut state = self.lock();

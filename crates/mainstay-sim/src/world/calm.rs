@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use mainstay_control::db::ItemRecord;
+use mainstay_model::{Generation, ItemId, Phase, VmId};
 use mainstay_store::{ScrubOptions, StoreError};
 use object_store::path::Path;
 
@@ -11,6 +12,19 @@ use super::World;
 /// What a cycle may move beside the blocks that differ: messages, and when the agent's hash tables were lost, the hashes
 /// of all blocks.
 const OVERHEAD_BYTES: u64 = 64 << 10;
+/// What the cycles of an item have shipped up to a moment.
+#[derive(Debug)]
+pub struct Shipped {
+    name: String,
+    item: ItemId,
+    vm: VmId,
+    generation: Generation,
+    /// The capture of the recovery point before the newest one, of which the agent may not have told yet what it shipped.
+    since_ms: i64,
+    bytes_changed: u64,
+    bytes_moved: u64,
+}
+
 /// How far the clock moves between two looks at what is stored.
 const LOOK_MS: i64 = 1_000;
 
@@ -31,6 +45,45 @@ impl World {
             moved <= differing + OVERHEAD_BYTES,
             "{moved} bytes of '{name}' were moved, {differing} differ"
         );
+    }
+
+    /// What has been shipped so far of a VM that is protected at home and on which no job works.
+    pub async fn shipped(&self, name: &str) -> Option<Shipped> {
+        let item = self.item(name).await?;
+        if item.state.phase != Phase::Protected || item.state.running.is_some() {
+            return None;
+        }
+        let read = move |control: std::sync::Arc<mainstay_control::Control>| async move {
+            control.store.points(item.id.0).await
+        };
+        let mut points = self.ask(read).await.expect("the points are listed");
+        points.sort_unstable_by_key(|point| point.sequence);
+        let since_ms = points.iter().rev().nth(1)?.time_ms.cast_signed();
+        Some(Shipped {
+            name: name.to_owned(),
+            item: item.id,
+            vm: item.vm,
+            generation: item.state.generation,
+            since_ms,
+            bytes_changed: item.replication.bytes_changed,
+            bytes_moved: item.replication.bytes_moved,
+        })
+    }
+
+    /// Whatever has gone wrong before, the cycles since then have shipped what the disks differed in and no more.
+    pub async fn check_shipped(&self, before: Shipped) {
+        let Some(item) = self.item(&before.name).await else { return };
+        let is_same = (item.id, item.state.generation) == (before.item, before.generation);
+        if !is_same || item.state.phase != Phase::Protected {
+            return;
+        }
+        let (differing, cycles) =
+            self.oracle.bytes_since(before.vm, before.since_ms).expect("every point comes from a capture");
+        let changed = item.replication.bytes_changed - before.bytes_changed;
+        assert!(changed <= differing, "{changed} bytes were shipped, {differing} differ: {before:?}");
+        let moved = item.replication.bytes_moved - before.bytes_moved;
+        let overhead = OVERHEAD_BYTES * cycles;
+        assert!(moved <= differing + overhead, "{moved} bytes were moved, {differing} differ: {before:?}");
     }
 
     /// The moment that the newest recovery point of an item shows, by its host's clock.
@@ -59,13 +112,14 @@ impl World {
     /// The alarm is raised exactly when the newest recovery point is older than three copy frequencies and half a minute.
     pub async fn check_alarm(&self, name: &str) {
         let item = self.item(name).await.expect("the VM is protected");
+        let home = item.primary_provider;
         let policy = self.ask(move |control| async move { control.policy(&item.policy).await }).await;
         let frequency_ms = i64::from(policy.expect("the policy").policy.copy_frequency_seconds) * 1_000;
         loop {
             self.cycle_in_a_moment(name).await;
             assert!(!self.has_alarm(name).await, "'{name}' has a new recovery point and an alarm");
             // From here on there is no newer one, whatever the clock says.
-            self.cut(true);
+            self.network.cut(home);
             let taken_ms = self.last_point_taken_ms(name).await;
             let captured_ms = self.oracle.captured_ms(taken_ms).expect("every point comes from a capture");
             let breached_ms = captured_ms + 3 * frequency_ms + 30_000;
@@ -74,11 +128,8 @@ impl World {
             self.clock.advance_ms(1);
             let is_raised = self.has_alarm(name).await;
             let is_newest = self.last_point_taken_ms(name).await == taken_ms;
-            self.mend(true);
-            self.until("the site is connected", async |world| {
-                world.control().sites.is_connected(world.home.provider)
-            })
-            .await;
+            self.network.mend(home);
+            self.until("the host is connected", async |world| world.control().sites.is_connected(home)).await;
             // Otherwise a cycle whose answer was on its way when the network was cut has ended in between.
             if is_newest {
                 assert!(!is_early, "the alarm of '{name}' is early");

@@ -57,7 +57,7 @@ impl World {
     pub async fn check_planned_failover(&self, name: &str) {
         let item = self.item(name).await.expect("the VM is protected");
         let copy = item.recovery_vm.expect("a recovery VM");
-        let home = self.home.hypervisor.disks_by_key(item.vm).await.expect("the home VM is read");
+        let home = self.home_of(&item).hypervisor.disks_by_key(item.vm).await.expect("the home VM is read");
         let recovered = self.recovery.hypervisor.view(copy.vm).expect("the recovery VM");
         let recovered = recovered.started_from.expect("the recovery VM was started");
         let included: BTreeSet<_> =
@@ -151,7 +151,8 @@ impl World {
             let records = names(&host.data_dir.join("items"));
             assert!(records.is_subset(&known), "an agent keeps records {records:?}, items are {known:?}");
         }
-        for view in self.home.hypervisor.views() {
+        let homes = [Some(&self.home), self.spare.as_ref()].into_iter().flatten();
+        for view in homes.flat_map(|host| host.hypervisor.views()) {
             if items.iter().any(|item| vm_named(&item.name) == view.id) {
                 assert!(!view.autostart, "the host would start '{}' by itself", view.name);
             } else {

@@ -30,10 +30,15 @@ use mainstay_store::VaultKey;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::{Oracle, SimHypervisor, SimStorage, turns::Process};
+use crate::{
+    Oracle, SimHypervisor, SimStorage,
+    files::Watch,
+    turns::{self, Process},
+};
 use network::Network;
 use process::{Server, start_agent, start_server, wait_until_closed};
 
+pub use calm::Shipped;
 pub use rot::Legible;
 pub use snapshot::Snapshot;
 pub use verbs::JobEnd;
@@ -110,6 +115,8 @@ pub struct World {
     network: Arc<Network>,
     server: Option<Server>,
     faults: Mutex<Option<Arc<dyn Faults>>>,
+    /// What of the files of agents and server is durable.
+    files: Arc<Watch>,
     // Last, so that it is removed when nothing writes into it any more.
     dir: TempDir,
 }
@@ -123,7 +130,7 @@ pub(crate) fn vm_named(name: &str) -> VmId {
     VmId(Uuid::from_bytes(bytes))
 }
 
-/// A directory in memory where there is one: durability against power cuts is not what is simulated here.
+/// A directory in memory where there is one: what a power cut leaves of it is drawn.
 fn make_dir() -> TempDir {
     let memory = Path::new("/dev/shm");
     // Nobody else's: a name that is taken would have another one drawn, which only some runs of a seed would do.
@@ -160,6 +167,7 @@ impl World {
     /// A world in which nothing is protected yet.
     pub async fn new(options: WorldOptions) -> Self {
         let dir = make_dir();
+        let files = Arc::new(Watch::begin(dir.path()));
         let clock = Arc::new(ManualClock::default());
         clock.advance_ms(CLOCK_START_MS);
         let oracle = Arc::new(Oracle::new(clock.clone()));
@@ -167,6 +175,7 @@ impl World {
         let network = Network::new(options.seed);
         let database = dir.path().join("database");
         std::fs::create_dir_all(&database).expect("a directory");
+        files.note_all(&database).expect("a directory is read");
         let vault_key =
             options.is_encrypted.then(|| VaultKey::generate().expect("random bytes for a key").to_text());
         let server =
@@ -179,7 +188,10 @@ impl World {
         let host = async |name: &str, provider: ProviderId| {
             let hypervisor = SimHypervisor::new(name, oracle.clone());
             let (data_dir, run_dir) = (dir.path().join(name).join("data"), dir.path().join(name).join("run"));
-            std::fs::create_dir_all(&run_dir).expect("a directory");
+            for directory in [&data_dir, &run_dir] {
+                std::fs::create_dir_all(directory).expect("a directory");
+            }
+            files.note_all(&data_dir).expect("a directory is read");
             Host { provider, hypervisor, data_dir, run_dir, boots: 0, agent: None }
         };
         let home = host("home", home).await;
@@ -206,6 +218,7 @@ impl World {
             network,
             server: Some(server),
             dir,
+            files,
             faults: Mutex::default(),
         };
         for name in &options.vms {
@@ -299,9 +312,24 @@ impl World {
                 .await
                 .expect("the catalogue is written");
         }
+        let files = self.files.clone();
         self.restart_server_after(|database, backup| {
             remove_files(database);
+            std::fs::create_dir_all(database).expect("a directory");
             replace(backup, database);
+            files.note_all(database).expect("a database is read");
+        })
+        .await;
+    }
+
+    /// Cuts the power of the server's machine: of its database is left what was synced, and some of what came later.
+    pub async fn cut_server_power(&mut self) {
+        let files = self.files.clone();
+        let left =
+            files.after_power_cut(&self.dir.path().join("database"), &mut |below| turns::draw(0..below));
+        let left = left.expect("a database is read");
+        self.restart_server_after(|database, _| {
+            files.replace(database, &left).expect("a database is replaced")
         })
         .await;
     }
@@ -315,7 +343,6 @@ impl World {
         let database = self.dir.path().join("database");
         wait_until_closed(&database);
         meanwhile(&database, &self.dir.path().join("backup"));
-        std::fs::create_dir_all(&database).expect("a directory");
         let (storage, clock, vault_key) = (self.storage.clone(), self.clock.clone(), self.vault_key.clone());
         let server = start_server(database.join("db"), storage, clock, vault_key).await;
         self.network.set_server(Some((server.process.handle().clone(), server.control.clone())));
@@ -339,13 +366,18 @@ impl World {
         host.agent = Some(start_agent(&self.network, host).await);
     }
 
-    /// Cuts a host's power and boots it again: VMs and agent are gone, and the hypervisor starts what it is told to start,
-    /// before anybody can be asked.
+    /// Cuts a host's power and boots it again: VMs, agent and all that the agent had not synced are gone, and the hypervisor starts
+    /// what it is told to start, before anybody can be asked.
     pub async fn reboot(&mut self, is_home: bool) {
         let host = if is_home { &mut self.home } else { &mut self.recovery };
+        let left = self.files.after_power_cut(&host.data_dir, &mut |below| turns::draw(0..below));
+        let left = left.expect("an agent's files are read");
         if let Some(agent) = host.agent.take() {
             agent.kill().await;
         }
+        self.files.replace(&host.data_dir, &left).expect("an agent's files are replaced");
+        remove_files(&host.run_dir);
+        std::fs::create_dir_all(&host.run_dir).expect("a directory");
         host.boots += 1;
         host.hypervisor.reboot().await;
         host.agent = Some(start_agent(&self.network, host).await);
@@ -401,7 +433,11 @@ impl World {
                 (&self.recovery, item.recovery_vm.map_or(item.vm, |copy| copy.vm))
             }
             Some(item) => (self.home_of(&item), item.vm),
-            None => (&self.home, vm_named(name)),
+            None => {
+                let vm = vm_named(name);
+                let spare = self.spare.as_ref().filter(|spare| spare.hypervisor.view(vm).is_some());
+                (spare.unwrap_or(&self.home), vm)
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use mainstay_model::Phase;
 use mainstay_provider::PowerState;
 
 use super::{Host, World};
+use crate::hypervisor::forget_boots;
 
 /// A digest of disks: long enough that two different ones do not look alike.
 type Digest = u64;
@@ -52,6 +53,19 @@ impl World {
             points,
             vcpus: item.and_then(|item| item.target.vcpus),
         }
+    }
+
+    /// What the disks of all VMs hold, by site and name, but for the blocks that a guest writes when it boots and is shut down.
+    pub async fn held(&self) -> BTreeMap<String, Vec<Vec<u8>>> {
+        let mut held = BTreeMap::new();
+        for (site, host) in [("home", &self.home), ("recovery", &self.recovery)] {
+            for view in host.hypervisor.views() {
+                let mut disks = host.hypervisor.disks(view.id).await.expect("disks are read");
+                forget_boots(&mut disks);
+                held.insert(format!("{site}/{}", view.name), disks);
+            }
+        }
+        held
     }
 
     async fn add_vms(&self, site: &str, host: &Host, vms: &mut BTreeMap<String, (PowerState, Digest)>) {

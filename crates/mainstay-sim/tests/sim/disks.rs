@@ -4,7 +4,10 @@ use mainstay_control::workflows::{FailoverParams, PointChoice};
 use mainstay_model::{Ending, Operation};
 use mainstay_sim::{World, WorldOptions, simulate};
 
-use crate::{support::log, workflows::VM};
+use crate::{
+    support::{codes, log},
+    workflows::VM,
+};
 
 /// Sectors, and no whole blocks: the last block of the disk, which is a piece, grows with it.
 const GROWTH_BYTES: u64 = 9 * 512;
@@ -43,6 +46,38 @@ fn a_disk_grows_on_either_side_and_nothing_is_lost_on_the_way() {
         world.write(VM, &[("vdb", 18, 5)]).await;
         world.cycle(VM).await;
         world.check().await;
+    });
+}
+
+/// A disk that is added is told of once and listed, as long as it is there; what is replicated stays the same.
+#[test]
+fn a_disk_that_is_added_is_told_of() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let (home, vm) = (&world.home.hypervisor, world.home_vm(VM));
+        home.add_disk(vm, "vdc", 8 * 4096).unwrap();
+        let refresh = async || {
+            let host = world.home.provider;
+            world.ask(move |control| async move { control.refresh_provider(host).await }).await.unwrap();
+            let disks = world.item(VM).await.unwrap().disks;
+            disks.into_iter().map(|disk| (disk.key, disk.is_included)).collect::<Vec<_>>()
+        };
+        let listed = |disks: &[(&str, bool)]| {
+            disks.iter().map(|(key, is)| ((*key).to_owned(), *is)).collect::<Vec<_>>()
+        };
+        for _ in 0..2 {
+            assert_eq!(refresh().await, listed(&[("vda", true), ("vdb", true), ("vdc", false)]));
+        }
+        assert_eq!(codes(&world).await.iter().filter(|code| *code == "DiskAdded").count(), 1);
+        world.write(VM, &[("vda", 5, 4)]).await;
+        world.cycle(VM).await;
+        world.check().await;
+        home.detach_disk(vm, "vdc").unwrap();
+        assert_eq!(refresh().await, listed(&[("vda", true), ("vdb", true)]));
+        world.run(VM, Operation::PlannedFailover).await;
+        world.check_planned_failover(VM).await;
     });
 }
 

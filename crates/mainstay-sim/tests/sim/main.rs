@@ -12,6 +12,7 @@ mod operations;
 mod plans;
 mod random;
 mod rot;
+mod seeds;
 mod steps;
 mod storage;
 mod support;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mainstay_control::{
-    ControlError,
+    Control, ControlError,
     app::Requester,
     db::JobRecord,
     jobs::{Fault, Faults},
@@ -59,14 +59,20 @@ async fn world_with_plan(change: impl FnOnce(&mut RecoveryPlan)) -> World {
     let mut plan =
         RecoveryPlan { groups: vec![group(&ids[..1]), group(&ids[1..])], ..RecoveryPlan::default() };
     change(&mut plan);
-    world
-        .ask(|control| async move { control.put_recovery_plan("shop", "home", "recovery", plan, by()).await })
-        .await
-        .unwrap();
+    put(&world, plan).await.unwrap();
     world
 }
 
-async fn begin(world: &World, operation: Operation) -> Result<JobRecord, ControlError> {
+/// Makes or changes the plan.
+pub(crate) async fn put(world: &World, plan: RecoveryPlan) -> Result<(), ControlError> {
+    let put = |control: Arc<Control>| async move {
+        control.put_recovery_plan("shop", "home", "recovery", plan, by()).await
+    };
+    world.ask(put).await.map(drop)
+}
+
+/// Begins to carry the plan out, with the usual parameters.
+pub(crate) async fn begin(world: &World, operation: Operation) -> Result<JobRecord, ControlError> {
     let failover =
         FailoverParams { point: PointChoice::Latest, shutdown_source: true, shutdown_timeout_ms: 1_000 };
     let params = match operation {

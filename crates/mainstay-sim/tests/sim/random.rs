@@ -8,10 +8,8 @@
 use std::{
     collections::HashMap,
     fs::File,
-    io::Write as _,
-    process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use mainstay_control::{
@@ -19,7 +17,10 @@ use mainstay_control::{
     jobs::{Fault, Faults},
     workflows::{FailoverParams, PointChoice},
 };
-use mainstay_model::{Ending, ItemId, ItemState, Location, Operation, Phase, ReplicationPolicy};
+use mainstay_model::{
+    Ending, ItemId, ItemState, Location, Operation, Phase, RecoveryPlan, ReplicationPolicy,
+    recovery_plan::PlanGroup,
+};
 use mainstay_provider::ErrorKind;
 use mainstay_sim::{
     Direction, HostFault, StorageTrouble, World, WorldOptions, moment, note, simulate_traced,
@@ -27,22 +28,23 @@ use mainstay_sim::{
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use tokio::sync::Semaphore;
 
-use crate::{support::log, workflows::finish_journey};
+use crate::{
+    plans,
+    seeds::{CAME_TO, Seeds, number, run_all, tell},
+    support::log,
+    workflows::finish_journey,
+};
 
 const VMS: [&str; 2] = ["web", "db"];
-/// Seeds of every run of the tests.
-const SEEDS: u64 = 12;
-/// Seeds that have failed once.
-const REGRESSIONS: [u64; 4] = [20, 21, 31, 318];
-/// How long new worlds are begun after that in an ordinary run, counted from its beginning. `cargo xtask ci` runs its own hundreds
-/// beside the other suites.
-const FRESH_SECONDS: u64 = 60;
 /// Things that happen between two calms.
 const ACTIONS: usize = 14;
 /// Calms in a run.
 const CALMS: usize = 3;
 /// How often jobs that do not end well are tried again in a calm.
 const TRIES: usize = 12;
+
+/// Longer than any policy here keeps points.
+const RETENTION_MAX_MS: i64 = 25 * 3_600_000;
 
 /// Calls that fail now and then, or hang until the next calm.
 const METHODS: [&str; 25] = [
@@ -99,7 +101,20 @@ struct Run {
     hung: Vec<Arc<Semaphore>>,
     /// The state in which an item was first seen without a job, and when that was in the order of agents' starts.
     seen: HashMap<ItemId, (ItemState, u64)>,
+    /// Whether the administrator has a recovery plan of both VMs.
+    has_plan: bool,
 }
+
+/// What the plan is asked to do.
+const PLANNED: [Operation; 7] = [
+    Operation::TestFailover,
+    Operation::TestFailoverCleanup,
+    Operation::UnplannedFailover,
+    Operation::PlannedFailover,
+    Operation::Commit,
+    Operation::Failback,
+    Operation::ReverseReplicate,
+];
 
 impl Run {
     fn set_faults(&mut self) {
@@ -110,7 +125,7 @@ impl Run {
     async fn act(&mut self) {
         let vm = *VMS.choose(&mut self.rng).unwrap();
         let is_home = self.rng.random_bool(0.5);
-        let action = self.rng.random_range(0..112);
+        let action = self.rng.random_range(0..115);
         tracing::info!(vm, is_home, action, "action");
         note(format_args!("action {action} {vm} {is_home}"));
         match action {
@@ -124,7 +139,8 @@ impl Run {
             58..64 => self.touch_a_job().await,
             64..68 => self.world.restart_agent(is_home).await,
             68 => self.world.reboot(is_home).await,
-            69..74 => self.world.restart_server().await,
+            69..72 => self.world.restart_server().await,
+            72..74 => self.world.cut_server_power().await,
             74..76 => self.world.hiccup(is_home),
             76..80 => {
                 let direction = self.direction();
@@ -164,8 +180,11 @@ impl Run {
             105..108 => self.change_disks(vm),
             108 => {
                 let name = format!("{vm} {}", self.rng.random_range(0..100));
-                self.world.home.hypervisor.rename_vm(self.world.home_vm(vm), &name).unwrap();
+                // It may be on the other host.
+                let _ = self.world.home.hypervisor.rename_vm(self.world.home_vm(vm), &name);
             }
+            109..111 if self.has_plan => self.begin_plan().await,
+            111 => self.move_home(vm).await,
             _ => {
                 let host = if is_home { &self.world.home } else { &self.world.recovery };
                 let kinds = [
@@ -174,6 +193,8 @@ impl Run {
                     ErrorKind::Unavailable,
                     ErrorKind::TimedOut,
                     ErrorKind::NoSpace,
+                    // As an agent of another version says of what it does not know.
+                    ErrorKind::Refused,
                 ];
                 let kind = *kinds.choose(&mut self.rng).unwrap();
                 let method = *METHODS.choose(&mut self.rng).unwrap();
@@ -293,6 +314,44 @@ impl Run {
         };
     }
 
+    /// Has a plan of what is protected now carry something out.
+    async fn begin_plan(&mut self) {
+        let mut ids = Vec::new();
+        for vm in VMS {
+            ids.extend(self.world.item(vm).await.map(|item| item.id));
+        }
+        let is_together = self.rng.random();
+        let groups = if is_together { vec![ids] } else { ids.into_iter().map(|id| vec![id]).collect() };
+        let group = |items| PlanGroup { items, ..PlanGroup::default() };
+        let plan =
+            RecoveryPlan { groups: groups.into_iter().map(group).collect(), ..RecoveryPlan::default() };
+        let operation = *PLANNED.choose(&mut self.rng).unwrap();
+        note(format_args!("plan {operation:?}"));
+        // Refused while it is being carried out, or without machines, or when none of them allows it.
+        if let Err(error) = plans::put(&self.world, plan).await {
+            tracing::debug!(%error, "the plan stays as it was");
+        }
+        if let Err(error) = plans::begin(&self.world, operation).await {
+            tracing::debug!(%error, "the plan is not carried out");
+        }
+    }
+
+    /// The home VM is lost with its host's disks, and fails back to the other host of its site.
+    async fn move_home(&mut self, vm: &str) {
+        let (Some(item), Some(spare)) = (self.world.item(vm).await, &self.world.spare) else { return };
+        if !item.state.allowed_operations().contains(&Operation::Failback) {
+            return;
+        }
+        let (from, to) = match item.primary_provider == spare.provider {
+            true => (spare, &self.world.home),
+            false => (&self.world.home, spare),
+        };
+        let host = to.provider;
+        from.hypervisor.destroy_vm(item.vm);
+        // Refused when a job has begun in the same moment.
+        let _ = self.world.fail_back_to(vm, self.rng.random(), Some(host)).await;
+    }
+
     async fn some_point(&mut self, item: ItemId) -> Option<PointChoice> {
         let points = self.world.ask(move |control| async move { control.store.points(item.0).await }).await;
         let points = points.ok()?;
@@ -340,6 +399,30 @@ impl Run {
             {
                 tracing::debug!(%error, "the administrator could not start an old copy");
             }
+        }
+    }
+
+    /// A bit of the store turns over while everything goes on, is found, and is gone with the last point that it damaged.
+    async fn rot_and_heal(&mut self) {
+        for vm in VMS {
+            let item = self.world.item(vm).await;
+            if item.is_none_or(|item| item.state.phase != Phase::Protected || item.test_vm.is_some()) {
+                return;
+            }
+        }
+        self.rot().await;
+        self.world.clock.advance_ms(RETENTION_MAX_MS);
+        for vm in VMS {
+            self.world.cycle(vm).await;
+            self.world
+                .until("what was damaged has expired", async |world| {
+                    world.legible(vm).await.damaged.is_empty()
+                })
+                .await;
+            self.world.scrub(vm).await;
+            self.world.until_looked_at(vm).await;
+            let item = self.world.item(vm).await.unwrap();
+            assert!(item.scrub.damaged_points.is_empty(), "a point is marked that is whole: {item:#?}");
         }
     }
 
@@ -392,6 +475,10 @@ impl Run {
     async fn calm(&mut self) {
         self.world.set_faults(None);
         self.world.storage.set_trouble(None);
+        let mut before = Vec::new();
+        for vm in VMS {
+            before.extend(self.world.shipped(vm).await);
+        }
         self.world.home.hypervisor.clear_faults();
         self.world.recovery.hypervisor.clear_faults();
         self.hung.drain(..).for_each(|hung| hung.add_permits(1));
@@ -401,7 +488,8 @@ impl Run {
         for vm in VMS {
             let attach = async |world: &World| {
                 // Refused while a capture is open.
-                world.home.hypervisor.attach_disks(world.home_vm(vm)).is_ok()
+                let (hypervisor, vm) = (&world.home.hypervisor, world.home_vm(vm));
+                hypervisor.view(vm).is_none() || hypervisor.attach_disks(vm).is_ok()
             };
             self.world.until("the VM has its disks", attach).await;
         }
@@ -449,6 +537,9 @@ impl Run {
             self.world.until_old_copies_are_off(vm).await;
         }
         self.world.check().await;
+        for before in before {
+            self.world.check_shipped(before).await;
+        }
         let mut has_copies = false;
         for vm in VMS {
             let Some(item) = self.world.item(vm).await else { continue };
@@ -464,6 +555,10 @@ impl Run {
             self.world.check_garbage().await;
         }
         self.world.check().await;
+        if self.rng.random_bool(0.2) {
+            self.rot_and_heal().await;
+            self.world.check().await;
+        }
     }
 }
 
@@ -473,11 +568,13 @@ async fn run(seed: u64) {
         vms: VMS.iter().map(|&vm| vm.to_owned()).collect(),
         volatile_trackers: rng.random_bool(0.3),
         is_encrypted: rng.random_bool(0.3),
+        has_spare: rng.random_bool(0.3),
         seed: rng.random(),
         ..WorldOptions::default()
     };
+    let has_plan = rng.random_bool(0.4);
     let world = World::new(options).await;
-    let mut run = Run { world, rng, hung: Vec::new(), seen: HashMap::new() };
+    let mut run = Run { world, rng, hung: Vec::new(), seen: HashMap::new(), has_plan };
     for vm in VMS {
         run.write(vm).await;
         run.world.protect(vm).await;
@@ -503,143 +600,11 @@ async fn run(seed: u64) {
     run.rot().await;
 }
 
-/// Which worlds are run.
-struct Seeds {
-    /// In any case.
-    fixed: Vec<u64>,
-    /// And then, from this one on, as many as can be begun within some time.
-    fresh: Option<(u64, Duration)>,
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().and_then(|text| text.parse().ok())
-}
-
-impl Seeds {
-    fn of_environment() -> Self {
-        let first = number("SIM_FIRST_SEED").unwrap_or(0);
-        if let Some(seeds) = number("SIM_SEEDS") {
-            return Self { fixed: (first..first + seeds).collect(), fresh: None };
-        }
-        // Different ones each time, and far from those that people count.
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let time = Duration::from_secs(number("SIM_SECONDS").unwrap_or(FRESH_SECONDS));
-        let fixed = (first..first + SEEDS).chain(REGRESSIONS).collect();
-        Self { fixed, fresh: (!time.is_zero()).then_some((now.as_secs() << 16, time)) }
-    }
-}
-
-/// Past the harness, which shows what a test prints only if it fails.
-fn tell(text: &str) {
-    // Nobody may be there to read it.
-    let _ = writeln!(std::io::stderr(), "{text}");
-}
-
-/// What a world's process says last.
-const CAME_TO: &str = "came to ";
-
 /// Runs a world in this process.
 fn run_here(seed: u64) {
     let trace = std::env::var_os("SIM_TRACE").map(|path| File::create(path).unwrap());
     let digest = simulate_traced(seed, trace, move || run(seed));
     tell(&format!("seed {seed} {CAME_TO}{digest}"));
-}
-
-/// A world in a process of its own.
-struct Running {
-    seed: u64,
-    process: Child,
-    output: File,
-    began: Instant,
-}
-
-/// A world did not come to a good end.
-struct Failed;
-
-/// Worlds that may fail before no more are begun: of a soak's thousands each that fails is worth knowing, but when most do, one is
-/// enough.
-const FAILURES_MAX: usize = 8;
-
-/// Real time that a world may take, also where it gets only what others leave; one takes a second.
-const REAL_MAX: Duration = Duration::from_secs(900);
-
-impl Running {
-    fn start(seed: u64) -> Self {
-        let output = tempfile::tempfile().unwrap();
-        let process = Command::new(std::env::current_exe().unwrap())
-            .args(["random::random_worlds_keep_every_promise", "--exact", "--nocapture", "--test-threads=1"])
-            .env("SIM_SEED", seed.to_string())
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output.try_clone().unwrap())
-            .spawn()
-            .unwrap();
-        Self { seed, process, output, began: Instant::now() }
-    }
-
-    /// What it said, once it has ended; an error has been told.
-    fn poll(&mut self) -> Option<Result<String, Failed>> {
-        let is_late = self.began.elapsed() > REAL_MAX;
-        if is_late {
-            self.process.kill().unwrap();
-        }
-        let status = if is_late { self.process.wait().unwrap() } else { self.process.try_wait().unwrap()? };
-        let mut said = String::new();
-        std::io::Seek::rewind(&mut self.output).unwrap();
-        std::io::Read::read_to_string(&mut self.output, &mut said).unwrap();
-        if !status.success() {
-            tell(&said);
-            let seed = self.seed;
-            let how = if is_late { "did not end" } else { "failed" };
-            tell(&format!(
-                "seed {seed} {how}: `SIM_SEED={seed} cargo test --workspace --test sim random` repeats it"
-            ));
-            return Some(Err(Failed));
-        }
-        Some(Ok(said))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Those beside one that failed; one that has ended is not there any more.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// Worlds at a time for each processor: one waits for its database's threads for a third of its time.
-const WORLDS_PER_PROCESSOR: usize = 2;
-
-/// Runs worlds side by side, as long as there are seeds.
-fn run_all(mut seeds: impl Iterator<Item = u64>, mut ended: impl FnMut(u64, String)) {
-    let at_once = WORLDS_PER_PROCESSOR * std::thread::available_parallelism().map_or(1, usize::from);
-    let mut running: Vec<Running> = Vec::new();
-    let mut failed = Vec::new();
-    loop {
-        while running.len() < at_once
-            && failed.len() < FAILURES_MAX
-            && let Some(seed) = seeds.next()
-        {
-            running.push(Running::start(seed));
-        }
-        if running.is_empty() {
-            break;
-        }
-        running.retain_mut(|world| match world.poll() {
-            Some(Ok(said)) => {
-                ended(world.seed, said);
-                false
-            }
-            Some(Err(Failed)) => {
-                failed.push(world.seed);
-                false
-            }
-            None => true,
-        });
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    assert!(failed.is_empty(), "these seeds failed: {failed:?}");
 }
 
 #[test]

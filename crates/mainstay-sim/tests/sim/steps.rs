@@ -10,7 +10,7 @@ use mainstay_control::{
     db::{JobRecord, JobState},
     jobs::{Fault, Faults, job_log},
 };
-use mainstay_model::{Ending, JobId, Operation, Phase, StepState, VmId};
+use mainstay_model::{Ending, JobId, Operation, Phase, StepState};
 use mainstay_provider::PowerState;
 use mainstay_sim::{Snapshot, World, WorldOptions, simulate};
 
@@ -242,18 +242,13 @@ async fn beyond_return(workflow: Workflow, step: usize, fault: Fault, expected: 
     finish_journey(&world, VM, 0).await;
 }
 
-async fn home_disks(world: &World, vm: Option<VmId>) -> Option<Vec<Vec<u8>>> {
-    world.home.hypervisor.disks(vm?).await.ok()
-}
-
 /// (b), (d) and (e): the job is undone and the item is what it was.
 async fn undone(world: &mut World, workflow: Workflow, step: usize, disturbance: Disturbance) {
     let what = format!("{workflow:?}: {disturbance:?} at step {step}");
     let before = world.phase(VM).await;
     let (host, vm) = world.active(VM).await;
     let power_before = host.hypervisor.view(vm).unwrap().power;
-    let home_vm = world.item(VM).await.map(|item| item.vm);
-    let home_before = home_disks(world, home_vm).await;
+    let held_before = world.held().await;
     let job = match disturbance {
         Disturbance::Fault(fault) => {
             install(world, workflow, step, fault);
@@ -276,8 +271,13 @@ async fn undone(world: &mut World, workflow: Workflow, step: usize, disturbance:
     assert_eq!(power, power_before, "{what}: the active VM");
     let merge = job.steps.iter().position(|step| step.name == "VmFailback");
     let last = if disturbance == Disturbance::DatabaseRestored { step + 1 } else { step };
-    if merge.is_some_and(|merge| last < merge) {
-        assert!(home_disks(world, home_vm).await == home_before, "{what}: the home disks were changed");
+    let mut held = world.held().await;
+    if merge.is_some_and(|merge| last >= merge) {
+        // What came home has been merged into its disks: they are the copy's now, which runs on as it was.
+        held.retain(|name, _| name.starts_with("recovery/"));
+    }
+    for (name, disks) in held {
+        assert!(held_before.get(&name) == Some(&disks), "{what}: the disks of {name} were changed");
     }
     if power == PowerState::Running {
         world.write(VM, &[("vda", 30, step as u8 + 1)]).await;
@@ -288,9 +288,27 @@ async fn undone(world: &mut World, workflow: Workflow, step: usize, disturbance:
     }
 }
 
+/// What becomes of an undo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum UndoDisturbance {
+    Fault(Fault),
+    /// The process dies after it, and the database is lost with it.
+    DatabaseLost,
+}
+
 /// The last step that can be undone fails, and the undo of an earlier one is done twice, fails, or is interrupted.
-async fn undo_disturbed(world: &mut World, workflow: Workflow, failing: usize, step: usize, fault: Fault) {
-    let what = format!("{workflow:?}: {fault:?} at the undo of step {step}");
+async fn undo_disturbed(
+    world: &mut World,
+    workflow: Workflow,
+    failing: usize,
+    step: usize,
+    disturbance: UndoDisturbance,
+) {
+    let what = format!("{workflow:?}: {disturbance:?} at the undo of step {step}");
+    let fault = match disturbance {
+        UndoDisturbance::Fault(fault) => fault,
+        UndoDisturbance::DatabaseLost => Fault::StopAfter,
+    };
     let before = world.phase(VM).await;
     let (host, vm) = world.active(VM).await;
     let power_before = host.hypervisor.view(vm).unwrap().power;
@@ -298,16 +316,23 @@ async fn undo_disturbed(world: &mut World, workflow: Workflow, failing: usize, s
     let job = workflow.begin(world).await;
     if fault == Fault::StopAfter {
         drive_until_over(world, job.id).await;
-        world.restart_server().await;
+        match disturbance {
+            UndoDisturbance::Fault(_) => world.restart_server().await,
+            UndoDisturbance::DatabaseLost => world.lose_database().await,
+        }
     }
-    let mut ending = world.complete(job.id).await;
-    if ending == Ending::Stuck {
-        assert_eq!(fault, Fault::FailAfter, "{what}: {}", world.tell(job.id).await);
-        let id = job.id;
-        world.ask(move |control| async move { control.restart_job(id).await }).await.unwrap();
-        ending = world.complete(job.id).await;
+    // An item that was never enabled goes with what was begun for it, and its job goes with it.
+    let is_gone = disturbance == UndoDisturbance::DatabaseLost && before.is_none();
+    if !is_gone || world.item(VM).await.is_some() {
+        let mut ending = world.complete(job.id).await;
+        if ending == Ending::Stuck {
+            assert_eq!(fault, Fault::FailAfter, "{what}: {}", world.tell(job.id).await);
+            let id = job.id;
+            world.ask(move |control| async move { control.restart_job(id).await }).await.unwrap();
+            ending = world.complete(job.id).await;
+        }
+        assert_eq!(ending, Ending::Failed, "{what}: {}", world.tell(job.id).await);
     }
-    assert_eq!(ending, Ending::Failed, "{what}: {}", world.tell(job.id).await);
     drop(once);
     world.set_faults(None);
     settle_and_check(world).await;
@@ -372,8 +397,9 @@ async fn five_questions(workflow: Workflow) {
     }
     if workflow != Workflow::Finalize {
         for step in 0..first_final {
-            for fault in [Fault::Repeat, Fault::FailAfter, Fault::StopAfter] {
-                undo_disturbed(&mut world, workflow, first_final - 1, step, fault).await;
+            let faults = [Fault::Repeat, Fault::FailAfter, Fault::StopAfter].map(UndoDisturbance::Fault);
+            for disturbance in faults.into_iter().chain([UndoDisturbance::DatabaseLost]) {
+                undo_disturbed(&mut world, workflow, first_final - 1, step, disturbance).await;
             }
         }
     }
