@@ -97,10 +97,12 @@ async fn a_vm_whose_host_is_lost_fails_back_to_another_host() -> Result<()> {
     world.cli(&["reverse-replicate", "vm1"]).expect(0);
     world.wait_point("vm1").await?;
 
-    // The lost host comes back after all: its copy is an old one.
+    // The lost host comes back after all: its copy is an old one, also when somebody starts it there.
     world.lab.act(LabAction::Start, "host:home").await?;
     world.lab.wait_connected(HOME).await?;
+    world.wait_event("SourceStoodDown", "the former home host of 'vm1'").await?;
     world.virsh(HOME, &["start", "vm1"])?;
+    world.wait_event("OldCopyStopped", "found running on 'home'").await?;
     eventually("the copy on the lost host is off", async || {
         let state = world.virsh(HOME, &["domstate", "vm1"])?;
         ensure!(state.trim() == "shut off", "it is {state}");

@@ -275,7 +275,7 @@ impl Control {
             transaction.put_resource(&record).await?;
             transaction.commit().await?;
         }
-        self.note_changes(&discovery).await?;
+        self.note_changes(id, &discovery).await?;
         self.note_old_copies(id, &discovery, &items_before).await?;
         Ok(discovery)
     }

@@ -89,14 +89,19 @@ impl Control {
 
     /// A VM that its administrator renamed, or whose disks grew, stays the same item; people see what it is now, and hear of a disk
     /// that nobody replicates.
-    pub(crate) async fn note_changes(&self, discovery: &Discovery) -> Result<(), ControlError> {
+    pub(crate) async fn note_changes(
+        &self,
+        provider: ProviderId,
+        discovery: &Discovery,
+    ) -> Result<(), ControlError> {
         let vms: HashMap<VmId, &VirtualMachine> =
             discovery.inventory.vms.iter().map(|vm| (vm.id, vm)).collect();
         for item in self.db.items().await?.iter() {
-            let home = vms.get(&item.vm).copied();
+            // Another host may have a copy that was left there.
+            let at = |host: ProviderId, vm: VmId| vms.get(&vm).copied().filter(|_| host == provider);
+            let home = at(item.primary_provider, item.vm);
             let name = home.map_or(&item.vm_name, |vm| &vm.name);
-            let active = item.active_vm().unwrap_or(item.vm);
-            let active = vms.get(&active).copied();
+            let active = at(item.active_provider(), item.active_vm().unwrap_or(item.vm));
             let disks = as_now(item, active);
             if *name == item.vm_name && disks == item.disks {
                 continue;

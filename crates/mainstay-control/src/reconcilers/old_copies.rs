@@ -2,12 +2,14 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use mainstay_model::{Health, ItemId, ProviderId};
-use mainstay_provider::{Discovery, PowerState};
+use mainstay_model::{Health, ItemId, Location, ProviderId};
+use mainstay_provider::{Discovery, NoProgress, PowerOffVm, PowerState, ReadPower, SiteError, call};
 use serde::{Deserialize, Serialize};
 
+use super::{ANSWER_MAX, within};
 use crate::{
     Control, ControlError,
+    app::ProviderRecord,
     db::{ItemRecord, StandDownRecord},
 };
 
@@ -27,6 +29,14 @@ impl ItemRecord {
     pub(super) fn may_stop_old_copy(&self, provider: ProviderId) -> bool {
         self.state.running.is_none() && self.inactive_vm_at(provider).is_some()
     }
+
+    /// Whether a host of the protected site is none that the item knows: a VM of the same identity is there because it has been
+    /// moved, or was left there when it failed back to another host.
+    pub(super) fn is_strange(&self, host: &ProviderRecord) -> bool {
+        host.id != self.primary_provider
+            && host.id != self.recovery_provider
+            && host.fabric.eq_ignore_ascii_case(&self.fabric)
+    }
 }
 
 impl Control {
@@ -39,18 +49,21 @@ impl Control {
         before: &[Arc<ItemRecord>],
     ) -> Result<(), ControlError> {
         let before: HashMap<ItemId, &Arc<ItemRecord>> = before.iter().map(|item| (item.id, item)).collect();
+        let host = self.provider(provider).await?;
         for item in self.db.items().await?.iter() {
             let is_same = before.get(&item.id).is_some_and(|before| before.state == item.state);
             if !is_same || item.state.running.is_some() || !item.stand_downs.is_empty() {
                 continue;
             }
-            let vm = item.inactive_vm_at(provider);
+            let is_strange = item.is_strange(&host);
+            let vm = if is_strange { Some(item.vm) } else { item.inactive_vm_at(provider) };
             // A copy that is held in memory while it is copied out of the store is paused, and does not run.
-            let runs = discovery
+            let is_running = discovery
                 .inventory
                 .vms
                 .iter()
                 .any(|found| Some(found.id) == vm && found.power == PowerState::Running);
+            let runs = is_running && (!is_strange || self.runs_twice(item, provider).await);
             match (self.old_copies.get().copied().unwrap_or_default(), vm) {
                 (OldCopies::Stop, Some(vm)) if runs => {
                     let generation = item.state.generation;
@@ -78,6 +91,36 @@ impl Control {
             }
         }
         Ok(())
+    }
+
+    /// Whether a VM that runs at a strange host runs a second time there: the active copy is a recovery VM, or was seen running
+    /// between two looks at this one. One that is being moved to another host runs at one of them at a time.
+    pub(super) async fn runs_twice(&self, item: &ItemRecord, stranger: ProviderId) -> bool {
+        if item.state.phase.active_location() == Location::Recovery {
+            return true;
+        }
+        let is_running = async |provider| {
+            let Ok(site) = self.sites.get(provider) else { return false };
+            // What cannot be read now is looked at again with the next inventory.
+            let power = within(ANSWER_MAX, call(&*site, ReadPower { vm: item.vm }, &NoProgress)).await;
+            power.is_ok_and(|power| power == PowerState::Running)
+        };
+        is_running(item.primary_provider).await && is_running(stranger).await
+    }
+
+    /// Stops a copy at a strange host; answers whether it was one.
+    pub(super) async fn stop_stranger(
+        &self,
+        item: &ItemRecord,
+        order: StandDownRecord,
+    ) -> Result<bool, SiteError> {
+        // The item may have changed since, or the VM have been moved back.
+        if item.state.running.is_some() || !self.runs_twice(item, order.provider).await {
+            return Ok(false);
+        }
+        let site = self.sites.get(order.provider)?;
+        within(ANSWER_MAX, call(&*site, PowerOffVm { vm: order.vm }, &NoProgress)).await?;
+        Ok(true)
     }
 
     async fn note_reported(

@@ -25,6 +25,16 @@ impl Control {
 
     async fn stand_down(&self, item: &ItemRecord, order: StandDownRecord) -> Result<(), ControlError> {
         let Ok(site) = self.sites.get(order.provider) else { return Ok(()) };
+        if order.was_found_running && item.is_strange(&self.provider(order.provider).await?) {
+            match self.stop_stranger(item, order).await {
+                Ok(was_stopped) => self.note_stopped(item, order.provider, was_stopped).await?,
+                Err(error) => {
+                    tracing::warn!(item = %item.id, %error, "a copy on another host could not be stopped yet");
+                    return Ok(());
+                }
+            }
+            return self.end_stand_down(item, order).await;
+        }
         if order.was_found_running && !item.may_stop_old_copy(order.provider) {
             return self.end_stand_down(item, order).await;
         }

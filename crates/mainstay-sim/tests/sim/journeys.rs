@@ -8,7 +8,7 @@ use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
 use tokio::sync::Semaphore;
 
 use crate::{
-    support::log,
+    support::{codes, log},
     workflows::{VM, Workflow, finish_journey},
 };
 
@@ -253,9 +253,49 @@ fn a_vm_returns_to_another_host() {
         assert_eq!((old.power, old.autostart, old.trackers), (PowerState::Off, false, 0));
         world.run(VM, Operation::ReverseReplicate).await;
         world.write(VM, &[("vda", 12, 8)]).await;
+        // Somebody starts what was left on the old host: it is stopped, whichever copy is the active one.
+        let stopped = async |world: &World, times: usize| {
+            world.home.hypervisor.start_by_hand(item.vm).await.unwrap();
+            world.until_old_copies_are_off(VM).await;
+            let told = async |world: &World| {
+                codes(world).await.iter().filter(|code| *code == "OldCopyStopped").count() == times
+            };
+            world.until("it is told that the copy was stopped", told).await;
+            let (host, vm) = world.active(VM).await;
+            assert_eq!(host.hypervisor.view(vm).unwrap().power, PowerState::Running);
+        };
+        stopped(&world, 1).await;
+        world.cycle(VM).await;
         world.run(VM, Operation::PlannedFailover).await;
+        stopped(&world, 2).await;
         world.run(VM, Operation::Commit).await;
         world.check().await;
+    });
+}
+
+/// A VM that was moved live to another host of its site, behind our back, runs once: it is left alone, until it fails over.
+#[test]
+fn a_vm_that_moved_to_another_host_is_not_taken_for_an_old_copy() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions { has_spare: true, ..WorldOptions::default() }).await;
+        world.protect(VM).await;
+        let (vm, spare) = (world.home_vm(VM), world.spare.as_ref().unwrap());
+        world.home.hypervisor.destroy_vm(vm);
+        spare.hypervisor.add_vm(vm, VM, &[("vda", 64 * 4096), ("vdb", 16 * 4096 + 512)]);
+        spare.hypervisor.start_by_hand(vm).await.unwrap();
+        let look = async || {
+            let host = spare.provider;
+            world.ask(move |control| async move { control.refresh_provider(host).await }).await.unwrap();
+            world.settle().await;
+            spare.hypervisor.view(vm).unwrap().power
+        };
+        for _ in 0..3 {
+            assert_eq!(look().await, PowerState::Running);
+        }
+        world.run(VM, Operation::UnplannedFailover).await;
+        world.until_old_copies_are_off(VM).await;
+        assert_eq!(look().await, PowerState::Off);
     });
 }
 
