@@ -411,6 +411,9 @@ pub struct Replicated {
 pub struct StoodDown {
     /// Whether a running VM was stopped.
     pub was_stopped: bool,
+    /// Whether the host has no record of the item, so that it does not know which VM that is.
+    #[serde(default)]
+    pub is_unknown: bool,
 }
 
 /// Answer of [`PrepareHome`].

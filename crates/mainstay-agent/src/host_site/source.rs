@@ -131,11 +131,11 @@ impl Inner {
 
     pub(super) async fn stand_down(&self, order: &StandDown) -> Result<StoodDown, SiteError> {
         let Some(mut record) = self.records.item(order.item)? else {
-            return Ok(StoodDown { was_stopped: false });
+            return Ok(StoodDown { was_stopped: false, is_unknown: true });
         };
         if order.generation < record.generation {
             tracing::warn!(item = %order.item, generation = %order.generation, "an overtaken order to stand down");
-            return Ok(StoodDown { was_stopped: false });
+            return Ok(StoodDown { was_stopped: false, is_unknown: false });
         }
         if order.generation > record.generation || record.is_waiting {
             record.generation = record.generation.max(order.generation);
@@ -143,15 +143,17 @@ impl Inner {
             self.records.put_item(&record)?;
         }
         if !order.stop_vm {
-            return Ok(StoodDown { was_stopped: false });
+            return Ok(StoodDown { was_stopped: false, is_unknown: false });
         }
         match self.hypervisor.power(record.vm).await {
-            Ok(PowerState::Off) => Ok(StoodDown { was_stopped: false }),
+            Ok(PowerState::Off) => Ok(StoodDown { was_stopped: false, is_unknown: false }),
             Ok(_) => {
                 self.hypervisor.power_off(record.vm).await?;
-                Ok(StoodDown { was_stopped: true })
+                Ok(StoodDown { was_stopped: true, is_unknown: false })
             }
-            Err(error) if error.kind == ErrorKind::NotFound => Ok(StoodDown { was_stopped: false }),
+            Err(error) if error.kind == ErrorKind::NotFound => {
+                Ok(StoodDown { was_stopped: false, is_unknown: false })
+            }
             Err(error) => Err(error),
         }
     }

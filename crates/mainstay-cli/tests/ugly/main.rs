@@ -15,6 +15,7 @@ mod isolation;
 mod migration;
 mod other_host;
 mod outcomes;
+mod plan;
 mod rescue;
 mod space;
 mod split;

@@ -267,6 +267,11 @@ impl ItemRecord {
         }
     }
 
+    /// Whether a VM is the active copy.
+    pub fn is_active(&self, provider: ProviderId, vm: VmId) -> bool {
+        provider == self.active_provider() && self.active_vm() == Some(vm)
+    }
+
     /// The copy at a host that must not run, because the active one is elsewhere.
     pub fn inactive_vm_at(&self, provider: ProviderId) -> Option<VmId> {
         match self.state.phase.active_location() {

@@ -3,14 +3,26 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
-use mainstay_model::Health;
-use mainstay_provider::{NoProgress, SiteError, StandDown, Unprotect, call};
+use mainstay_model::{Health, VmId};
+use mainstay_provider::{
+    ErrorKind, NoProgress, PowerOffVm, PowerState, ReadPower, Site, SiteError, StandDown, Unprotect, call,
+};
 
 use super::{ANSWER_MAX, within};
 use crate::{
     Control, ControlError,
     db::{ItemRecord, StandDownRecord},
 };
+
+/// Stops a VM; answers whether it ran.
+async fn stop_if_running(site: &dyn Site, vm: VmId) -> Result<bool, SiteError> {
+    match call(site, ReadPower { vm }, &NoProgress).await {
+        Ok(PowerState::Running) => call(site, PowerOffVm { vm }, &NoProgress).await.map(|()| true),
+        Ok(_) => Ok(false),
+        Err(error) if error.kind == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
 
 impl Control {
     pub(super) async fn reconcile_stand_down(self: Arc<Self>) -> Result<(), ControlError> {
@@ -40,7 +52,11 @@ impl Control {
         }
         let operation = StandDown { item: item.id, generation: order.generation, stop_vm: true };
         let stood = async {
-            let answer = call(&*site, operation, &NoProgress).await?;
+            let mut answer = call(&*site, operation, &NoProgress).await?;
+            // An agent that has lost its records has no say in this; its VM runs beside the active one all the same.
+            if answer.is_unknown && !item.is_active(order.provider, order.vm) {
+                answer.was_stopped = stop_if_running(&*site, order.vm).await?;
+            }
             if order.is_final {
                 call(&*site, Unprotect { item: item.id, is_active: false }, &NoProgress).await?;
             }

@@ -329,7 +329,7 @@ impl World {
             files.after_power_cut(&self.dir.path().join("database"), &mut |below| turns::draw(0..below));
         let left = left.expect("a database is read");
         self.restart_server_after(|database, _| {
-            files.replace(database, &left).expect("a database is replaced")
+            files.replace(database, &left).expect("a database is replaced");
         })
         .await;
     }

@@ -49,6 +49,29 @@ fn a_copy_that_is_not_the_active_one_is_stopped_on_either_side() {
     });
 }
 
+/// A host whose agent has lost its records knows nothing of the item. Its VM is stopped after a failover all the same.
+#[test]
+fn a_host_that_has_lost_its_records_stops_its_old_copy() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.cut(true);
+        world.run(VM, Operation::UnplannedFailover).await;
+        std::fs::remove_dir_all(world.home.data_dir.join("items")).unwrap();
+        world.restart_agent(true).await;
+        world.mend(true);
+        world.until_old_copies_are_off(VM).await;
+        let told = async |world: &World| codes(world).await.iter().any(|code| code == "SourceStoodDown");
+        world.until("it is told that the old copy was stopped", told).await;
+        started(&world, &world.home).await;
+        world.until_old_copies_are_off(VM).await;
+        until_told(&world, 1).await;
+        let (host, vm) = world.active(VM).await;
+        assert_eq!(host.hypervisor.view(vm).unwrap().power, PowerState::Running);
+    });
+}
+
 #[test]
 fn where_copies_are_reported_they_run_on() {
     simulate(|| async {

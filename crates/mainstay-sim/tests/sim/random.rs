@@ -519,6 +519,8 @@ impl Run {
                 let job = self.world.job(id).await;
                 assert!(attempt < TRIES, "a job does not end: {}", self.world.tell(id).await);
                 if job.state == JobState::Ended(Ending::Stuck) {
+                    let has_reason = job.steps.iter().any(|step| !step.errors.is_empty());
+                    assert!(has_reason, "a job is stuck without a reason: {job:#?}");
                     let _ = self.world.ask(move |control| async move { control.restart_job(id).await }).await;
                 }
             }
@@ -570,7 +572,6 @@ async fn run(seed: u64) {
         is_encrypted: rng.random_bool(0.3),
         has_spare: rng.random_bool(0.3),
         seed: rng.random(),
-        ..WorldOptions::default()
     };
     let has_plan = rng.random_bool(0.4);
     let world = World::new(options).await;
