@@ -1,7 +1,8 @@
 //! What the agent must know after a crash: one JSON file per item and per recovery VM, replaced atomically.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -109,8 +110,12 @@ impl Records {
     /// Opens the records under a data directory.
     pub fn open(data_dir: &Path) -> io::Result<Self> {
         let dir = data_dir.to_owned();
-        create_directory(&dir.join("items"))?;
-        create_directory(&dir.join("recovery"))?;
+        for name in ["items", "recovery"] {
+            let path = dir.join(name);
+            create_directory(&path)?;
+            // Names of what is in it may have been made just before the agent died.
+            File::open(&path)?.sync_all()?;
+        }
         Ok(Self { dir })
     }
 

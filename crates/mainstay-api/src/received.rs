@@ -5,8 +5,8 @@ use std::ops::Deref;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use serde_json::Value;
 
-/// Something that was received, and is passed on as it came: what a newer server says of it, and this program does not know, is
-/// among it.
+/// Something that was received, and is passed on as it came but for the order of its keys: what a newer server says of it, and this
+/// program does not know, is among it.
 #[derive(Clone, Debug)]
 pub struct Received<T> {
     known: T,

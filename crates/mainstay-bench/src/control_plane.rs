@@ -198,6 +198,7 @@ fn item(number: usize, primary_provider: ProviderId, recovery_provider: Provider
         vm: VmId(Uuid::new_v4()),
         autostart: false,
         former_home: None,
+        given_up: Vec::new(),
         policy: POLICY.to_owned(),
         state: ItemState { phase: Phase::Protected, ..ItemState::new() },
         disks: vec![disk("vda", true), disk("vdb", false)],

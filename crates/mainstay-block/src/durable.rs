@@ -1,6 +1,6 @@
 //! Files that are whole after a crash.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::Path;
 
@@ -40,15 +40,31 @@ fn put(path: &Path, bytes: &[u8], options: &mut OpenOptions) -> io::Result<()> {
 /// # Errors
 /// Those of making and syncing directories.
 pub fn create_directory(path: &Path) -> io::Result<()> {
+    create_with(path, &DirBuilder::new())
+}
+
+/// The same for secrets: only their owner may look into the directories that are made.
+///
+/// # Errors
+/// Those of [`create_directory`].
+pub fn create_private_directory(path: &Path) -> io::Result<()> {
+    #[cfg_attr(not(unix), expect(unused_mut, reason = "there is no mode to set"))]
+    let mut builder = DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    create_with(path, &builder)
+}
+
+fn create_with(path: &Path, builder: &DirBuilder) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        create_directory(parent)?;
+        create_with(parent, builder)?;
     }
-    match std::fs::create_dir(path) {
+    match builder.create(path) {
         // Somebody else may have made it in the same moment.
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Err(error) if !path.is_dir() => return Err(error),
         _ => {}
     }
     sync_parent(path)

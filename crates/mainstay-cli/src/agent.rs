@@ -54,7 +54,7 @@ impl AgentArguments {
 
 fn hypervisor(config: &AgentConfig) -> anyhow::Result<KvmHost> {
     for path in [config.run_dir.clone(), config.vm_dir()] {
-        std::fs::create_dir_all(&path).with_context(|| {
+        mainstay_block::durable::create_directory(&path).with_context(|| {
             format!("create {}, where the agent must be able to write (vm_dir, run_dir)", path.display())
         })?;
     }

@@ -108,6 +108,7 @@ impl Definition {
         }
         give(&new_path, owner)?;
         std::fs::rename(&new_path, &path).doing("unpacking the TPM's state")?;
+        mainstay_block::durable::sync_parent(&path).doing("unpacking the TPM's state")?;
         Ok(Some(path))
     }
 }

@@ -200,6 +200,9 @@ operations! {
         generation: Generation,
         /// Whether to stop the VM.
         stop_vm: bool,
+        /// Which VM that is, for a host that has no record of the item.
+        #[serde(default)]
+        vm: Option<VmId>,
     } -> StoodDown;
 
     /// Reads whether a VM runs.
@@ -411,9 +414,6 @@ pub struct Replicated {
 pub struct StoodDown {
     /// Whether a running VM was stopped.
     pub was_stopped: bool,
-    /// Whether the host has no record of the item, so that it does not know which VM that is.
-    #[serde(default)]
-    pub is_unknown: bool,
 }
 
 /// Answer of [`PrepareHome`].

@@ -3,13 +3,13 @@
 use std::{
     fs,
     io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
-use mainstay_block::durable::sync_parent;
+use mainstay_block::durable::{create_private_directory, sync_parent};
 use mainstay_control::{
     Adoption, SystemClock,
     app::{Role, TokenSecret, VaultRecord},
@@ -188,9 +188,5 @@ fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 fn make_dir(path: &Path) -> anyhow::Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .with_context(|| format!("make {}", path.display()))
+    create_private_directory(path).with_context(|| format!("make {}", path.display()))
 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use mainstay_block::durable::create_private_directory;
 use mainstay_control::{
     Clock, Control, ControlError,
     alerts::{AlertSender, Alerts},
@@ -364,8 +365,9 @@ pub(crate) async fn open_control(
     clock: Arc<dyn Clock>,
 ) -> anyhow::Result<Arc<Control>> {
     let (data_dir, store_dir) = (data_dir(config, id), store_dir(config, id));
-    create_private_dir(&data_dir).with_context(|| format!("data directory {}", data_dir.display()))?;
-    create_private_dir(&store_dir).with_context(|| format!("store directory {}", store_dir.display()))?;
+    create_private_directory(&data_dir).with_context(|| format!("data directory {}", data_dir.display()))?;
+    create_private_directory(&store_dir)
+        .with_context(|| format!("store directory {}", store_dir.display()))?;
     let db_path = data_dir.join(DATABASE);
     let db = Db::open(&db_path).await.with_context(|| format!("database {}", db_path.display()))?;
     let storage =
@@ -397,9 +399,4 @@ pub(crate) async fn open_control(
         let _ = control.scripts.set(scripts);
     }
     Ok(control)
-}
-
-fn create_private_dir(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }

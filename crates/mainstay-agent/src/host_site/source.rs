@@ -130,12 +130,16 @@ impl Inner {
     }
 
     pub(super) async fn stand_down(&self, order: &StandDown) -> Result<StoodDown, SiteError> {
+        // Its records may be lost, or the copy be one that was left here.
         let Some(mut record) = self.records.item(order.item)? else {
-            return Ok(StoodDown { was_stopped: false, is_unknown: true });
+            return match order.vm.filter(|_| order.stop_vm) {
+                Some(vm) => self.stop_old_copy(vm).await,
+                None => Ok(StoodDown { was_stopped: false }),
+            };
         };
         if order.generation < record.generation {
             tracing::warn!(item = %order.item, generation = %order.generation, "an overtaken order to stand down");
-            return Ok(StoodDown { was_stopped: false, is_unknown: false });
+            return Ok(StoodDown { was_stopped: false });
         }
         if order.generation > record.generation || record.is_waiting {
             record.generation = record.generation.max(order.generation);
@@ -143,17 +147,19 @@ impl Inner {
             self.records.put_item(&record)?;
         }
         if !order.stop_vm {
-            return Ok(StoodDown { was_stopped: false, is_unknown: false });
+            return Ok(StoodDown { was_stopped: false });
         }
-        match self.hypervisor.power(record.vm).await {
-            Ok(PowerState::Off) => Ok(StoodDown { was_stopped: false, is_unknown: false }),
+        self.stop_old_copy(record.vm).await
+    }
+
+    async fn stop_old_copy(&self, vm: VmId) -> Result<StoodDown, SiteError> {
+        match self.hypervisor.power(vm).await {
+            Ok(PowerState::Off) => Ok(StoodDown { was_stopped: false }),
             Ok(_) => {
-                self.hypervisor.power_off(record.vm).await?;
-                Ok(StoodDown { was_stopped: true, is_unknown: false })
+                self.hypervisor.power_off(vm).await?;
+                Ok(StoodDown { was_stopped: true })
             }
-            Err(error) if error.kind == ErrorKind::NotFound => {
-                Ok(StoodDown { was_stopped: false, is_unknown: false })
-            }
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(StoodDown { was_stopped: false }),
             Err(error) => Err(error),
         }
     }

@@ -113,6 +113,7 @@ impl Control {
             vm: request.vm,
             autostart: false,
             former_home: None,
+            given_up: Vec::new(),
             policy: policy.name,
             state: ItemState::new(),
             disks: request.excluded_disks.into_iter().map(excluded).collect(),

@@ -126,6 +126,7 @@ mod tests {
             vm: VmId(Uuid::from_u128(number)),
             autostart: false,
             former_home: None,
+            given_up: Vec::new(),
             policy: "policy".to_owned(),
             state: ItemState {
                 phase: Phase::Protected,

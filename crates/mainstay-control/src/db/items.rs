@@ -34,6 +34,9 @@ pub struct ItemRecord {
     /// The host that was home before a failback to another one that is not committed yet.
     #[serde(default)]
     pub former_home: Option<ProviderId>,
+    /// Hosts that were home before failbacks to others. What is left there is old.
+    #[serde(default)]
+    pub given_up: Vec<ProviderId>,
     /// The replication policy's name.
     pub policy: String,
     /// The model's state.
@@ -265,11 +268,6 @@ impl ItemRecord {
             Location::Primary => Some(self.vm),
             Location::Recovery => self.recovery_vm.map(|copy| copy.vm),
         }
-    }
-
-    /// Whether a VM is the active copy.
-    pub fn is_active(&self, provider: ProviderId, vm: VmId) -> bool {
-        provider == self.active_provider() && self.active_vm() == Some(vm)
     }
 
     /// The copy at a host that must not run, because the active one is elsewhere.

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use futures::future::join_all;
 use mainstay_model::{Health, ItemId, Phase, ProviderId, VmId};
-use mainstay_provider::{AnswerWaiting, Discovery, Disk, NoProgress, VirtualMachine, call};
+use mainstay_provider::{AnswerWaiting, Discovery, Disk, NoProgress, PowerState, VirtualMachine, call};
 
 use super::{ANSWER_MAX, within};
 use crate::{
@@ -60,6 +60,18 @@ impl Control {
                 continue;
             }
             let may_start = item.active_provider() == provider;
+            // One of the two is older, and starting it makes it the one that is replicated.
+            if may_start && let Some(other) = self.host_that_runs(&item, provider).await? {
+                if has_arrived {
+                    let text = format!(
+                        "'{}' was not started after its host's boot: it runs on '{other}'",
+                        item.vm_name
+                    );
+                    let event = self.item_event(&item, "StartAfterBootFailed", Health::Critical, text);
+                    self.record_event(event).await?;
+                }
+                continue;
+            }
             let answer = AnswerWaiting { item: *id, generation: item.state.generation, may_start };
             let site = self.sites.get(provider)?;
             let (code, severity, text) = match within(ANSWER_MAX, call(&*site, answer, &NoProgress)).await {
@@ -85,6 +97,26 @@ impl Control {
             self.record_event(self.item_event(&item, code, severity, text)).await?;
         }
         Ok(())
+    }
+
+    /// Another host of the protected site that runs the home VM, as far as is known.
+    async fn host_that_runs(
+        &self,
+        item: &ItemRecord,
+        provider: ProviderId,
+    ) -> Result<Option<String>, ControlError> {
+        let runs = |host: &ProviderRecord| {
+            let vms = host.discovery.iter().flat_map(|discovery| &discovery.inventory.vms);
+            vms.into_iter().any(|vm| vm.id == item.vm && vm.power == PowerState::Running)
+        };
+        let providers = self.providers().await?;
+        let other = providers.iter().find(|host| {
+            host.id != provider
+                && host.fabric.eq_ignore_ascii_case(&item.fabric)
+                && self.sites.is_connected(host.id)
+                && runs(host)
+        });
+        Ok(other.map(|host| host.name.clone()))
     }
 
     /// A VM that its administrator renamed, or whose disks grew, stays the same item; people see what it is now, and hear of a disk

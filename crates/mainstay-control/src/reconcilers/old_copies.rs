@@ -1,12 +1,12 @@
 //! Copies of a VM that run although another copy is the active one: somebody, or something, has started them.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use mainstay_model::{Health, ItemId, Location, ProviderId};
-use mainstay_provider::{Discovery, NoProgress, PowerOffVm, PowerState, ReadPower, SiteError, call};
+use mainstay_model::{Health, ItemId, Location, ProviderId, VmId};
+use mainstay_provider::{Discovery, NoProgress, PowerState, ReadPower, call};
 use serde::{Deserialize, Serialize};
 
-use super::{ANSWER_MAX, within};
+use super::within;
 use crate::{
     Control, ControlError,
     app::ProviderRecord,
@@ -24,18 +24,31 @@ pub enum OldCopies {
     Report,
 }
 
+/// How long the host of the active VM may take to say whether it runs.
+const HOME_ANSWER_MAX: Duration = Duration::from_secs(5);
+
 impl ItemRecord {
-    /// Whether the copy at a host is one that must not run, and no job is about to change that.
-    pub(super) fn may_stop_old_copy(&self, provider: ProviderId) -> bool {
-        self.state.running.is_none() && self.inactive_vm_at(provider).is_some()
+    /// The copy at a host that must not run. After a failover that is so at every host of the protected site: the VM may have been
+    /// moved there before. At home it is so where home was before: elsewhere nobody knows which of two is the old one.
+    fn old_copy_at(&self, host: &ProviderRecord) -> Option<VmId> {
+        if host.id == self.primary_provider || host.id == self.recovery_provider {
+            return self.inactive_vm_at(host.id);
+        }
+        let is_old = match self.state.phase.active_location() {
+            Location::Recovery => host.fabric.eq_ignore_ascii_case(&self.fabric),
+            Location::Primary => self.given_up.contains(&host.id),
+        };
+        is_old.then_some(self.vm)
     }
 
-    /// Whether a host of the protected site is none that the item knows: a VM of the same identity is there because it has been
-    /// moved, or was left there when it failed back to another host.
-    pub(super) fn is_strange(&self, host: &ProviderRecord) -> bool {
-        host.id != self.primary_provider
-            && host.id != self.recovery_provider
-            && host.fabric.eq_ignore_ascii_case(&self.fabric)
+    /// Whether the copy at a host is one that must not run, and no job is about to change that.
+    pub(super) fn may_stop_old_copy(&self, host: &ProviderRecord) -> bool {
+        self.state.running.is_none() && self.old_copy_at(host).is_some()
+    }
+
+    /// Whether a VM that runs at a host where home was before may have been moved back there.
+    pub(super) fn may_have_moved_to(&self, host: ProviderId) -> bool {
+        self.state.phase.active_location() == Location::Primary && self.given_up.contains(&host)
     }
 }
 
@@ -52,18 +65,24 @@ impl Control {
         let host = self.provider(provider).await?;
         for item in self.db.items().await?.iter() {
             let is_same = before.get(&item.id).is_some_and(|before| before.state == item.state);
-            if !is_same || item.state.running.is_some() || !item.stand_downs.is_empty() {
+            let is_ordered = item.stand_downs.iter().any(|order| order.provider == provider);
+            if !is_same || item.state.running.is_some() || is_ordered {
                 continue;
             }
-            let is_strange = item.is_strange(&host);
-            let vm = if is_strange { Some(item.vm) } else { item.inactive_vm_at(provider) };
+            let vm = item.old_copy_at(&host);
             // A copy that is held in memory while it is copied out of the store is paused, and does not run.
-            let is_running = discovery
+            let mut runs = discovery
                 .inventory
                 .vms
                 .iter()
                 .any(|found| Some(found.id) == vm && found.power == PowerState::Running);
-            let runs = is_running && (!is_strange || self.runs_twice(item, provider).await);
+            if runs && item.may_have_moved_to(provider) {
+                match self.is_home_running(item).await {
+                    Some(is_home_running) => runs = is_home_running,
+                    // Looked at again with the next inventory.
+                    None => continue,
+                }
+            }
             match (self.old_copies.get().copied().unwrap_or_default(), vm) {
                 (OldCopies::Stop, Some(vm)) if runs => {
                     let generation = item.state.generation;
@@ -80,8 +99,12 @@ impl Control {
                     })
                     .await?;
                 }
-                (OldCopies::Report, _) if runs != (item.old_copy == Some(provider)) => {
-                    self.note_reported(item, provider, runs).await?;
+                // One is enough to make the item's health critical.
+                (OldCopies::Report, _) if runs && item.old_copy.is_none() => {
+                    self.note_reported(item, provider, true).await?;
+                }
+                (OldCopies::Report, _) if !runs && item.old_copy == Some(provider) => {
+                    self.note_reported(item, provider, false).await?;
                 }
                 // Left from when copies were only reported.
                 (OldCopies::Stop, _) if item.old_copy == Some(provider) => {
@@ -93,34 +116,11 @@ impl Control {
         Ok(())
     }
 
-    /// Whether a VM that runs at a strange host runs a second time there: the active copy is a recovery VM, or was seen running
-    /// between two looks at this one. One that is being moved to another host runs at one of them at a time.
-    pub(super) async fn runs_twice(&self, item: &ItemRecord, stranger: ProviderId) -> bool {
-        if item.state.phase.active_location() == Location::Recovery {
-            return true;
-        }
-        let is_running = async |provider| {
-            let Ok(site) = self.sites.get(provider) else { return false };
-            // What cannot be read now is looked at again with the next inventory.
-            let power = within(ANSWER_MAX, call(&*site, ReadPower { vm: item.vm }, &NoProgress)).await;
-            power.is_ok_and(|power| power == PowerState::Running)
-        };
-        is_running(item.primary_provider).await && is_running(stranger).await
-    }
-
-    /// Stops a copy at a strange host; answers whether it was one.
-    pub(super) async fn stop_stranger(
-        &self,
-        item: &ItemRecord,
-        order: StandDownRecord,
-    ) -> Result<bool, SiteError> {
-        // The item may have changed since, or the VM have been moved back.
-        if item.state.running.is_some() || !self.runs_twice(item, order.provider).await {
-            return Ok(false);
-        }
-        let site = self.sites.get(order.provider)?;
-        within(ANSWER_MAX, call(&*site, PowerOffVm { vm: order.vm }, &NoProgress)).await?;
-        Ok(true)
+    /// Whether the home VM runs; `None` = its host does not say so.
+    pub(super) async fn is_home_running(&self, item: &ItemRecord) -> Option<bool> {
+        let site = self.sites.get(item.primary_provider).ok()?;
+        let read = call(&*site, ReadPower { vm: item.vm }, &NoProgress);
+        Some(within(HOME_ANSWER_MAX, read).await.ok()? == PowerState::Running)
     }
 
     async fn note_reported(

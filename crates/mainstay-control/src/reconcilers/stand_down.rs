@@ -3,26 +3,14 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
-use mainstay_model::{Health, VmId};
-use mainstay_provider::{
-    ErrorKind, NoProgress, PowerOffVm, PowerState, ReadPower, Site, SiteError, StandDown, Unprotect, call,
-};
+use mainstay_model::Health;
+use mainstay_provider::{NoProgress, SiteError, StandDown, Unprotect, call};
 
 use super::{ANSWER_MAX, within};
 use crate::{
     Control, ControlError,
     db::{ItemRecord, StandDownRecord},
 };
-
-/// Stops a VM; answers whether it ran.
-async fn stop_if_running(site: &dyn Site, vm: VmId) -> Result<bool, SiteError> {
-    match call(site, ReadPower { vm }, &NoProgress).await {
-        Ok(PowerState::Running) => call(site, PowerOffVm { vm }, &NoProgress).await.map(|()| true),
-        Ok(_) => Ok(false),
-        Err(error) if error.kind == ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
-}
 
 impl Control {
     pub(super) async fn reconcile_stand_down(self: Arc<Self>) -> Result<(), ControlError> {
@@ -37,26 +25,18 @@ impl Control {
 
     async fn stand_down(&self, item: &ItemRecord, order: StandDownRecord) -> Result<(), ControlError> {
         let Ok(site) = self.sites.get(order.provider) else { return Ok(()) };
-        if order.was_found_running && item.is_strange(&self.provider(order.provider).await?) {
-            match self.stop_stranger(item, order).await {
-                Ok(was_stopped) => self.note_stopped(item, order.provider, was_stopped).await?,
-                Err(error) => {
-                    tracing::warn!(item = %item.id, %error, "a copy on another host could not be stopped yet");
-                    return Ok(());
-                }
+        if order.was_found_running {
+            let host = self.provider(order.provider).await?;
+            // The VM runs once if it was moved there. What is not known is found again with the next inventory.
+            let has_moved = item.may_have_moved_to(host.id) && self.is_home_running(item).await != Some(true);
+            if has_moved || !item.may_stop_old_copy(&host) {
+                return self.end_stand_down(item, order).await;
             }
-            return self.end_stand_down(item, order).await;
         }
-        if order.was_found_running && !item.may_stop_old_copy(order.provider) {
-            return self.end_stand_down(item, order).await;
-        }
-        let operation = StandDown { item: item.id, generation: order.generation, stop_vm: true };
+        let operation =
+            StandDown { item: item.id, generation: order.generation, stop_vm: true, vm: Some(order.vm) };
         let stood = async {
-            let mut answer = call(&*site, operation, &NoProgress).await?;
-            // An agent that has lost its records has no say in this; its VM runs beside the active one all the same.
-            if answer.is_unknown && !item.is_active(order.provider, order.vm) {
-                answer.was_stopped = stop_if_running(&*site, order.vm).await?;
-            }
+            let answer = call(&*site, operation, &NoProgress).await?;
             if order.is_final {
                 call(&*site, Unprotect { item: item.id, is_active: false }, &NoProgress).await?;
             }

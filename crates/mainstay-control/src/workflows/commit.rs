@@ -90,9 +90,12 @@ async fn commit_failback(step: &StepContext<'_>, item: &ItemRecord) -> Result<Do
         item.recovery_vm = None;
         item.failover = None;
         item.withdraw_stand_down(item.primary_provider);
+        item.given_up.retain(|host| *host != item.primary_provider);
         // A home that was given up learns it when it can be reached, and not before: it may be lost for good.
         if let Some(provider) = item.former_home.take() {
             let (vm, generation) = (item.vm, item.state.generation);
+            item.given_up.retain(|host| *host != provider);
+            item.given_up.push(provider);
             item.order_stand_down(StandDownRecord {
                 provider,
                 vm,

@@ -212,6 +212,9 @@ pub(super) fn check_host(host: &HostFacts) -> Result<(), JobError> {
 struct ShutDown {
     /// Whether it is known to be off.
     is_off: bool,
+    /// Whether its host did not answer.
+    #[serde(default)]
+    is_silent: bool,
 }
 
 struct ShutDownSource {
@@ -239,8 +242,10 @@ impl StepAction for ShutDownSource {
             let limit = Duration::from_millis(params.shutdown_timeout_ms) + answer_max;
             answer_within(limit, "the shutdown", shutdown).await
         };
-        let why = match shutdown.await {
-            Ok(ShutdownOutcome::Off) => return Done::with(&ShutDown { is_off: true }),
+        let outcome = shutdown.await;
+        let is_silent = outcome.as_ref().is_err_and(|error| error.kind == ErrorKind::TimedOut);
+        let why = match outcome {
+            Ok(ShutdownOutcome::Off) => return Done::with(&ShutDown { is_off: true, is_silent }),
             Ok(ShutdownOutcome::Refused) => JobError::new(
                 "ShutdownRefused",
                 format!(
@@ -255,7 +260,7 @@ impl StepAction for ShutDownSource {
         if self.is_planned {
             return Err(why);
         }
-        Ok(Done::with(&ShutDown { is_off: false })?.warning(why))
+        Ok(Done::with(&ShutDown { is_off: false, is_silent })?.warning(why))
     }
 
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
@@ -308,6 +313,14 @@ impl StepAction for SynchronizeLatest {
         let is_wanted = params.shutdown_source && (self.is_planned || params.point == PointChoice::Latest);
         if !is_wanted {
             return Ok(Done::skipped());
+        }
+        if !self.is_planned && step.output::<ShutDown>(SHUTDOWN)?.is_some_and(|shutdown| shutdown.is_silent) {
+            let warning = JobError::new(
+                "SourceSilent",
+                "the last changes were not asked for, because the host did not answer before",
+                "What they may be is told below; change to another recovery point, or go on.",
+            );
+            return Ok(Done::skipped().warning(warning));
         }
         // The cycle that may be under way would hold the item's lock at the agent.
         step.control.cycles.stop(item.id).await;

@@ -181,6 +181,7 @@ pub(crate) async fn seed(control: &Arc<Control>) -> Seed {
         vm,
         autostart: false,
         former_home: None,
+        given_up: Vec::new(),
         policy: "policy".to_owned(),
         state: ItemState { phase: Phase::Protected, ..ItemState::new() },
         disks: vec![DiskRecord {

@@ -251,13 +251,24 @@ impl World {
     }
 
     /// All hosts.
-    pub(crate) fn hosts(&self) -> impl Iterator<Item = &Host> {
+    pub fn hosts(&self) -> impl Iterator<Item = &Host> {
         [&self.home, &self.recovery].into_iter().chain(&self.spare)
     }
 
     /// The host at which an item is at home.
     pub fn home_of(&self, item: &ItemRecord) -> &Host {
         self.spare.as_ref().filter(|spare| spare.provider == item.primary_provider).unwrap_or(&self.home)
+    }
+
+    /// The copy of an item's VM at a host that must not run. A VM that moved to another host behind our back is none while it is
+    /// at home there.
+    pub fn old_copy(&self, item: &ItemRecord, host: &Host) -> Option<VmId> {
+        let is_known = host.provider == item.primary_provider || host.provider == item.recovery_provider;
+        let is_away = item.state.phase.active_location() == mainstay_model::Location::Recovery;
+        match is_known {
+            true => item.inactive_vm_at(host.provider),
+            false => (is_away || item.given_up.contains(&host.provider)).then_some(item.vm),
+        }
     }
 
     /// The control plane that runs now. Must not be kept across [`World::restart_server`].

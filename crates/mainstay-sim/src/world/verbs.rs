@@ -198,10 +198,7 @@ impl World {
         self.until("old copies are off", async |world| {
             let Some(item) = world.item(name).await else { return true };
             let runs = |host: &Host| {
-                let is_home =
-                    host.provider == item.primary_provider || host.provider == item.recovery_provider;
-                // On other hosts of the site every copy is an old one.
-                let vm = if is_home { item.inactive_vm_at(host.provider) } else { Some(item.vm) };
+                let vm = world.old_copy(&item, host);
                 vm.and_then(|vm| host.hypervisor.view(vm))
                     .is_some_and(|view| view.power == PowerState::Running)
             };

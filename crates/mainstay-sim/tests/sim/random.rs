@@ -392,8 +392,8 @@ impl Run {
     /// The administrator starts a copy that is not the active one.
     async fn start_inactive(&mut self, vm: &str) {
         let Some(item) = self.world.item(vm).await else { return };
-        for host in [&self.world.home, &self.world.recovery] {
-            let Some(id) = item.inactive_vm_at(host.provider) else { continue };
+        for host in self.world.hosts() {
+            let Some(id) = self.world.old_copy(&item, host) else { continue };
             if item.state.running.is_none()
                 && let Err(error) = host.hypervisor.start_by_hand(id).await
             {
@@ -460,8 +460,8 @@ impl Run {
                     continue;
                 }
             };
-            for host in [&self.world.home, &self.world.recovery] {
-                let old = item.inactive_vm_at(host.provider);
+            for host in self.world.hosts() {
+                let old = self.world.old_copy(&item, host);
                 let has_started = old.is_some_and(|old| host.hypervisor.has_started(old, since));
                 assert!(
                     !has_started,

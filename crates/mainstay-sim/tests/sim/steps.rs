@@ -248,7 +248,7 @@ async fn undone(world: &mut World, workflow: Workflow, step: usize, disturbance:
     let before = world.phase(VM).await;
     let (host, vm) = world.active(VM).await;
     let power_before = host.hypervisor.view(vm).unwrap().power;
-    let held_before = world.held().await;
+    let mut held_before = world.held().await;
     let job = match disturbance {
         Disturbance::Fault(fault) => {
             install(world, workflow, step, fault);
@@ -273,12 +273,12 @@ async fn undone(world: &mut World, workflow: Workflow, step: usize, disturbance:
     let last = if disturbance == Disturbance::DatabaseRestored { step + 1 } else { step };
     let mut held = world.held().await;
     if merge.is_some_and(|merge| last >= merge) {
-        // What came home has been merged into its disks: they are the copy's now, which runs on as it was.
-        held.retain(|name, _| name.starts_with("recovery/"));
+        // What came home has been merged into its disks; the copy, which runs on, is as it was.
+        for held in [&mut held_before, &mut held] {
+            held.retain(|name, _| name.starts_with("recovery/"));
+        }
     }
-    for (name, disks) in held {
-        assert!(held_before.get(&name) == Some(&disks), "{what}: the disks of {name} were changed");
-    }
+    assert!(held == held_before, "{what}: disks were changed, of {:?}", held.keys());
     if power == PowerState::Running {
         world.write(VM, &[("vda", 30, step as u8 + 1)]).await;
     }
