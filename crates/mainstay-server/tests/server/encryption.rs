@@ -4,11 +4,15 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use crate::support::Server;
 use mainstay_control::SystemClock;
 use mainstay_server::{ServerConfig, create_vault_key, rebuild, run_with_clock};
+
+/// Far longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().map(|entry| entry.unwrap().path());
@@ -40,6 +44,15 @@ async fn a_store_is_read_with_its_key_and_with_no_other() {
     let (status, answer) = server.send("PUT", &path, Some(br#"{"properties": {}}"#.to_vec())).await;
     assert!(status < 300, "{answer}");
     let config = server.config.clone();
+    // Written a moment after what it is about.
+    let catalogue = config.store_dir().join("v1/catalogue/resources");
+    tokio::time::timeout(PATIENCE, async {
+        while !catalogue.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("the catalogue is written");
     let server = server
         .restart(async || {
             let stored = files(&config.store_dir());
