@@ -177,7 +177,8 @@ fn a_replica_that_nobody_can_read_is_told_and_keeps_no_other_from_being_looked_a
                 health == Health::Critical && errors.iter().any(|error| error.message.contains("is damaged"))
             })
             .await;
-        assert!(codes(&world).await.contains(&"ReplicationFailed".to_owned()));
+        let failed = async |world: &World| codes(world).await.contains(&"ReplicationFailed".to_owned());
+        world.until("the failed replication is told", failed).await;
 
         // The other one: new points come, old ones expire, and their space comes back.
         let points = async |world: &World| {

@@ -288,27 +288,9 @@ async fn undone(world: &mut World, workflow: Workflow, step: usize, disturbance:
     }
 }
 
-/// What becomes of an undo.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum UndoDisturbance {
-    Fault(Fault),
-    /// The process dies after it, and the database is lost with it.
-    DatabaseLost,
-}
-
 /// The last step that can be undone fails, and the undo of an earlier one is done twice, fails, or is interrupted.
-async fn undo_disturbed(
-    world: &mut World,
-    workflow: Workflow,
-    failing: usize,
-    step: usize,
-    disturbance: UndoDisturbance,
-) {
-    let what = format!("{workflow:?}: {disturbance:?} at the undo of step {step}");
-    let fault = match disturbance {
-        UndoDisturbance::Fault(fault) => fault,
-        UndoDisturbance::DatabaseLost => Fault::StopAfter,
-    };
+async fn undo_disturbed(world: &mut World, workflow: Workflow, failing: usize, step: usize, fault: Fault) {
+    let what = format!("{workflow:?}: {fault:?} at the undo of step {step}");
     let before = world.phase(VM).await;
     let (host, vm) = world.active(VM).await;
     let power_before = host.hypervisor.view(vm).unwrap().power;
@@ -316,23 +298,16 @@ async fn undo_disturbed(
     let job = workflow.begin(world).await;
     if fault == Fault::StopAfter {
         drive_until_over(world, job.id).await;
-        match disturbance {
-            UndoDisturbance::Fault(_) => world.restart_server().await,
-            UndoDisturbance::DatabaseLost => world.lose_database().await,
-        }
+        world.restart_server().await;
     }
-    // An item that was never enabled goes with what was begun for it, and its job goes with it.
-    let is_gone = disturbance == UndoDisturbance::DatabaseLost && before.is_none();
-    if !is_gone || world.item(VM).await.is_some() {
-        let mut ending = world.complete(job.id).await;
-        if ending == Ending::Stuck {
-            assert_eq!(fault, Fault::FailAfter, "{what}: {}", world.tell(job.id).await);
-            let id = job.id;
-            world.ask(move |control| async move { control.restart_job(id).await }).await.unwrap();
-            ending = world.complete(job.id).await;
-        }
-        assert_eq!(ending, Ending::Failed, "{what}: {}", world.tell(job.id).await);
+    let mut ending = world.complete(job.id).await;
+    if ending == Ending::Stuck {
+        assert_eq!(fault, Fault::FailAfter, "{what}: {}", world.tell(job.id).await);
+        let id = job.id;
+        world.ask(move |control| async move { control.restart_job(id).await }).await.unwrap();
+        ending = world.complete(job.id).await;
     }
+    assert_eq!(ending, Ending::Failed, "{what}: {}", world.tell(job.id).await);
     drop(once);
     world.set_faults(None);
     settle_and_check(world).await;
@@ -397,9 +372,8 @@ async fn five_questions(workflow: Workflow) {
     }
     if workflow != Workflow::Finalize {
         for step in 0..first_final {
-            let faults = [Fault::Repeat, Fault::FailAfter, Fault::StopAfter].map(UndoDisturbance::Fault);
-            for disturbance in faults.into_iter().chain([UndoDisturbance::DatabaseLost]) {
-                undo_disturbed(&mut world, workflow, first_final - 1, step, disturbance).await;
+            for fault in [Fault::Repeat, Fault::FailAfter, Fault::StopAfter] {
+                undo_disturbed(&mut world, workflow, first_final - 1, step, fault).await;
             }
         }
     }
