@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use mainstay_lab::{HOME, LabAction, RECOVERY, Segment};
 use serde_json::Value;
 
-use crate::support::{World, eventually};
+use crate::support::World;
 
 /// All messages that a job's tasks carry.
 fn messages(job: &Value) -> Vec<String> {
@@ -72,12 +72,7 @@ async fn a_dead_site_is_failed_over_and_stands_down_when_it_comes_back() -> Resu
     world.lab.heal(HOME).await?;
     world.lab.act(LabAction::Start, "agent:home").await?;
     world.wait_event("SourceStoodDown", "its running VM was stopped").await?;
-    eventually("the old VM is off", async || {
-        let state = world.virsh(HOME, &["domstate", "vm1"])?;
-        ensure!(state.trim() == "shut off", "it is {state}");
-        Ok(())
-    })
-    .await?;
+    world.until_off("vm1").await?;
     // Nor does the host start it by itself.
     let facts = world.virsh(HOME, &["dominfo", "vm1"])?;
     ensure!(facts.lines().any(|line| line.starts_with("Autostart:") && line.ends_with("disable")), "{facts}");

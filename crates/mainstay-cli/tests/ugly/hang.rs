@@ -1,9 +1,9 @@
 //! A hypervisor that answers nothing: its daemon is stopped, its VMs run on.
 
 use anyhow::{Result, ensure};
-use mainstay_lab::{HOME, LabAction, RECOVERY};
+use mainstay_lab::{LabAction, RECOVERY};
 
-use crate::support::{World, eventually};
+use crate::support::World;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hypervisor_that_hangs_at_home_keeps_nobody_from_recovering() -> Result<()> {
@@ -25,12 +25,7 @@ async fn a_hypervisor_that_hangs_at_home_keeps_nobody_from_recovering() -> Resul
     // Back, it hears that its VM is not the active copy any more.
     world.lab.act(LabAction::Resume, "hypervisor:home").await?;
     world.wait_event("SourceStoodDown", "its running VM was stopped").await?;
-    eventually("the old VM is off", async || {
-        let state = world.virsh(HOME, &["domstate", "vm1"])?;
-        ensure!(state.trim() == "shut off", "it is {state}");
-        Ok(())
-    })
-    .await?;
+    world.until_off("vm1").await?;
     world.whole("vm1", RECOVERY).await?;
     world.cli(&["commit", "vm1"]).expect(0);
     world.bring_home("vm1").await?;

@@ -101,12 +101,7 @@ async fn a_vm_whose_host_is_lost_fails_back_to_another_host() -> Result<()> {
     world.wait_event("SourceStoodDown", "the former home host of 'vm1'").await?;
     world.virsh(HOME, &["start", "vm1"])?;
     world.wait_event("OldCopyStopped", "found running on 'home'").await?;
-    eventually("the copy on the lost host is off", async || {
-        let state = world.virsh(HOME, &["domstate", "vm1"])?;
-        ensure!(state.trim() == "shut off", "it is {state}");
-        Ok(())
-    })
-    .await?;
+    world.until_off("vm1").await?;
     let state = virsh(&other.site, &["domstate", "vm1"])?;
     ensure!(state.trim() == "running", "the active VM is {state}");
     drop(other);

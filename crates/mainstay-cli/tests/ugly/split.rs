@@ -10,15 +10,6 @@ use crate::support::{World, eventually};
 
 const MIB: u64 = 1 << 20;
 
-async fn is_off(world: &World, vm: &str) -> Result<()> {
-    eventually("the old VM is off", async || {
-        let state = world.virsh(HOME, &["domstate", vm])?;
-        ensure!(state.trim() == "shut off", "it is {state}");
-        Ok(())
-    })
-    .await
-}
-
 /// What a snapshot of the agent's host would bring back.
 async fn copy_of_agent(world: &mut World, to: &str) -> Result<PathBuf> {
     world.lab.act(LabAction::Pause, "agent:home").await?;
@@ -86,7 +77,7 @@ async fn what_is_older_writes_nothing_and_starts_nothing() -> Result<()> {
     world.lab.act(LabAction::Resume, "agent:home").await?;
     world.lab.heal(HOME).await?;
     world.wait_event("SourceStoodDown", "its running VM was stopped").await?;
-    is_off(&world, "vm1").await?;
+    world.until_off("vm1").await?;
     let known = |point: &String| points.contains(point);
     ensure!(world.points("vm1")?.iter().all(known), "the agent that was stopped has brought a point about");
 
@@ -94,12 +85,12 @@ async fn what_is_older_writes_nothing_and_starts_nothing() -> Result<()> {
     restore_agent(&mut world, &before).await?;
     world.lab.wait_connected(HOME).await?;
     let moved = world.whole("vm1", RECOVERY).await?;
-    is_off(&world, "vm1").await?;
+    world.until_off("vm1").await?;
     ensure!(world.points("vm1")?.iter().all(known), "the agent that was set back has brought a point about");
     // Nor when somebody starts the old VM there.
     world.virsh(HOME, &["start", "vm1"])?;
     world.wait_event("OldCopyStopped", "found running").await?;
-    is_off(&world, "vm1").await?;
+    world.until_off("vm1").await?;
     let now = world.whole("vm1", RECOVERY).await?;
     ensure!(now.last >= moved.last, "{now:?} has less than {moved:?}");
 

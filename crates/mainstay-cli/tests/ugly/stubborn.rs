@@ -1,9 +1,9 @@
 //! A guest that will not shut down.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use mainstay_lab::{HOME, LabAction, RECOVERY};
 
-use crate::support::{World, eventually};
+use crate::support::World;
 
 /// Long enough for a guest that wants to: it then takes two or three seconds.
 const SHUTDOWN_SECONDS: u32 = 12;
@@ -37,11 +37,6 @@ async fn a_guest_that_refuses_to_stop_is_moved_only_by_force() -> Result<()> {
     world.whole("vm1", RECOVERY).await?;
     world.wait_event("DataMayBeLost", "may be lost").await?;
     world.wait_event("SourceStoodDown", "its running VM was stopped").await?;
-    eventually("the old VM is off", async || {
-        let state = world.virsh(HOME, &["domstate", "vm1"])?;
-        ensure!(state.trim() == "shut off", "it is {state}");
-        Ok(())
-    })
-    .await?;
+    world.until_off("vm1").await?;
     world.proved()
 }

@@ -221,6 +221,16 @@ impl World {
         Ok(found)
     }
 
+    /// Waits until the copy of a VM on the home host is off.
+    pub(crate) async fn until_off(&self, vm: &str) -> Result<()> {
+        eventually("the old VM is off", async || {
+            let state = self.virsh(HOME, &["domstate", vm])?;
+            ensure!(state.trim() == "shut off", "it is {state}");
+            Ok(())
+        })
+        .await
+    }
+
     /// Brings a VM home that was failed over and committed, proves that nothing was lost on the way, and protects it again.
     pub(crate) async fn bring_home(&self, name: &str) -> Result<()> {
         self.cli(&["planned-failover", name, "--direction", "RecoveryToPrimary"]).expect(6);
