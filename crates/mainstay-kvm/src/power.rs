@@ -29,14 +29,15 @@ pub(crate) async fn start(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let _lock = host.lock(vm).await;
     wait_for_end(host, vm).await?;
     match host.power(vm).await? {
-        PowerState::Running => Ok(()),
-        PowerState::Paused => resume(host, vm).await,
+        PowerState::Running => {}
+        PowerState::Paused => resume(host, vm).await?,
         PowerState::Off => {
             refuse_capture(host, vm)?;
             crate::recovery::grant_sockets(host, vm).await?;
-            host.libvirt.start(vm, false).await.doing("starting the VM")
+            host.libvirt.start(vm, false).await.doing("starting the VM")?;
         }
     }
+    see_running(host, vm).await
 }
 
 /// Starts a VM with a tracker set before its first instruction.
@@ -49,7 +50,7 @@ pub(crate) async fn start_tracked(
     let _lock = host.lock(vm).await;
     wait_for_end(host, vm).await?;
     match host.power(vm).await? {
-        PowerState::Running => return Ok(()),
+        PowerState::Running => return see_running(host, vm).await,
         PowerState::Paused => {}
         PowerState::Off => {
             refuse_capture(host, vm)?;
@@ -67,7 +68,26 @@ pub(crate) async fn start_tracked(
         }
         set_live(host, vm, &nodes, &tracker.0).await.doing("setting a tracker")?;
     }
-    resume(host, vm).await
+    resume(host, vm).await?;
+    see_running(host, vm).await
+}
+
+/// Has QEMU itself say that it runs. A daemon that has just come back calls a VM running by its notes, before it has reached its
+/// QEMU, and ends it where it does not; to ask QEMU waits for that.
+async fn see_running(host: &Host, vm: VmId) -> Result<(), SiteError> {
+    let Err(error) = host.libvirt.qmp(vm, "query-status", serde_json::Value::Null).await else {
+        return Ok(());
+    };
+    match host.power(vm).await? {
+        PowerState::Off => Err(was_ended()),
+        PowerState::Running | PowerState::Paused => Err(error),
+    }
+}
+
+/// QEMU was killed, or libvirt's daemon, which at its next start ends a VM whose start it had not finished.
+fn was_ended() -> SiteError {
+    SiteError::new(ErrorKind::Unavailable, "the VM was ended while it was started")
+        .with_remedy("It is started again. If this stays, see QEMU's log of the VM.")
 }
 
 /// A VM that is just ending is neither running nor startable.
@@ -111,11 +131,7 @@ fn after_resume(
 ) -> Option<Result<(), SiteError>> {
     match power {
         PowerState::Running => Some(Ok(())),
-        // QEMU was killed, or libvirt's daemon, which at its next start ends a VM whose start it had not finished.
-        PowerState::Off => {
-            Some(Err(SiteError::new(ErrorKind::Unavailable, "the VM was ended while it was started")
-                .with_remedy("It is started again. If this stays, see QEMU's log of the VM.")))
-        }
+        PowerState::Off => Some(Err(was_ended())),
         PowerState::Paused if is_late => Some(Err(match resumed.doing("resuming the VM") {
             Err(error) => error,
             Ok(()) => failed("the VM pauses again as soon as it is resumed: a disk reports errors"),

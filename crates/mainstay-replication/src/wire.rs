@@ -27,6 +27,9 @@ const CONTROL_BYTES_MAX: u32 = (16 << 20) + 4096;
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// See [`SILENCE_MAX`].
 pub(crate) const PING_EVERY: Duration = Duration::from_secs(5);
+/// A peer that does not take a message for this long is given up on, whatever it says meanwhile. Long, because one whose disk is
+/// slow or full stops reading for a while.
+const STALL_MAX: Duration = Duration::from_secs(600);
 /// Longest read or range of hashes in one query, bytes of answer.
 pub(crate) const ANSWER_BYTES_MAX: u32 = 1 << 20;
 
@@ -293,8 +296,12 @@ impl Transmitter {
         let mut write = self.write.lock().await;
         // All in one write: with TLS each write is a record and a system call.
         let mut parts = Buf::chain(Buf::chain(header.as_bytes(), payload[0]), payload[1]);
-        write.write_all_buf(&mut parts).await?;
-        write.flush().await?;
+        let written = async {
+            write.write_all_buf(&mut parts).await?;
+            write.flush().await
+        };
+        let stalled = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
+        tokio::time::timeout(STALL_MAX, written).await.map_err(stalled)??;
         self.traffic.sent.fetch_add((HEADER_BYTES + length) as u64, Ordering::Relaxed);
         Ok(())
     }

@@ -10,11 +10,14 @@ use async_trait::async_trait;
 use mainstay_model::{Generation, Health, ItemId, PointId, ProviderId, VmId};
 use mainstay_provider::{
     CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerOffVm, PowerState, PrepareHome, ReadPower,
-    ShutDownVm, ShutdownOutcome, StageHome, Staged, StartVm, VerifyHome, VmDefinition,
+    ShutDownVm, ShutdownOutcome, StageHome, Staged, VerifyHome, VmDefinition,
 };
 use serde::{Deserialize, Serialize};
 
-use super::replicate;
+use super::{
+    replicate,
+    start::{start, start_again},
+};
 use crate::{
     ControlError,
     db::{ItemRecord, JobError, VmCopy},
@@ -294,7 +297,7 @@ impl StepAction for ShutDownRecoveryVm {
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
         let item = step.item().await?;
         let copy = recovery_vm(&item)?;
-        step.call(item.recovery_provider, StartVm { item: item.id, vm: copy.vm }, Patience::OUTAGE).await?;
+        start_again(step, &item, item.recovery_provider, copy.vm).await?;
         Ok(Undone::default())
     }
 }
@@ -370,15 +373,7 @@ struct StartHomeVm;
 impl StepAction for StartHomeVm {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
-        step.call(item.primary_provider, StartVm { item: item.id, vm: item.vm }, Patience::OUTAGE).await?;
-        let power = step.call(item.primary_provider, ReadPower { vm: item.vm }, Patience::RESTART).await?;
-        if power != PowerState::Running {
-            return Err(JobError::new(
-                "VmNotRunning",
-                format!("'{}' was started at home but is {power:?}", item.vm_name),
-                "Look at its console and at the hypervisor's log.",
-            ));
-        }
+        start(step, &item, item.primary_provider, item.vm, Patience::OUTAGE).await?;
         let event = step.control.item_event(
             &item,
             "FailbackComplete",

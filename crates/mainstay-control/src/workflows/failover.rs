@@ -9,13 +9,15 @@ use async_trait::async_trait;
 use mainstay_model::{Generation, Health, PointId};
 use mainstay_provider::{
     ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, HostFacts, PowerState, ReadPower,
-    RemoveRecoveryVm, ShutDownVm, ShutdownOutcome, SiteError, StartVm,
+    RemoveRecoveryVm, ShutDownVm, ShutdownOutcome, SiteError,
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     points::{PointChoice, point_time_ms},
-    replicate, vm_of_job,
+    replicate,
+    start::{start, start_again},
+    vm_of_job,
 };
 use crate::{
     ControlError,
@@ -272,8 +274,7 @@ impl StepAction for ShutDownSource {
         };
         // Only what ran is started again; a VM that was off by the administrator's will stays off.
         if params.shutdown_source && checked.and_then(|checked| checked.was_running) == Some(true) {
-            step.call(item.primary_provider, StartVm { item: item.id, vm: item.vm }, Patience::OUTAGE)
-                .await?;
+            start_again(step, &item, item.primary_provider, item.vm).await?;
         }
         Ok(Undone::default())
     }
@@ -488,15 +489,7 @@ impl StepAction for StartRecoveryVm {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
         let vm = vm_of_job(item.id, step.job.id);
-        step.call(item.recovery_provider, StartVm { item: item.id, vm }, Patience::OUTAGE).await?;
-        let power = step.call(item.recovery_provider, ReadPower { vm }, Patience::RESTART).await?;
-        if power != PowerState::Running {
-            return Err(JobError::new(
-                "VmNotRunning",
-                format!("'{}' was started at the recovery site but is {power:?}", item.vm_name),
-                "Look at its console and at the hypervisor's log.",
-            ));
-        }
+        start(step, &item, item.recovery_provider, vm, Patience::OUTAGE).await?;
         let mut planned = step.control.planned_nics(&item).await?;
         planned.retain(|nic| nic.address.is_some());
         if planned.is_empty() {

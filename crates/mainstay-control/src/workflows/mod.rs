@@ -12,6 +12,7 @@ mod recovery_plan;
 mod resynchronize;
 mod reverse;
 mod script;
+mod start;
 mod test_failover;
 mod update;
 

@@ -13,13 +13,11 @@ use mainstay_model::{
     Ending, ItemId, JobId, Location, Operation, Phase, RecoveryPlan, StepState, TestFailoverState,
     recovery_plan::{self, ActionKind, Direction, FailoverKind, Place, PlanAction, PlanTask, Side},
 };
-use mainstay_provider::{
-    PowerState, Progress, ProgressSink as _, ReadPower, ShutDownVm, ShutdownOutcome, StartVm,
-};
+use mainstay_provider::{PowerState, Progress, ProgressSink as _, ReadPower, ShutDownVm, ShutdownOutcome};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{FailbackParams, FailoverParams, script};
+use super::{FailbackParams, FailoverParams, script, start::start_again};
 use crate::{
     Control, ControlError,
     db::{ItemRecord, JobError, JobRecord, JobState},
@@ -251,8 +249,7 @@ impl StepAction for ShutDownAll {
             let Some(item) = step.control.db.item(id).await.map_err(ControlError::from)? else { continue };
             // What has failed over stays there; what was off by somebody's will stays off.
             if was_running == Some(true) && item.state.phase == Phase::Protected {
-                let start = StartVm { item: id, vm: item.vm };
-                step.call(item.primary_provider, start, Patience::OUTAGE).await?;
+                start_again(step, &item, item.primary_provider, item.vm).await?;
             }
         }
         Ok(Undone::default())

@@ -2,14 +2,13 @@
 
 use async_trait::async_trait;
 use mainstay_model::PointId;
-use mainstay_provider::{
-    CreateRecoveryVm, Discover, NicPlan, PowerOffVm, PowerState, ReadPower, RemoveRecoveryVm, StartVm,
-};
+use mainstay_provider::{CreateRecoveryVm, Discover, NicPlan, PowerOffVm, RemoveRecoveryVm};
 use serde::{Deserialize, Serialize};
 
 use super::{
     failover::check_host,
     points::{PointChoice, point_time_ms},
+    start::start,
     vm_of_job,
 };
 use crate::{
@@ -195,15 +194,7 @@ impl StepAction for StartCopy {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
         let vm = vm_of_job(item.id, step.job.id);
-        step.call(item.recovery_provider, StartVm { item: item.id, vm }, Patience::RESTART).await?;
-        let power = step.call(item.recovery_provider, ReadPower { vm }, Patience::RESTART).await?;
-        if power != PowerState::Running {
-            return Err(JobError::new(
-                "VmNotRunning",
-                format!("the test copy of '{}' was started but is {power:?}", item.vm_name),
-                "Look at its console and at the hypervisor's log.",
-            ));
-        }
+        start(step, &item, item.recovery_provider, vm, Patience::RESTART).await?;
         Ok(Done::default())
     }
 }

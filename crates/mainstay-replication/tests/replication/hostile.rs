@@ -126,6 +126,33 @@ fn whoever_is_slow_without_end_is_hung_up_on() {
     assert!(is_ended(&[begun.as_slice(), &[0; 4096]].concat(), Duration::from_secs(1), begun.len()) < bound);
 }
 
+/// It says that it lives, and takes nothing of what it is sent.
+#[test]
+fn whoever_does_not_read_is_hung_up_on_in_the_end() {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let store = Store::open(Arc::new(InMemory::new()), store_options());
+        let (client, server) = tokio::io::duplex(64);
+        // What it is sent stays where it is.
+        let (_unread, mut write) = tokio::io::split(client);
+        let began = tokio::time::Instant::now();
+        let talk = async {
+            write.write_all(&hello()).await.unwrap();
+            while write.write_all(&message(4, 0, 0, &[])).await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+        };
+        let allow = |_| -> futures::future::BoxFuture<'_, Result<(), RefusalKind>> {
+            Box::pin(std::future::ready(Ok(())))
+        };
+        let (served, ()) = tokio::join!(serve_connection(Box::new(server), &store, &allow), talk);
+        assert!(served.is_err());
+        let took = began.elapsed();
+        assert!((Duration::from_secs(60)..Duration::from_secs(1200)).contains(&took), "{took:?}");
+    });
+}
+
 /// The other tests stand on this hello being a good one.
 #[test]
 fn the_sound_hello_is_welcome() {

@@ -73,6 +73,8 @@ pub(crate) struct State {
     trackers_are_volatile: bool,
     /// Whether guests ignore the power button.
     guests_refuse: bool,
+    /// How many starts are ended as soon as they are done.
+    starts_ended: u32,
     /// Why the host cannot run recovery VMs; empty = it can.
     confinement: String,
     /// How often the sizes of a VM's disks will not be told.
@@ -245,6 +247,12 @@ impl SimHypervisor {
         self.lock().guests_refuse = refuse;
     }
 
+    /// The next `times` VMs that are started are off again at once: libvirt's daemon, killed while it starts a VM, ends it at its
+    /// own next start.
+    pub fn end_starts(&self, times: u32) {
+        self.lock().starts_ended = times;
+    }
+
     /// Why the host says from now on that it cannot run recovery VMs; empty = it can.
     pub fn confine(&self, reason: &str) {
         reason.clone_into(&mut self.lock().confinement);
@@ -365,6 +373,12 @@ impl SimHypervisor {
     async fn start_for_agent(&self, vm: VmId, tracker: Option<&TrackerId>) -> Result<(), SiteError> {
         let was_off = self.lock().machine(vm)?.power == PowerState::Off;
         self.start_with(vm, tracker).await?;
+        let mut state = self.lock();
+        if was_off && state.starts_ended > 0 {
+            state.starts_ended -= 1;
+            state.stop(vm)?;
+        }
+        drop(state);
         if was_off {
             self.inner.started.lock().unwrap_or_else(PoisonError::into_inner).push((moment(), vm));
         }

@@ -81,6 +81,23 @@ impl Default for WorldOptions {
     }
 }
 
+/// Which host; `true` is home, `false` the recovery site's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The protected site's first.
+    Home,
+    /// The protected site's second, where there is one.
+    Spare,
+    /// The recovery site's.
+    Recovery,
+}
+
+impl From<bool> for Place {
+    fn from(is_home: bool) -> Self {
+        if is_home { Self::Home } else { Self::Recovery }
+    }
+}
+
 /// A host with its agent.
 pub struct Host {
     /// Its identifier at the server.
@@ -368,60 +385,84 @@ impl World {
         self.dir.path().join("database").join("db")
     }
 
+    /// A host; panics where there is none.
+    pub fn host(&self, at: Place) -> &Host {
+        match at {
+            Place::Home => &self.home,
+            Place::Recovery => &self.recovery,
+            Place::Spare => self.spare.as_ref().expect("the world has a spare host"),
+        }
+    }
+
+    fn host_mut(&mut self, at: Place) -> &mut Host {
+        match at {
+            Place::Home => &mut self.home,
+            Place::Recovery => &mut self.recovery,
+            Place::Spare => self.spare.as_mut().expect("the world has a spare host"),
+        }
+    }
+
     /// Kills an agent and starts it over the same host and data directory.
-    pub async fn restart_agent(&mut self, is_home: bool) {
-        let host = if is_home { &mut self.home } else { &mut self.recovery };
+    pub async fn restart_agent(&mut self, at: impl Into<Place>) {
+        let network = self.network.clone();
+        let host = self.host_mut(at.into());
         if let Some(agent) = host.agent.take() {
             agent.kill().await;
         }
-        host.agent = Some(start_agent(&self.network, host).await);
+        host.agent = Some(start_agent(&network, host).await);
     }
 
     /// Cuts a host's power and boots it again: VMs, agent and all that the agent had not synced are gone, and the hypervisor starts
     /// what it is told to start, before anybody can be asked.
-    pub async fn reboot(&mut self, is_home: bool) {
-        let host = if is_home { &mut self.home } else { &mut self.recovery };
-        let left = self.files.after_power_cut(&host.data_dir, &mut |below| turns::draw(0..below));
+    pub async fn reboot(&mut self, at: impl Into<Place>) {
+        let (files, network) = (self.files.clone(), self.network.clone());
+        let host = self.host_mut(at.into());
+        let left = files.after_power_cut(&host.data_dir, &mut |below| turns::draw(0..below));
         let left = left.expect("an agent's files are read");
         if let Some(agent) = host.agent.take() {
             agent.kill().await;
         }
-        self.files.replace(&host.data_dir, &left).expect("an agent's files are replaced");
+        files.replace(&host.data_dir, &left).expect("an agent's files are replaced");
         remove_files(&host.run_dir);
         std::fs::create_dir_all(&host.run_dir).expect("a directory");
         host.boots += 1;
         host.hypervisor.reboot().await;
-        host.agent = Some(start_agent(&self.network, host).await);
+        host.agent = Some(start_agent(&network, host).await);
     }
 
     /// Cuts a site off.
-    pub fn cut(&self, is_home: bool) {
-        self.network.cut(if is_home { self.home.provider } else { self.recovery.provider });
+    pub fn cut(&self, at: impl Into<Place>) {
+        self.network.cut(self.host(at.into()).provider);
     }
 
     /// Cuts a site off in one direction: what is on its way waits.
-    pub fn stall(&self, is_home: bool, direction: Direction) {
-        self.network.stall(if is_home { self.home.provider } else { self.recovery.provider }, direction);
+    pub fn stall(&self, at: impl Into<Place>, direction: Direction) {
+        self.network.stall(self.host(at.into()).provider, direction);
     }
 
     /// Makes everything between a site and the server late.
-    pub fn slow_down(&self, is_home: bool) {
-        self.network.slow_down(if is_home { self.home.provider } else { self.recovery.provider });
+    pub fn slow_down(&self, at: impl Into<Place>) {
+        self.network.slow_down(self.host(at.into()).provider);
     }
 
     /// Breaks a site's connection within the next message in a direction.
-    pub fn break_off(&self, is_home: bool, direction: Direction) {
-        self.network.break_off(if is_home { self.home.provider } else { self.recovery.provider }, direction);
+    pub fn break_off(&self, at: impl Into<Place>, direction: Direction) {
+        self.network.break_off(self.host(at.into()).provider, direction);
     }
 
     /// Connects a site again, in good weather.
-    pub fn mend(&self, is_home: bool) {
-        self.network.mend(if is_home { self.home.provider } else { self.recovery.provider });
+    pub fn mend(&self, at: impl Into<Place>) {
+        self.network.mend(self.host(at.into()).provider);
+    }
+
+    /// Connects all hosts again.
+    pub fn mend_all(&self) {
+        self.hosts().for_each(|host| self.network.mend(host.provider));
     }
 
     /// Breaks a site's connections for a moment.
-    pub fn hiccup(&self, is_home: bool) {
-        self.network.hiccup(if is_home { self.home.provider } else { self.recovery.provider });
+    pub fn hiccup(&self, at: impl Into<Place>) {
+        self.network.hiccup(self.host(at.into()).provider);
     }
 
     /// The item of a VM.

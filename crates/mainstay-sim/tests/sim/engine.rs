@@ -7,11 +7,15 @@ use mainstay_control::{
     jobs::{Fault, Faults},
 };
 use mainstay_model::{Ending, Operation, Phase};
+use mainstay_provider::PowerState;
 use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
 use sqlx::{Connection as _, SqliteConnection};
 use tokio::sync::Semaphore;
 
-use crate::{support::log, workflows::VM};
+use crate::{
+    support::{codes, log},
+    workflows::{VM, Workflow},
+};
 
 /// Carries a statement out in the server's database, behind its back.
 fn execute(database: PathBuf, statement: &'static str) {
@@ -127,5 +131,110 @@ fn a_host_that_hangs_does_not_keep_another_one_from_standing_down() {
         gate.add_permits(1000);
         world.settle().await;
         world.check().await;
+    });
+}
+
+/// Workflows that start a VM.
+const STARTING: [Workflow; 6] = [
+    Workflow::TestFailover,
+    Workflow::FailoverWithShutdown,
+    Workflow::PlannedFailover,
+    Workflow::ChangePoint,
+    Workflow::FailbackSynchronizedBefore,
+    Workflow::FailbackSynchronizedDuring,
+];
+
+/// Ends the next starts on both hosts.
+fn end_starts(world: &World, times: u32) {
+    world.home.hypervisor.end_starts(times);
+    world.recovery.hypervisor.end_starts(times);
+}
+
+async fn power(world: &World) -> PowerState {
+    let (host, vm) = world.active(VM).await;
+    host.hypervisor.view(vm).unwrap().power
+}
+
+/// libvirt's daemon, killed while it starts a VM, ends it at its own next start.
+#[test]
+fn a_vm_that_is_off_right_after_its_start_is_started_again() {
+    simulate(|| async {
+        log();
+        for workflow in STARTING {
+            let world = World::new(WorldOptions::default()).await;
+            workflow.prepare(&world).await;
+            end_starts(&world, 2);
+            let job = workflow.begin(&world).await;
+            assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{workflow:?}");
+            if let Some(copy) = world.item(VM).await.unwrap().test_vm {
+                assert_eq!(world.recovery.hypervisor.view(copy.vm).unwrap().power, PowerState::Running);
+            }
+            end_starts(&world, 0);
+            assert_eq!(power(&world).await, PowerState::Running, "{workflow:?}");
+            world.settle().await;
+            world.check().await;
+        }
+    });
+}
+
+#[test]
+fn a_vm_that_does_not_stay_on_fails_the_job_with_the_reason_and_everything_is_put_back() {
+    simulate(|| async {
+        log();
+        for workflow in STARTING {
+            let world = World::new(WorldOptions::default()).await;
+            workflow.prepare(&world).await;
+            let before = world.phase(VM).await;
+            // The other side's VM starts well when this is undone.
+            let is_at_home = workflow.operation() == Operation::Failback;
+            let host = if is_at_home { &world.home } else { &world.recovery };
+            host.hypervisor.end_starts(1000);
+            let job = workflow.begin(&world).await;
+            let ending = world.complete(job.id).await;
+            let told = world.tell(job.id).await;
+            assert!(told.contains("was started") && told.contains("is Off"), "{workflow:?}: {told}");
+            host.hypervisor.end_starts(0);
+            if workflow == Workflow::ChangePoint {
+                // The VM that ran before is gone: it can be restarted, with this point or another.
+                assert_eq!(ending, Ending::Stuck, "{told}");
+                continue;
+            }
+            assert_eq!((ending, world.phase(VM).await), (Ending::Failed, before), "{workflow:?}: {told}");
+            assert_eq!(power(&world).await, PowerState::Running, "{workflow:?}");
+            world.settle().await;
+            world.check().await;
+        }
+    });
+}
+
+/// Strikes once the VM is started at the other side.
+struct FailsAtTheStart;
+
+impl Faults for FailsAtTheStart {
+    fn fault(&self, job: &JobRecord, step: usize, is_undo: bool) -> Fault {
+        let is_start = job.steps[step].name.contains("StartVm");
+        if is_start && !is_undo { Fault::FailAfter } else { Fault::None }
+    }
+}
+
+#[test]
+fn an_undo_starts_again_what_is_off_right_after_its_start_and_tells_when_it_stays_so() {
+    simulate(|| async {
+        log();
+        for workflow in [Workflow::PlannedFailover, Workflow::FailbackSynchronizedBefore] {
+            for (ended, expected) in [(2, PowerState::Running), (3, PowerState::Off)] {
+                let world = World::new(WorldOptions::default()).await;
+                workflow.prepare(&world).await;
+                let (active, _) = world.active(VM).await;
+                active.hypervisor.end_starts(ended);
+                world.set_faults(Some(Arc::new(FailsAtTheStart)));
+                let job = workflow.begin(&world).await;
+                assert_eq!(world.complete(job.id).await, Ending::Failed, "{workflow:?}");
+                assert_eq!(power(&world).await, expected, "{workflow:?}");
+                let is_told = codes(&world).await.iter().any(|code| code == "VmNotRunning");
+                assert_eq!(is_told, expected == PowerState::Off, "{workflow:?}");
+                world.check().await;
+            }
+        }
     });
 }

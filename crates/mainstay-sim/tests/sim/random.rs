@@ -23,7 +23,7 @@ use mainstay_model::{
 };
 use mainstay_provider::ErrorKind;
 use mainstay_sim::{
-    Direction, HostFault, StorageTrouble, World, WorldOptions, moment, note, simulate_traced,
+    Direction, HostFault, Place, StorageTrouble, World, WorldOptions, moment, note, simulate_traced,
 };
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use tokio::sync::Semaphore;
@@ -47,7 +47,7 @@ const TRIES: usize = 12;
 const RETENTION_MAX_MS: i64 = 25 * 3_600_000;
 
 /// Calls that fail now and then, or hang until the next calm.
-const METHODS: [&str; 25] = [
+const METHODS: [&str; 27] = [
     "host",
     "inventory",
     "vm",
@@ -73,6 +73,8 @@ const METHODS: [&str; 25] = [
     "set_autostart",
     "guest_addresses",
     "set_guest_address",
+    "abandon_stale_captures",
+    "console",
 ];
 
 /// Strikes one step in `one_in`.
@@ -122,12 +124,20 @@ impl Run {
         self.world.set_faults(Some(Arc::new(RandomFaults { rng, one_in: 12 })));
     }
 
+    /// Any host.
+    fn somewhere(&mut self) -> Place {
+        match self.world.spare {
+            Some(_) if self.rng.random_bool(0.25) => Place::Spare,
+            _ => Place::from(self.rng.random_bool(0.5)),
+        }
+    }
+
     async fn act(&mut self) {
         let vm = *VMS.choose(&mut self.rng).unwrap();
-        let is_home = self.rng.random_bool(0.5);
-        let action = self.rng.random_range(0..115);
-        tracing::info!(vm, is_home, action, "action");
-        note(format_args!("action {action} {vm} {is_home}"));
+        let at = self.somewhere();
+        let action = self.rng.random_range(0..117);
+        tracing::info!(vm, ?at, action, "action");
+        note(format_args!("action {action} {vm} {at:?}"));
         match action {
             0..17 => self.write(vm).await,
             17..20 => self.trouble_storage(),
@@ -137,24 +147,24 @@ impl Run {
             }
             30..58 => self.begin(vm).await,
             58..64 => self.touch_a_job().await,
-            64..68 => self.world.restart_agent(is_home).await,
-            68 => self.world.reboot(is_home).await,
+            64..68 => self.world.restart_agent(at).await,
+            68 => self.world.reboot(at).await,
             69..72 => self.world.restart_server().await,
             72..74 => self.world.cut_server_power().await,
-            74..76 => self.world.hiccup(is_home),
+            74..76 => self.world.hiccup(at),
             76..80 => {
                 let direction = self.direction();
-                self.world.break_off(is_home, direction);
+                self.world.break_off(at, direction);
             }
-            80 => self.world.cut(is_home),
+            80 => self.world.cut(at),
             81 => match self.rng.random() {
-                true => self.world.slow_down(is_home),
+                true => self.world.slow_down(at),
                 false => {
                     let direction = self.direction();
-                    self.world.stall(is_home, direction);
+                    self.world.stall(at, direction);
                 }
             },
-            82..86 => self.world.mend(is_home),
+            82..86 => self.world.mend(at),
             86..89 => {
                 let (host, id) = self.world.active(vm).await;
                 // Not there while another recovery point is being chosen.
@@ -175,7 +185,7 @@ impl Run {
                 let _ = host.hypervisor.grow_disk(id, disk, sectors * 512);
             }
             97..100 => self.start_inactive(vm).await,
-            100..103 => self.jump(is_home),
+            100..103 => self.jump(at),
             103..105 => self.change_policy().await,
             105..108 => self.change_disks(vm),
             108 => {
@@ -185,8 +195,11 @@ impl Run {
             }
             109..111 if self.has_plan => self.begin_plan().await,
             111 => self.move_home(vm).await,
+            112..114 => {
+                let times = self.rng.random_range(1..4);
+                self.world.host(at).hypervisor.end_starts(times);
+            }
             _ => {
-                let host = if is_home { &self.world.home } else { &self.world.recovery };
                 let kinds = [
                     ErrorKind::Failed,
                     ErrorKind::Busy,
@@ -200,7 +213,8 @@ impl Run {
                 let method = *METHODS.choose(&mut self.rng).unwrap();
                 // After an error no capture is open.
                 let fault = match self.rng.random_range(0..10) {
-                    0 => {
+                    // An agent does this before anything else, and the administrator waits for its start.
+                    0 if method != "abandon_stale_captures" => {
                         let until = Arc::new(Semaphore::new(0));
                         self.hung.push(until.clone());
                         HostFault::Hang(until)
@@ -208,7 +222,7 @@ impl Run {
                     1..5 if method != "begin_capture" => HostFault::FailAfter(kind),
                     _ => HostFault::Fail(kind),
                 };
-                host.hypervisor.inject(method, fault, 1);
+                self.world.host(at).hypervisor.inject(method, fault, 1);
             }
         }
         // Lets what was begun come to a different point each time.
@@ -217,7 +231,7 @@ impl Run {
     }
 
     /// The server's clock is set, or a host's.
-    fn jump(&mut self, is_home: bool) {
+    fn jump(&mut self, at: Place) {
         let minutes = if self.rng.random_bool(0.5) {
             self.rng.random_range(60..6 * 60)
         } else {
@@ -227,8 +241,7 @@ impl Run {
             self.world.clock.advance_ms(minutes * 60_000);
             self.world.control().changed.notify_waiters();
         } else {
-            let host = if is_home { &self.world.home } else { &self.world.recovery };
-            host.hypervisor.set_clock_offset_ms(minutes * 60_000);
+            self.world.host(at).hypervisor.set_clock_offset_ms(minutes * 60_000);
         }
     }
 
@@ -336,7 +349,7 @@ impl Run {
         }
     }
 
-    /// The home VM is lost with its host's disks, and fails back to the other host of its site.
+    /// The home VM fails back to the other host of its site; mostly because it was lost with its host's disks.
     async fn move_home(&mut self, vm: &str) {
         let (Some(item), Some(spare)) = (self.world.item(vm).await, &self.world.spare) else { return };
         if !item.state.allowed_operations().contains(&Operation::Failback) {
@@ -347,7 +360,9 @@ impl Run {
             false => (&self.world.home, spare),
         };
         let host = to.provider;
-        from.hypervisor.destroy_vm(item.vm);
+        if self.rng.random_bool(0.7) {
+            from.hypervisor.destroy_vm(item.vm);
+        }
         // Refused when a job has begun in the same moment.
         let _ = self.world.fail_back_to(vm, self.rng.random(), Some(host)).await;
     }
@@ -479,12 +494,13 @@ impl Run {
         for vm in VMS {
             before.extend(self.world.shipped(vm).await);
         }
-        self.world.home.hypervisor.clear_faults();
-        self.world.recovery.hypervisor.clear_faults();
+        for host in self.world.hosts() {
+            host.hypervisor.clear_faults();
+            host.hypervisor.end_starts(0);
+        }
         self.hung.drain(..).for_each(|hung| hung.add_permits(1));
         self.world.home.hypervisor.let_guests_refuse(false);
-        self.world.mend(true);
-        self.world.mend(false);
+        self.world.mend_all();
         for vm in VMS {
             let attach = async |world: &World| {
                 // Refused while a capture is open.

@@ -138,9 +138,8 @@ async fn fail_over_and_commit(world: &World) {
 /// From wherever the item is, through all that is left of the journey and `laps` whole ones, until it is protected at
 /// home, and then no more. Checks on the way that nothing is lost where nothing may be.
 pub(crate) async fn finish_journey(world: &World, vm: &str, mut laps: usize) {
-    world.mend(true);
-    world.mend(false);
-    let hosts = [world.home.provider, world.recovery.provider];
+    world.mend_all();
+    let hosts: Vec<_> = world.hosts().map(|host| host.provider).collect();
     world
         .until("both sites are connected", async |world| {
             hosts.iter().all(|host| world.control().sites.is_connected(*host))

@@ -1,0 +1,71 @@
+//! Starting VMs, in steps and in their undoing.
+
+use mainstay_model::{Health, ProviderId, VmId};
+use mainstay_provider::{PowerState, ReadPower, SiteError, StartVm};
+
+use crate::{
+    ControlError,
+    db::{ItemRecord, JobError},
+    jobs::{Patience, StepContext},
+};
+
+/// How often a VM is started that is off again when it is looked at. A hypervisor's daemon that dies while it starts a VM ends it
+/// at its own next start; a guest that ends by itself does so each time.
+const STARTS_MAX: u32 = 3;
+
+/// Starts an item's VM and sees that it runs; `patience` is for the start.
+pub(super) async fn start(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    provider: ProviderId,
+    vm: VmId,
+    patience: Patience,
+) -> Result<(), JobError> {
+    match start_and_look(step, item, provider, vm, patience).await? {
+        PowerState::Running => Ok(()),
+        power => {
+            let site = if provider == item.primary_provider { "at home" } else { "at the recovery site" };
+            Err(JobError::new(
+                "VmNotRunning",
+                format!("'{}' was started {site} but is {power:?}", item.vm_name),
+                "Look at its console and at the hypervisor's log.",
+            ))
+        }
+    }
+}
+
+/// Starts a VM that a step had stopped. One that does not stay on is told; the undoing goes on, because nothing that is left
+/// of it would help.
+pub(super) async fn start_again(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    provider: ProviderId,
+    vm: VmId,
+) -> Result<(), JobError> {
+    let power = start_and_look(step, item, provider, vm, Patience::OUTAGE).await?;
+    if power != PowerState::Running {
+        let what = format!("'{}' was started again but is {power:?}; start it by hand", item.vm_name);
+        let event = step.control.item_event(item, "VmNotRunning", Health::Critical, what);
+        step.control.record_event(event).await.map_err(ControlError::from)?;
+    }
+    Ok(())
+}
+
+async fn start_and_look(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    provider: ProviderId,
+    vm: VmId,
+    patience: Patience,
+) -> Result<PowerState, SiteError> {
+    let mut starts = 0;
+    loop {
+        step.call(provider, StartVm { item: item.id, vm }, patience).await?;
+        let power = step.call(provider, ReadPower { vm }, Patience::RESTART).await?;
+        starts += 1;
+        if power != PowerState::Off || starts == STARTS_MAX {
+            return Ok(power);
+        }
+        tracing::warn!(%vm, starts, "a VM is off right after its start; it is started again");
+    }
+}
