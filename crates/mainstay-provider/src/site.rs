@@ -139,6 +139,11 @@ macro_rules! operations {
     };
 }
 
+/// What an order counts as whose server does not tell the generation yet: as of the newest.
+fn untold() -> Generation {
+    Generation(u64::MAX)
+}
+
 operations! {
     /// Reads what is on the host.
     Discover {} -> Discovery;
@@ -165,6 +170,10 @@ operations! {
     Unprotect {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation. A server that was set back does not know which copy is the active one: what it says of that counts
+        /// only if the host has heard of no newer generation.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// Whether the item's VM on this host is the active copy. Only then does the host start it by itself again if it did
         /// so before: an old copy that comes up with its host would run beside the active one.
         is_active: bool,
@@ -215,6 +224,9 @@ operations! {
     StartVm {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The VM.
         vm: VmId,
     } -> ();
@@ -234,6 +246,9 @@ operations! {
     ShutDownVm {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The VM.
         vm: VmId,
         /// How long the guest may take, in milliseconds.
@@ -242,6 +257,12 @@ operations! {
 
     /// Stops a VM as a power cut would.
     PowerOffVm {
+        /// The replicated item; none = of a server that does not tell it yet.
+        #[serde(default)]
+        item: Option<ItemId>,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The VM.
         vm: VmId,
     } -> ();
@@ -279,6 +300,9 @@ operations! {
     Hydrate {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The VM.
         vm: VmId,
         /// What to do while the VM is off.
@@ -289,6 +313,9 @@ operations! {
     RemoveRecoveryVm {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The VM.
         vm: VmId,
     } -> ();
@@ -319,6 +346,9 @@ operations! {
     StageHome {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The home VM.
         vm: VmId,
         /// The point to reach.
@@ -333,6 +363,9 @@ operations! {
     VerifyHome {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The home VM.
         vm: VmId,
         /// The point to compare with.
@@ -357,6 +390,9 @@ operations! {
     DiscardHome {
         /// The replicated item.
         item: ItemId,
+        /// The item's generation: an order of before one that the host has heard of is refused.
+        #[serde(default = "untold")]
+        generation: Generation,
         /// The home VM.
         vm: VmId,
     } -> ();

@@ -23,4 +23,6 @@ pub use oracle::Oracle;
 pub use storage::{SimStorage, StorageTrouble};
 pub use trace::{Digest, note};
 pub use turns::{simulate, simulate_traced};
-pub use world::{Direction, Host, JobEnd, Legible, Place, Shipped, Snapshot, World, WorldOptions};
+pub use world::{
+    Direction, Host, JobEnd, Legible, Place, ServerSnapshot, Shipped, Snapshot, World, WorldOptions,
+};

@@ -207,6 +207,20 @@ impl SimStorage {
         state.set(path, Some(bytes.into()));
     }
 
+    /// A copy of all that is stored.
+    pub(crate) fn copy(&self) -> BTreeMap<Path, Bytes> {
+        let (paths, state) = (self.objects(), self.lock());
+        paths.into_iter().filter_map(|path| state.content(&path).map(|content| (path, content))).collect()
+    }
+
+    /// Puts a copy in the place of all that is stored.
+    pub(crate) fn replace(&self, copy: &BTreeMap<Path, Bytes>) {
+        let (paths, mut state) = (self.objects(), self.lock());
+        paths.iter().for_each(|path| state.set(path, None));
+        copy.iter().for_each(|(path, content)| state.set(path, Some(content.clone())));
+        state.earlier.clear();
+    }
+
     /// The names of all objects.
     pub(crate) fn objects(&self) -> Vec<Path> {
         let listed = at_once(self.lock().objects.list(None).try_collect::<Vec<_>>());

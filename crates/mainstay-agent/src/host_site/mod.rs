@@ -216,10 +216,16 @@ impl HostSite {
                 answer(&Examination { host, vm })
             }
             SiteOperation::ReadPower(read) => answer(&hypervisor.power(read.vm).await?),
-            SiteOperation::PowerOffVm(order) => match hypervisor.power_off(order.vm).await {
-                Err(error) if error.kind == ErrorKind::NotFound => answer(&()),
-                result => answer(&result?),
-            },
+            SiteOperation::PowerOffVm(order) => {
+                // Not behind the lock: it ends what takes too long.
+                if let Some(item) = order.item {
+                    inner.check_order(item, order.generation)?;
+                }
+                match hypervisor.power_off(order.vm).await {
+                    Err(error) if error.kind == ErrorKind::NotFound => answer(&()),
+                    result => answer(&result?),
+                }
+            }
             SiteOperation::ReadConsole(read) => answer(&hypervisor.console(read.vm).await?),
             SiteOperation::ApplyAddresses(apply) => answer(&inner.apply_addresses(&apply).await?),
             SiteOperation::StandDown(order) => {
@@ -242,7 +248,7 @@ impl HostSite {
                 answer(&inner.replicate(&order, &work).await?)
             }
             SiteOperation::StartVm(order) => {
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.start_vm(order.item, order.vm).await?)
             }
             SiteOperation::AnswerWaiting(order) => {
@@ -252,7 +258,7 @@ impl HostSite {
             SiteOperation::ShutDownVm(order) => {
                 // An open capture would make the guest's end take a minute (see the KVM driver).
                 inner.stop_work(order.item);
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 let timeout = Duration::from_millis(order.timeout_ms);
                 answer(&hypervisor.shut_down(order.vm, timeout).await?)
             }
@@ -261,11 +267,11 @@ impl HostSite {
                 answer(&inner.create_recovery_vm(order).await?)
             }
             SiteOperation::Hydrate(order) => {
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.hydrate(&order).await?)
             }
             SiteOperation::RemoveRecoveryVm(order) => {
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.remove_recovery_vm(order.item, order.vm).await?)
             }
             SiteOperation::PrepareHome(order) => {
@@ -273,20 +279,20 @@ impl HostSite {
                 answer(&inner.prepare_home(order).await?)
             }
             SiteOperation::StageHome(order) => {
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.stage_home(&order, &work).await?)
             }
             SiteOperation::VerifyHome(order) => {
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.verify_home(&order, &work).await?)
             }
             SiteOperation::CommitHome(order) => {
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.commit_home(&order).await?)
             }
             SiteOperation::DiscardHome(order) => {
                 inner.stop_work(order.item);
-                let _held = inner.hold(order.item, &work).await?;
+                let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.discard_home(order.item, order.vm).await?)
             }
         }
@@ -320,6 +326,23 @@ impl Inner {
         Ok(Held { inner: self, item, _guard: guard })
     }
 
+    /// As [`Self::hold`], for an order of this generation.
+    async fn hold_since(
+        &self,
+        item: ItemId,
+        generation: Generation,
+        work: &Work,
+    ) -> Result<Held<'_>, SiteError> {
+        let held = self.hold(item, work).await?;
+        self.check_order(item, generation)?;
+        Ok(held)
+    }
+
+    /// Refuses an order of before a generation that this host has heard of.
+    fn check_order(&self, item: ItemId, generation: Generation) -> Result<(), SiteError> {
+        self.records.item(item)?.map_or(Ok(()), |record| check_generation(&record, generation))
+    }
+
     /// Tells what is at work on an item to stop.
     fn stop_work(&self, item: ItemId) {
         if let Some(stop) = lock(&self.stops).get(&item) {
@@ -338,13 +361,18 @@ impl Inner {
     }
 }
 
+/// What to do when a server orders what was overtaken.
+const SET_BACK: &str = "Nothing was changed. If the server and its store were set back to an earlier state, they do not know of a \
+                        later failover: see docs/runbooks/lost-server.md.";
+
 /// Refuses orders of an older generation.
 fn check_generation(record: &ItemFile, generation: Generation) -> Result<(), SiteError> {
     if generation < record.generation {
         return Err(SiteError::new(
             ErrorKind::Fenced,
             format!("generation {generation} was overtaken by generation {} on this host", record.generation),
-        ));
+        )
+        .with_remedy(SET_BACK));
     }
     Ok(())
 }
@@ -368,7 +396,8 @@ fn data_error(error: &ReplicationError) -> SiteError {
         },
         ReplicationError::Cancelled => SiteError::new(ErrorKind::Cancelled, text),
         ReplicationError::Connection(_) => SiteError::new(ErrorKind::Unavailable, text),
-        ReplicationError::Refused { kind: RefusalKind::Unavailable, .. } => {
+        // The head has moved on: a transfer that was broken off became a recovery point all the same. The next one builds on that.
+        ReplicationError::Refused { kind: RefusalKind::Unavailable | RefusalKind::NotHead { .. }, .. } => {
             SiteError::new(ErrorKind::Unavailable, text)
         }
         ReplicationError::Refused { kind: RefusalKind::NotFound, .. } => {

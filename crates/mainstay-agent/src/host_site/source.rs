@@ -58,7 +58,8 @@ impl Inner {
             result => result,
         };
         gone(self.hypervisor.remove_trackers(record.vm).await)?;
-        if let Some(autostart) = record.autostart_before.filter(|_| order.is_active) {
+        let is_active = order.is_active && order.generation >= record.generation;
+        if let Some(autostart) = record.autostart_before.filter(|_| is_active) {
             gone(self.hypervisor.set_autostart(record.vm, autostart).await)?;
         }
         Ok(self.records.remove_item(item)?)

@@ -12,7 +12,7 @@ use mainstay_provider::{
 use mainstay_replication::{Mount, MountOptions};
 use tokio_util::sync::CancellationToken;
 
-use super::{Inner, check_generation, data_error};
+use super::{Inner, SET_BACK, check_generation, data_error};
 use crate::records::{Base, ItemFile, RecoveryVmFile};
 
 /// A recovery point that is served to a VM.
@@ -84,6 +84,12 @@ impl Inner {
         let present = self.records.item(order.item)?;
         if let Some(present) = &present {
             check_generation(present, order.generation)?;
+            // Whoever removes a recovery VM forgets it. A server that was set back does not know of this one.
+            if !order.is_test && present.vm != order.vm && present.generation == order.generation {
+                let message =
+                    format!("VM {} is the item's copy of generation {}", present.vm, order.generation);
+                return Err(SiteError::new(ErrorKind::Fenced, message).with_remedy(SET_BACK));
+            }
         }
         let record = RecoveryVmFile {
             vm: order.vm,

@@ -27,7 +27,12 @@ impl Control {
 
     async fn hydrate(&self, item: &ItemRecord, copy: VmCopy) -> Result<(), ControlError> {
         let Ok(site) = self.sites.get(item.recovery_provider) else { return Ok(()) };
-        let hydrate = Hydrate { item: item.id, vm: copy.vm, when_off: WhenOff::Wait };
+        let hydrate = Hydrate {
+            item: item.id,
+            generation: item.state.generation,
+            vm: copy.vm,
+            when_off: WhenOff::Wait,
+        };
         let hydration = match within(ANSWER_MAX, call(&*site, hydrate, &NoProgress)).await {
             Ok(hydration) => hydration,
             Err(error) => {

@@ -246,6 +246,11 @@ impl Control {
         let sink = CycleProgress { control: self, item: id };
         match call_heard(&*site, operation, &sink, SILENCE_MAX).await {
             Ok(replicated) => self.cycle_succeeded(id, started_ms, &item.scrub, &replicated).await,
+            // Mostly an operation of ours has overtaken the cycle. If there was none, somebody else's has: the server was set back
+            // together with its store, and the host knows better.
+            Err(error) if error.kind == ErrorKind::Fenced && self.item(id).await?.state != item.state => {
+                Ok(())
+            }
             Err(error) => self.cycle_failed(id, started_ms, error).await,
         }
     }
@@ -312,8 +317,8 @@ impl Control {
 
     async fn cycle_failed(&self, id: ItemId, started_ms: i64, error: SiteError) -> Result<(), ControlError> {
         metrics::counter!("mainstay_replication_cycles", "result" => "failed").increment(1);
-        // A lost connection is the agent's to bring back, and a fenced writer has been overtaken by an operation.
-        if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Cancelled | ErrorKind::Fenced) {
+        // A lost connection is the agent's to bring back.
+        if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Cancelled) {
             tracing::info!(item = %id, %error, "a replication cycle was interrupted");
             return Ok(());
         }

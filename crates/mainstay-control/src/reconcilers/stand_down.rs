@@ -38,7 +38,12 @@ impl Control {
         let stood = async {
             let answer = call(&*site, operation, &NoProgress).await?;
             if order.is_final {
-                call(&*site, Unprotect { item: item.id, is_active: false }, &NoProgress).await?;
+                call(
+                    &*site,
+                    Unprotect { item: item.id, generation: order.generation, is_active: false },
+                    &NoProgress,
+                )
+                .await?;
             }
             Ok::<_, SiteError>(answer)
         };

@@ -4,12 +4,13 @@
 use async_trait::async_trait;
 use jiff::Timestamp;
 use mainstay_model::{Health, PointId};
-use mainstay_provider::{Discover, PowerOffVm, RemoveRecoveryVm};
+use mainstay_provider::Discover;
 use serde::{Deserialize, Serialize};
 
 use super::{
     failover::{FailoverParams, StartRecoveryVm, create_recovery_vm, loss_bytes},
     points::point_time_ms,
+    power::remove,
     vm_of_job,
 };
 use crate::{
@@ -88,9 +89,7 @@ impl StepAction for RemovePresent {
         let item = step.item().await?;
         let chosen: Chosen = step.expect_output(CHECK)?;
         let Some(copy) = item.recovery_vm else { return Ok(Done::skipped()) };
-        step.call(item.recovery_provider, PowerOffVm { vm: copy.vm }, Patience::OUTAGE).await?;
-        let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
-        step.call(item.recovery_provider, remove, Patience::OUTAGE).await?;
+        remove(step, &item, copy.vm, Patience::OUTAGE).await?;
         step.control.release_point(item.id, copy.vm).await?;
         let warning = discarded(&item, &chosen);
         let event = step.control.item_event(&item, DISCARDED, Health::Warning, warning.message.clone());

@@ -2,8 +2,9 @@
 
 use async_trait::async_trait;
 use mainstay_model::Location;
-use mainstay_provider::{PowerOffVm, PowerState, ReadPower, RemoveRecoveryVm, Unprotect};
+use mainstay_provider::{PowerState, ReadPower, Unprotect};
 
+use super::power::remove;
 use crate::{
     ControlError,
     db::{ItemRecord, JobError, StandDownRecord},
@@ -77,11 +78,9 @@ async fn commit_failover(step: &StepContext<'_>, item: &ItemRecord) -> Result<Do
 /// The recovery VM and its disks go; the home VM equals the store's newest point plus what it wrote since its start.
 async fn commit_failback(step: &StepContext<'_>, item: &ItemRecord) -> Result<Done, JobError> {
     if let Some(copy) = item.recovery_vm {
-        step.call(item.recovery_provider, PowerOffVm { vm: copy.vm }, Patience::OUTAGE).await?;
-        let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
-        step.call(item.recovery_provider, remove, Patience::OUTAGE).await?;
+        remove(step, item, copy.vm, Patience::OUTAGE).await?;
     }
-    let unprotect = Unprotect { item: item.id, is_active: false };
+    let unprotect = Unprotect { item: item.id, generation: item.state.generation, is_active: false };
     step.call(item.recovery_provider, unprotect, Patience::OUTAGE).await?;
     for holder in item.recovery_vm.map(|copy| copy.vm).into_iter().chain([item.vm]) {
         step.control.release_point(item.id, holder).await?;

@@ -2,9 +2,10 @@
 
 use async_trait::async_trait;
 use mainstay_model::Location;
-use mainstay_provider::{Hydrate, PowerOffVm, RemoveRecoveryVm, SiteError, Unprotect, WhenOff};
+use mainstay_provider::{Hydrate, SiteError, Unprotect, WhenOff};
 use serde::{Deserialize, Serialize};
 
+use super::power::remove;
 use crate::{
     db::JobError,
     jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
@@ -43,7 +44,12 @@ impl StepAction for LetGo {
         }
         let Some(copy) = item.recovery_vm else { return Ok(Done::skipped()) };
         loop {
-            let hydrate = Hydrate { item: item.id, vm: copy.vm, when_off: WhenOff::Hold };
+            let hydrate = Hydrate {
+                item: item.id,
+                generation: item.state.generation,
+                vm: copy.vm,
+                when_off: WhenOff::Hold,
+            };
             let hydration = step.call(item.recovery_provider, hydrate, Patience::RESTART).await?;
             if hydration.is_complete {
                 return Ok(Done::default().changing(|item| {
@@ -68,7 +74,12 @@ impl StepAction for LetGo {
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
         let item = step.item().await?;
         if let Some(copy) = item.recovery_vm.filter(|copy| !copy.is_hydrated) {
-            let release = Hydrate { item: item.id, vm: copy.vm, when_off: WhenOff::Release };
+            let release = Hydrate {
+                item: item.id,
+                generation: item.state.generation,
+                vm: copy.vm,
+                when_off: WhenOff::Release,
+            };
             step.call(item.recovery_provider, release, Patience::OUTAGE).await?;
         }
         Ok(Undone::default())
@@ -98,10 +109,11 @@ impl StepAction for RemoveTraces {
             result => result,
         };
         let active = item.state.phase.active_location();
-        let unprotect = |location| Unprotect { item: item.id, is_active: active == location };
+        let generation = item.state.generation;
+        let unprotect = |location| Unprotect { item: item.id, generation, is_active: active == location };
         forgive(step.call(item.primary_provider, unprotect(Location::Primary), patience).await)?;
         if let Some(former) = item.former_home {
-            let unprotect = Unprotect { item: item.id, is_active: false };
+            let unprotect = Unprotect { item: item.id, generation, is_active: false };
             forgive(step.call(former, unprotect, patience).await)?;
         }
         let obsolete = match active {
@@ -110,9 +122,7 @@ impl StepAction for RemoveTraces {
             Location::Recovery => None,
         };
         for copy in item.test_vm.into_iter().chain(obsolete) {
-            forgive(step.call(item.recovery_provider, PowerOffVm { vm: copy.vm }, patience).await)?;
-            let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
-            forgive(step.call(item.recovery_provider, remove, patience).await)?;
+            forgive(remove(step, &item, copy.vm, patience).await)?;
         }
         forgive(step.call(item.recovery_provider, unprotect(Location::Recovery), patience).await)?;
         if active == Location::Recovery {

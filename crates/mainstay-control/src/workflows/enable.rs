@@ -202,8 +202,12 @@ impl StepAction for EnableReplication {
 
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
         let item = step.item().await?;
-        step.call(item.primary_provider, Unprotect { item: item.id, is_active: true }, Patience::OUTAGE)
-            .await?;
+        step.call(
+            item.primary_provider,
+            Unprotect { item: item.id, generation: item.state.generation, is_active: true },
+            Patience::OUTAGE,
+        )
+        .await?;
         Ok(Undone::default())
     }
 }

@@ -9,14 +9,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use mainstay_model::{Generation, Health, ItemId, PointId, ProviderId, VmId};
 use mainstay_provider::{
-    CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerOffVm, PowerState, PrepareHome, ReadPower,
-    ShutDownVm, ShutdownOutcome, StageHome, Staged, VerifyHome, VmDefinition,
+    CommitHome, DiscardHome, ErrorKind, HomePrepared, PowerState, PrepareHome, ReadPower, ShutDownVm,
+    ShutdownOutcome, StageHome, Staged, VerifyHome, VmDefinition,
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
+    power::{power_off, start, start_again},
     replicate,
-    start::{start, start_again},
 };
 use crate::{
     ControlError,
@@ -163,7 +163,12 @@ impl StepAction for PrepareHomeVm {
         let params: FailbackParams = step.params()?;
         // The host that this job prepared, whether or not the item already says so.
         let home = params.host.unwrap_or(item.primary_provider);
-        step.call(home, DiscardHome { item: item.id, vm: item.vm }, Patience::OUTAGE).await?;
+        step.call(
+            home,
+            DiscardHome { item: item.id, generation: item.state.generation, vm: item.vm },
+            Patience::OUTAGE,
+        )
+        .await?;
         step.control.release_point(item.id, head_holder(&item)).await?;
         let prepared: Option<Prepared> = step.output(PREPARE)?;
         Ok(Undone {
@@ -225,7 +230,14 @@ async fn synchronize_once(
     let points = control.store.points(item.id.0).await.map_err(ControlError::from)?;
     let points: Vec<_> = points.iter().map(|point| point.id).collect();
     control.store.delete_points(item.id.0, &points).await.map_err(ControlError::from)?;
-    let stage = StageHome { item: item.id, vm: item.vm, to: replicated.point, disks, full };
+    let stage = StageHome {
+        item: item.id,
+        generation: item.state.generation,
+        vm: item.vm,
+        to: replicated.point,
+        disks,
+        full,
+    };
     let staged = step.call(item.primary_provider, stage, Patience::OUTAGE).await?;
     moved.add(&staged);
     moved.point = Some(replicated.point);
@@ -279,7 +291,12 @@ impl StepAction for ShutDownRecoveryVm {
             return Ok(Done::default());
         }
         step.check_store().await?;
-        let shutdown = ShutDownVm { item: item.id, vm: copy.vm, timeout_ms: params.shutdown_timeout_ms };
+        let shutdown = ShutDownVm {
+            item: item.id,
+            generation: item.state.generation,
+            vm: copy.vm,
+            timeout_ms: params.shutdown_timeout_ms,
+        };
         match step.call(item.recovery_provider, shutdown, Patience::RESTART).await? {
             ShutdownOutcome::Off => Ok(Done::default()),
             ShutdownOutcome::Refused => Err(JobError::new(
@@ -336,7 +353,7 @@ impl StepAction for BringHome {
             Some(point) => point,
             None => synchronize_once(step, &item, full, &mut moved).await?.0,
         };
-        let verify = VerifyHome { item: item.id, vm: item.vm, to: point };
+        let verify = VerifyHome { item: item.id, generation, vm: item.vm, to: point };
         let verified = step.call(item.primary_provider, verify, Patience::OUTAGE).await?;
         if verified.bytes_different > 0 {
             return Err(JobError::new(
@@ -386,7 +403,7 @@ impl StepAction for StartHomeVm {
 
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
         let item = step.item().await?;
-        step.call(item.primary_provider, PowerOffVm { vm: item.vm }, Patience::OUTAGE).await?;
+        power_off(step, &item, item.primary_provider, item.vm, Patience::OUTAGE).await?;
         Ok(Undone::default())
     }
 }

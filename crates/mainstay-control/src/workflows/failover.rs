@@ -15,9 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     points::{PointChoice, point_time_ms},
-    replicate,
-    start::{start, start_again},
-    vm_of_job,
+    power::{start, start_again},
+    replicate, vm_of_job,
 };
 use crate::{
     ControlError,
@@ -238,14 +237,20 @@ impl StepAction for ShutDownSource {
             if answer_within(answer_max, "the question whether the VM runs", read).await? == PowerState::Off {
                 return Ok(ShutdownOutcome::Off);
             }
-            let shutdown = ShutDownVm { item: item.id, vm: item.vm, timeout_ms: params.shutdown_timeout_ms };
+            let shutdown = ShutDownVm {
+                item: item.id,
+                generation: item.state.generation,
+                vm: item.vm,
+                timeout_ms: params.shutdown_timeout_ms,
+            };
             let shutdown = step.call(item.primary_provider, shutdown, patience);
             // The agent watches the guest's time-out; this one is for a host that does not answer.
             let limit = Duration::from_millis(params.shutdown_timeout_ms) + answer_max;
             answer_within(limit, "the shutdown", shutdown).await
         };
         let outcome = shutdown.await;
-        let is_silent = outcome.as_ref().is_err_and(|error| error.kind == ErrorKind::TimedOut);
+        let failed_by = |kind| outcome.as_ref().is_err_and(|error| error.kind == kind);
+        let (is_silent, is_fenced) = (failed_by(ErrorKind::TimedOut), failed_by(ErrorKind::Fenced));
         let why = match outcome {
             Ok(ShutdownOutcome::Off) => return Done::with(&ShutDown { is_off: true, is_silent }),
             Ok(ShutdownOutcome::Refused) => JobError::new(
@@ -259,7 +264,8 @@ impl StepAction for ShutDownSource {
             ),
             Err(error) => error.into(),
         };
-        if self.is_planned {
+        // A host that knows a newer generation knows of a failover that this server does not: it was set back.
+        if self.is_planned || is_fenced {
             return Err(why);
         }
         Ok(Done::with(&ShutDown { is_off: false, is_silent })?.warning(why))
@@ -342,7 +348,7 @@ impl StepAction for SynchronizeLatest {
                     item.replication.bytes_moved += replicated.bytes_moved;
                 }))
             }
-            Err(error) if self.is_planned => Err(error.into()),
+            Err(error) if self.is_planned || error.kind == ErrorKind::Fenced => Err(error.into()),
             Err(error) => Ok(Done::skipped().warning(error.into())),
         }
     }
@@ -417,12 +423,13 @@ impl StepAction for FailOver {
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
         let item = step.item().await?;
         let vm = vm_of_job(item.id, step.job.id);
-        step.call(item.recovery_provider, RemoveRecoveryVm { item: item.id, vm }, Patience::OUTAGE).await?;
-        step.control.release_point(item.id, vm).await?;
-        step.control.release_point(item.id, item.vm).await?;
-        // The source writes again, in a generation of its own.
+        // The source writes again, in a generation of its own. It is that in which the VM was made, where that was not noted.
         let generation = item.state.generation.next();
         step.control.store.raise_generation(item.id.0, generation.0).await.map_err(ControlError::from)?;
+        let remove = RemoveRecoveryVm { item: item.id, generation, vm };
+        step.call(item.recovery_provider, remove, Patience::OUTAGE).await?;
+        step.control.release_point(item.id, vm).await?;
+        step.control.release_point(item.id, item.vm).await?;
         Ok(Undone {
             fences: true,
             change: Some(Box::new(|item| {

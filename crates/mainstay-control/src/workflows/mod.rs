@@ -8,11 +8,11 @@ mod enable;
 mod failback;
 mod failover;
 mod points;
+mod power;
 mod recovery_plan;
 mod resynchronize;
 mod reverse;
 mod script;
-mod start;
 mod test_failover;
 mod update;
 

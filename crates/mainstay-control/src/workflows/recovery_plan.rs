@@ -17,7 +17,7 @@ use mainstay_provider::{PowerState, Progress, ProgressSink as _, ReadPower, Shut
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{FailbackParams, FailoverParams, script, start::start_again};
+use super::{FailbackParams, FailoverParams, power::start_again, script};
 use crate::{
     Control, ControlError,
     db::{ItemRecord, JobError, JobRecord, JobState},
@@ -262,7 +262,7 @@ async fn shut_down(step: &StepContext<'_>, item: ItemId, timeout_ms: u64) -> Res
         // Begun again after a restart: it has failed over meanwhile.
         return Ok(());
     }
-    let shutdown = ShutDownVm { item: item.id, vm: item.vm, timeout_ms };
+    let shutdown = ShutDownVm { item: item.id, generation: item.state.generation, vm: item.vm, timeout_ms };
     match step.call(item.primary_provider, shutdown, Patience::RESTART).await? {
         ShutdownOutcome::Off => Ok(()),
         ShutdownOutcome::Refused => Err(JobError::new(

@@ -18,8 +18,8 @@ struct Compare;
 impl StepAction for Compare {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
-        step.control.cycles.stop(item.id).await;
         let _pause = step.control.cycles.pause(item.id);
+        step.control.cycles.stop(item.id).await;
         let replicated = replicate(step, &item, Patience::OUTAGE, SILENCE_MAX, true).await?;
         Ok(Done::with(&replicated)?.changing(move |item| {
             item.replication.last_point = Some(replicated.point);

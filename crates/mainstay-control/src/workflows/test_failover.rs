@@ -2,13 +2,13 @@
 
 use async_trait::async_trait;
 use mainstay_model::PointId;
-use mainstay_provider::{CreateRecoveryVm, Discover, NicPlan, PowerOffVm, RemoveRecoveryVm};
+use mainstay_provider::{CreateRecoveryVm, Discover, NicPlan};
 use serde::{Deserialize, Serialize};
 
 use super::{
     failover::check_host,
     points::{PointChoice, point_time_ms},
-    start::start,
+    power::{power_off, remove, start},
     vm_of_job,
 };
 use crate::{
@@ -182,7 +182,7 @@ impl StepAction for CreateCopy {
     async fn undo(&self, step: &StepContext<'_>) -> Result<Undone, JobError> {
         let item = step.item().await?;
         let vm = vm_of_job(item.id, step.job.id);
-        step.call(item.recovery_provider, RemoveRecoveryVm { item: item.id, vm }, Patience::OUTAGE).await?;
+        remove(step, &item, vm, Patience::OUTAGE).await?;
         Ok(Undone::default())
     }
 }
@@ -218,7 +218,7 @@ impl StepAction for StopCopy {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
         let Some(copy) = item.test_vm else { return Ok(Done::skipped()) };
-        step.call(item.recovery_provider, PowerOffVm { vm: copy.vm }, Patience::OUTAGE).await?;
+        power_off(step, &item, item.recovery_provider, copy.vm, Patience::OUTAGE).await?;
         Ok(Done::default())
     }
 }
@@ -230,8 +230,7 @@ impl StepAction for RemoveCopy {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
         let Some(copy) = item.test_vm else { return Ok(Done::skipped()) };
-        let remove = RemoveRecoveryVm { item: item.id, vm: copy.vm };
-        step.call(item.recovery_provider, remove, Patience::OUTAGE).await?;
+        remove(step, &item, copy.vm, Patience::OUTAGE).await?;
         step.control.release_point(item.id, copy.vm).await?;
         Ok(Done::default().changing(|item| item.test_vm = None))
     }

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, path::Path, sync::Arc};
 
+use mainstay_block::BLOCK_BYTES;
 use mainstay_control::db::ItemRecord;
 use mainstay_model::{Location, Operation, Phase, VmId};
 use mainstay_provider::PowerState;
@@ -20,6 +21,17 @@ fn runs(host: &Host, vm: VmId) -> bool {
 /// Whether a disk holds what another one holds, and nothing behind it.
 fn is_grown(disk: &[u8], from: &[u8]) -> bool {
     disk.strip_prefix(from).is_some_and(|rest| rest.iter().all(|byte| *byte == 0))
+}
+
+/// Blocks in which two disks differ, and what each begins with there.
+fn differing(disk: &[u8], from: &[u8]) -> Vec<(usize, Option<u8>, Option<u8>)> {
+    let blocks = disk.len().max(from.len()).div_ceil(BLOCK_BYTES as usize);
+    let at = |disk: &[u8], block: usize| -> Vec<u8> {
+        disk.chunks(BLOCK_BYTES as usize).nth(block).unwrap_or_default().to_vec()
+    };
+    let pairs = (0..blocks).map(|block| (block, at(disk, block), at(from, block)));
+    let differ = pairs.filter(|(_, disk, from)| disk != from);
+    differ.map(|(block, disk, from)| (block, disk.first().copied(), from.first().copied())).collect()
 }
 
 impl World {
@@ -64,10 +76,11 @@ impl World {
             item.disks.iter().filter(|disk| disk.is_included).map(|disk| &disk.key).collect();
         assert_eq!(recovered.keys().collect::<BTreeSet<_>>(), included, "the disks of '{name}'");
         for (key, recovered) in &*recovered {
-            // The copy that is off may have been given more room since.
+            // The copy that is off may have been given more room since, and the other one before it was started.
             assert!(
-                is_grown(&home[key], recovered),
-                "'{name}' lost something of {key} in a planned failover"
+                is_grown(&home[key], recovered) || is_grown(recovered, &home[key]),
+                "'{name}' lost something of {key} in a planned failover: {:?}",
+                differing(&home[key], recovered)
             );
         }
     }

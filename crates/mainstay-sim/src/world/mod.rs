@@ -10,6 +10,7 @@ mod verbs;
 mod wire;
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -97,6 +98,9 @@ impl From<bool> for Place {
         if is_home { Self::Home } else { Self::Recovery }
     }
 }
+
+/// What a server's machine held at a moment.
+pub struct ServerSnapshot(BTreeMap<object_store::path::Path, bytes::Bytes>);
 
 /// A host with its agent.
 pub struct Host {
@@ -318,6 +322,23 @@ impl World {
         self.restart_server_after(|database, backup| {
             remove_files(backup);
             copy_files(database, backup);
+        })
+        .await;
+    }
+
+    /// As a snapshot of the server's machine does: keeps copies of its database and of its store.
+    pub async fn take_server_snapshot(&mut self) -> ServerSnapshot {
+        self.back_up_database().await;
+        ServerSnapshot(self.storage.copy())
+    }
+
+    /// Sets the server's machine back to the snapshot that was taken last.
+    pub async fn revert_server(&mut self, snapshot: &ServerSnapshot) {
+        let storage = self.storage.clone();
+        self.restart_server_after(|database, backup| {
+            remove_files(database);
+            copy_files(backup, database);
+            storage.replace(&snapshot.0);
         })
         .await;
     }

@@ -1,10 +1,13 @@
 //! Copies that somebody starts although another one is active.
 
+use std::sync::Arc;
+
 use mainstay_control::reconcilers::OldCopies;
-use mainstay_model::{Health, Operation, ProviderId};
+use mainstay_model::{Ending, Health, Operation, ProviderId};
 use mainstay_provider::{Hypervisor as _, PowerState};
 use mainstay_replication::{Access, RefusalKind, SessionKind};
-use mainstay_sim::{Host, World, WorldOptions, simulate};
+use mainstay_sim::{Host, HostFault, World, WorldOptions, moment, simulate};
+use tokio::sync::Semaphore;
 
 use crate::{
     support::{codes, log},
@@ -152,5 +155,74 @@ fn recovery_points_come_from_the_active_side_alone_whatever_a_host_says() {
                 assert_eq!(may(stranger, kind).await, Err(RefusalKind::NotAuthorized), "{operation:?}");
             }
         }
+    });
+}
+
+/// What the server's machine knew before a failover is all that it knows after its snapshot was taken back: neither its database
+/// nor its store have heard of the failover, and only the hosts know better.
+#[test]
+fn a_server_that_is_set_back_together_with_its_store_starts_and_removes_nothing() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.write(VM, &[("vda", 5, 1)]).await;
+        world.cycle(VM).await;
+        let snapshot = world.take_server_snapshot().await;
+        let since = moment();
+        world.run(VM, Operation::UnplannedFailover).await;
+        world.write(VM, &[("vda", 6, 2)]).await;
+        let (home, copy) = (world.home_vm(VM), world.active(VM).await.1);
+        world.revert_server(&snapshot).await;
+        let is_told = async |world: &World| {
+            world.clock.advance_ms(5_000);
+            world.control().changed.notify_waiters();
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            let error = world.item(VM).await.unwrap().replication.last_error;
+            error.is_some_and(|error| error.code == "Fenced" && error.remedy.contains("set back"))
+        };
+        world.until("it is told that the hosts know better", is_told).await;
+        // Whatever is asked of it now ends in failure, by what a host says.
+        for operation in [Operation::PlannedFailover, Operation::UnplannedFailover, Operation::Resynchronize]
+        {
+            let job = world.begin(VM, operation).await.unwrap();
+            assert_eq!(world.complete(job.id).await, Ending::Failed, "{operation:?}");
+        }
+        // Also where home cannot say anything.
+        world.cut(true);
+        let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
+        assert_eq!(world.complete(job.id).await, Ending::Failed, "{}", world.tell(job.id).await);
+        world.mend(true);
+        assert_eq!(world.recovery.hypervisor.view(copy).unwrap().power, PowerState::Running);
+        assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
+        assert!(!world.home.hypervisor.has_started(home, since), "an old copy was started");
+    });
+}
+
+/// Set back into the middle of a planned failover that went well, the server goes on with it, finds that it cannot, and would
+/// start the source again.
+#[test]
+fn a_server_that_is_set_back_into_a_failover_does_not_start_the_source_again() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let gate = Arc::new(Semaphore::new(0));
+        world.home.hypervisor.inject("shut_down", HostFault::Hang(gate.clone()), 1);
+        let job = world.begin(VM, Operation::PlannedFailover).await.unwrap();
+        world.home.hypervisor.wait_for_hang().await;
+        let snapshot = world.take_server_snapshot().await;
+        gate.add_permits(1);
+        assert_eq!(world.complete(job.id).await, Ending::Succeeded);
+        world.settle().await;
+        world.write(VM, &[("vda", 6, 2)]).await;
+        let (home, copy, since) = (world.home_vm(VM), world.active(VM).await.1, moment());
+        world.revert_server(&snapshot).await;
+        assert_eq!(world.complete(job.id).await, Ending::Stuck, "{}", world.tell(job.id).await);
+        let told = world.tell(job.id).await;
+        assert!(told.contains("was overtaken by generation"), "{told}");
+        assert_eq!(world.recovery.hypervisor.view(copy).unwrap().power, PowerState::Running);
+        assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
+        assert!(!world.home.hypervisor.has_started(home, since), "an old copy was started");
     });
 }

@@ -238,3 +238,27 @@ fn an_undo_starts_again_what_is_off_right_after_its_start_and_tells_when_it_stay
         }
     });
 }
+
+/// A cycle that is broken off may become a recovery point all the same, a moment after the next transfer has chosen its parent.
+#[test]
+fn a_resynchronization_is_not_in_the_way_of_the_cycle_before_it() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        for delay in 0..120 {
+            world.write(VM, &[("vda", 9, delay)]).await;
+            world.clock.advance_ms(5_000);
+            world.control().changed.notify_waiters();
+            tokio::time::sleep(Duration::from_millis(u64::from(delay) / 2)).await;
+            let job = world.begin(VM, Operation::Resynchronize).await.unwrap();
+            assert_eq!(
+                world.end(job.id).await,
+                JobEnd::Ended(Ending::Succeeded),
+                "{delay}: {}",
+                world.tell(job.id).await
+            );
+        }
+        world.check().await;
+    });
+}

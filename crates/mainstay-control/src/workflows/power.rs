@@ -1,7 +1,7 @@
-//! Starting VMs, in steps and in their undoing.
+//! Starting VMs and removing them, in steps and in their undoing.
 
 use mainstay_model::{Health, ProviderId, VmId};
-use mainstay_provider::{PowerState, ReadPower, SiteError, StartVm};
+use mainstay_provider::{PowerOffVm, PowerState, ReadPower, RemoveRecoveryVm, SiteError, StartVm};
 
 use crate::{
     ControlError,
@@ -60,7 +60,8 @@ async fn start_and_look(
 ) -> Result<PowerState, SiteError> {
     let mut starts = 0;
     loop {
-        step.call(provider, StartVm { item: item.id, vm }, patience).await?;
+        let order = StartVm { item: item.id, generation: item.state.generation, vm };
+        step.call(provider, order, patience).await?;
         let power = step.call(provider, ReadPower { vm }, Patience::RESTART).await?;
         starts += 1;
         if power != PowerState::Off || starts == STARTS_MAX {
@@ -68,4 +69,28 @@ async fn start_and_look(
         }
         tracing::warn!(%vm, starts, "a VM is off right after its start; it is started again");
     }
+}
+
+/// Stops a VM as a power cut would.
+pub(super) async fn power_off(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    provider: ProviderId,
+    vm: VmId,
+    patience: Patience,
+) -> Result<(), SiteError> {
+    let order = PowerOffVm { item: Some(item.id), generation: item.state.generation, vm };
+    step.call(provider, order, patience).await
+}
+
+/// Stops a VM at the recovery site and removes it with its disks.
+pub(super) async fn remove(
+    step: &StepContext<'_>,
+    item: &ItemRecord,
+    vm: VmId,
+    patience: Patience,
+) -> Result<(), SiteError> {
+    power_off(step, item, item.recovery_provider, vm, patience).await?;
+    let order = RemoveRecoveryVm { item: item.id, generation: item.state.generation, vm };
+    step.call(item.recovery_provider, order, patience).await
 }
