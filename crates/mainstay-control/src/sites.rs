@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Duration,
 };
 
 use mainstay_model::ProviderId;
@@ -62,4 +63,16 @@ impl SiteDirectory {
     pub fn is_connected(&self, provider: ProviderId) -> bool {
         self.connected.read().unwrap_or_else(PoisonError::into_inner).contains_key(&provider)
     }
+}
+
+/// A host's answer, if it comes in time; `to` names what it is asked, for the error.
+pub(crate) async fn answer_within<T, E: From<SiteError>>(
+    limit: Duration,
+    to: &str,
+    answer: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| {
+        let message = format!("the host did not answer to {to} within {} s", limit.as_secs());
+        Err(SiteError::new(ErrorKind::TimedOut, message).into())
+    })
 }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use futures::future::join_all;
 use mainstay_provider::{Hydrate, NoProgress, WhenOff, call};
 
-use super::{ANSWER_MAX, within};
+use super::ANSWER_MAX;
 use crate::{
     Control, ControlError,
     db::{ItemRecord, VmCopy},
+    sites::answer_within,
 };
 
 impl Control {
@@ -33,7 +34,13 @@ impl Control {
             vm: copy.vm,
             when_off: WhenOff::Wait,
         };
-        let hydration = match within(ANSWER_MAX, call(&*site, hydrate, &NoProgress)).await {
+        let hydration = match answer_within(
+            ANSWER_MAX,
+            "the order to copy a recovery VM out of the store",
+            call(&*site, hydrate, &NoProgress),
+        )
+        .await
+        {
             Ok(hydration) => hydration,
             Err(error) => {
                 tracing::debug!(item = %item.id, %error, "hydration does not go on now");

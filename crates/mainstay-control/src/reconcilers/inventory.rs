@@ -6,11 +6,12 @@ use futures::future::join_all;
 use mainstay_model::{Health, ItemId, Phase, ProviderId, VmId};
 use mainstay_provider::{AnswerWaiting, Discovery, Disk, NoProgress, PowerState, VirtualMachine, call};
 
-use super::{ANSWER_MAX, within};
+use super::ANSWER_MAX;
 use crate::{
     Control, ControlError,
     app::ProviderRecord,
     db::{DiskRecord, ItemRecord},
+    sites::answer_within,
 };
 
 /// How old a discovery may be: new VMs show within this time.
@@ -36,7 +37,9 @@ impl Control {
         if is_fresh && !has_arrived {
             return Ok(());
         }
-        match within(ANSWER_MAX, self.refresh_provider(provider.id)).await {
+        match answer_within(ANSWER_MAX, "the question what is on it", self.refresh_provider(provider.id))
+            .await
+        {
             Ok(discovery) => self.answer_waiting(provider.id, &discovery.waiting, has_arrived).await,
             Err(error) => {
                 tracing::debug!(host = provider.name, %error, "a host could not be read now");
@@ -74,7 +77,13 @@ impl Control {
             }
             let answer = AnswerWaiting { item: *id, generation: item.state.generation, may_start };
             let site = self.sites.get(provider)?;
-            let (code, severity, text) = match within(ANSWER_MAX, call(&*site, answer, &NoProgress)).await {
+            let (code, severity, text) = match answer_within(
+                ANSWER_MAX,
+                "the word whether a VM may start",
+                call(&*site, answer, &NoProgress),
+            )
+            .await
+            {
                 Ok(()) if may_start => {
                     ("StartedAfterBoot", Health::Normal, "was started after its host's boot".to_owned())
                 }

@@ -16,7 +16,6 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use mainstay_provider::{ErrorKind, SiteError};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{Control, ControlError, caught};
@@ -34,17 +33,6 @@ const MAINTENANCE_TICK: Duration = Duration::from_secs(30);
 
 /// How long a host may take to answer one of the questions and orders that belong to no job.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
-
-/// Gives a host up that does not answer in time: the next pass asks again.
-async fn within<T, E: From<SiteError>>(
-    limit: Duration,
-    work: impl Future<Output = Result<T, E>>,
-) -> Result<T, E> {
-    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
-        let text = format!("the host did not answer within {} s", limit.as_secs());
-        Err(SiteError::new(ErrorKind::TimedOut, text).into())
-    })
-}
 
 /// How often a reconciler that goes on failing says so.
 const REMINDER: Duration = Duration::from_secs(60);

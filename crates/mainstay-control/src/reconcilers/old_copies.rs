@@ -6,11 +6,11 @@ use mainstay_model::{Health, ItemId, Location, ProviderId, VmId};
 use mainstay_provider::{Discovery, NoProgress, PowerState, ReadPower, call};
 use serde::{Deserialize, Serialize};
 
-use super::within;
 use crate::{
     Control, ControlError,
     app::ProviderRecord,
     db::{ItemRecord, StandDownRecord},
+    sites::answer_within,
 };
 
 /// What becomes of a running copy that is not the active one.
@@ -120,7 +120,10 @@ impl Control {
     pub(super) async fn is_home_running(&self, item: &ItemRecord) -> Option<bool> {
         let site = self.sites.get(item.primary_provider).ok()?;
         let read = call(&*site, ReadPower { vm: item.vm }, &NoProgress);
-        Some(within(HOME_ANSWER_MAX, read).await.ok()? == PowerState::Running)
+        Some(
+            answer_within(HOME_ANSWER_MAX, "the question whether a VM runs", read).await.ok()?
+                == PowerState::Running,
+        )
     }
 
     async fn note_reported(

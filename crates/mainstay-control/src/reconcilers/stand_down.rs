@@ -6,10 +6,11 @@ use futures::future::join_all;
 use mainstay_model::Health;
 use mainstay_provider::{NoProgress, SiteError, StandDown, Unprotect, call};
 
-use super::{ANSWER_MAX, within};
+use super::ANSWER_MAX;
 use crate::{
     Control, ControlError,
     db::{ItemRecord, StandDownRecord},
+    sites::answer_within,
 };
 
 impl Control {
@@ -47,7 +48,7 @@ impl Control {
             }
             Ok::<_, SiteError>(answer)
         };
-        let answer = match within(ANSWER_MAX, stood).await {
+        let answer = match answer_within(ANSWER_MAX, "the order to stand down", stood).await {
             Ok(answer) => answer,
             Err(error) => {
                 tracing::warn!(item = %item.id, %error, "the former active side has not stood down yet");

@@ -11,7 +11,7 @@ use crate::{
     ControlError,
     app::{disk_obstacle, mapped},
     db::{DiskRecord, JobError},
-    jobs::{Done, Patience, Step, StepAction, StepContext, Undone},
+    jobs::{Done, Patience, Retry, Step, StepAction, StepContext, Undone},
 };
 
 pub(super) fn steps() -> Vec<Step> {
@@ -230,8 +230,16 @@ struct UpdateProviders;
 impl StepAction for UpdateProviders {
     async fn run(&self, step: &StepContext<'_>) -> Result<Done, JobError> {
         let item = step.item().await?;
-        step.control.refresh_provider(item.primary_provider).await?;
-        Ok(Done::default())
+        let mut retry = Retry::new(Patience::RESTART);
+        loop {
+            match step.control.refresh_provider(item.primary_provider).await {
+                Err(ControlError::Site(error)) if retry.pause(&error).await => {}
+                // The VM is protected; what else is on its host is read again by and by.
+                Err(ControlError::Site(error)) => return Ok(Done::default().warning(error.into())),
+                Err(error) => return Err(error.into()),
+                Ok(_) => return Ok(Done::default()),
+            }
+        }
     }
 }
 

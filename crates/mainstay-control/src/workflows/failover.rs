@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use mainstay_model::{Generation, Health, PointId};
 use mainstay_provider::{
     ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, HostFacts, PowerState, ReadPower,
-    RemoveRecoveryVm, ShutDownVm, ShutdownOutcome, SiteError,
+    RemoveRecoveryVm, ShutDownVm, ShutdownOutcome,
 };
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,7 @@ use crate::{
     ControlError,
     db::{FailoverRecord, ItemRecord, JobError, StandDownRecord, VmCopy},
     jobs::{Done, Patience, SILENCE_MAX, Step, StepAction, StepContext, Undone},
+    sites::answer_within,
 };
 
 /// What a failover is asked for.
@@ -284,18 +285,6 @@ impl StepAction for ShutDownSource {
         }
         Ok(Undone::default())
     }
-}
-
-/// A host's answer, if it comes in time.
-async fn answer_within<T>(
-    limit: Duration,
-    to: &str,
-    answer: impl Future<Output = Result<T, SiteError>>,
-) -> Result<T, SiteError> {
-    tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| {
-        let message = format!("the host did not answer to {to} within {} s", limit.as_secs());
-        Err(SiteError::new(ErrorKind::TimedOut, message))
-    })
 }
 
 /// What an agent may take to answer on top of the guest's own time.

@@ -31,7 +31,7 @@ use tokio::sync::Semaphore;
 use crate::{
     plans,
     seeds::{CAME_TO, Seeds, number, run_all, tell},
-    support::log,
+    support::{METHODS, log},
     workflows::finish_journey,
 };
 
@@ -45,37 +45,6 @@ const TRIES: usize = 12;
 
 /// Longer than any policy here keeps points.
 const RETENTION_MAX_MS: i64 = 25 * 3_600_000;
-
-/// Calls that fail now and then, or hang until the next calm.
-const METHODS: [&str; 27] = [
-    "host",
-    "inventory",
-    "vm",
-    "disks",
-    "definition",
-    "power",
-    "start",
-    "start_tracked",
-    "shut_down",
-    "power_off",
-    "begin_capture",
-    "confirm_tracker",
-    "create_recovery_vm",
-    "hydrate",
-    "remove_recovery_vm",
-    "open_staging",
-    "commit_staging",
-    "discard_staging",
-    "restore_state",
-    "create_home_vm",
-    "remove_home_vm",
-    "remove_trackers",
-    "set_autostart",
-    "guest_addresses",
-    "set_guest_address",
-    "abandon_stale_captures",
-    "console",
-];
 
 /// Strikes one step in `one_in`.
 struct RandomFaults {

@@ -1,5 +1,5 @@
-//! Five questions to every step of every workflow: what if it is done twice, fails, the process dies, the database is lost
-//! with it, or somebody cancels?
+//! Six questions to every step of every workflow: what if it is done twice, fails, the process dies, the database is lost
+//! with it, the hosts are away for a moment, or somebody cancels?
 
 use std::sync::{
     Arc,
@@ -11,11 +11,11 @@ use mainstay_control::{
     jobs::{Fault, Faults, job_log},
 };
 use mainstay_model::{Ending, JobId, Operation, Phase, StepState};
-use mainstay_provider::PowerState;
-use mainstay_sim::{Snapshot, World, WorldOptions, simulate};
+use mainstay_provider::{ErrorKind, PowerState};
+use mainstay_sim::{HostFault, SimHypervisor, Snapshot, World, WorldOptions, simulate};
 
 use crate::{
-    support::log,
+    support::{METHODS, log},
     workflows::{VM, Workflow, finish_journey},
 };
 
@@ -118,6 +118,24 @@ enum Disturbance {
     DatabaseRestored,
 }
 
+/// Both hosts are away for a moment when a step begins.
+struct Away {
+    operation: Operation,
+    step: usize,
+    hosts: Vec<SimHypervisor>,
+}
+
+impl Faults for Away {
+    fn fault(&self, job: &JobRecord, step: usize, _: bool) -> Fault {
+        if job.operation == self.operation && step == self.step {
+            for (host, method) in self.hosts.iter().flat_map(|host| METHODS.map(|method| (host, method))) {
+                host.inject(method, HostFault::Fail(ErrorKind::Unavailable), 2);
+            }
+        }
+        Fault::None
+    }
+}
+
 async fn world_before(workflow: Workflow) -> World {
     let world = World::new(WorldOptions::default()).await;
     workflow.prepare(&world).await;
@@ -168,6 +186,20 @@ async fn repeat(workflow: Workflow, step: usize, expected: &Snapshot) {
     assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
     settle_and_check(&world).await;
     assert_eq!(world.snapshot(VM).await, *expected, "{workflow:?}: step {step} was done twice");
+    finish_journey(&world, VM, 0).await;
+}
+
+/// No job fails by that, wherever it meets it.
+async fn be_away(workflow: Workflow, step: usize) {
+    let world = world_before(workflow).await;
+    let hosts: Vec<_> = world.hosts().map(|host| host.hypervisor.clone()).collect();
+    world.set_faults(Some(Arc::new(Away { operation: workflow.operation(), step, hosts })));
+    let job = workflow.begin(&world).await;
+    let ending = world.complete(job.id).await;
+    assert_eq!(ending, Ending::Succeeded, "{workflow:?}, step {step}: {}", world.tell(job.id).await);
+    world.hosts().for_each(|host| host.hypervisor.clear_faults());
+    settle_and_check(&world).await;
+    world.set_faults(None);
     finish_journey(&world, VM, 0).await;
 }
 
@@ -339,13 +371,14 @@ async fn drive_until_over(world: &World, job: JobId) {
     }
 }
 
-async fn five_questions(workflow: Workflow) {
+async fn six_questions(workflow: Workflow) {
     log();
     let (expected, steps, point_of_no_return) = undisturbed(workflow).await;
     for step in 0..steps {
         repeat(workflow, step, &expected).await;
         kill(workflow, step, &expected).await;
         lose(workflow, step, &expected).await;
+        be_away(workflow, step).await;
     }
     let first_final = point_of_no_return.unwrap_or(steps);
     for step in first_final..steps {
@@ -388,18 +421,18 @@ async fn five_questions(workflow: Workflow) {
     finish_journey(&world, VM, 0).await;
 }
 
-macro_rules! five_questions {
+macro_rules! six_questions {
     ($($name:ident: $workflow:ident,)*) => {
         $(
             #[test]
             fn $name() {
-                simulate(|| five_questions(Workflow::$workflow));
+                simulate(|| six_questions(Workflow::$workflow));
             }
         )*
     };
 }
 
-five_questions! {
+six_questions! {
     enable: Enable,
     finalize: Finalize,
     test_failover: TestFailover,

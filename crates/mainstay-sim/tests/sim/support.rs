@@ -14,3 +14,34 @@ pub(crate) async fn codes(world: &World) -> Vec<String> {
     let events = world.ask(|control| async move { control.db.events_after(None, 1000).await.unwrap() }).await;
     events.iter().map(|event| event.code.clone()).collect()
 }
+
+/// The calls of a hypervisor that tests let fail.
+pub(crate) const METHODS: [&str; 27] = [
+    "host",
+    "inventory",
+    "vm",
+    "disks",
+    "definition",
+    "power",
+    "start",
+    "start_tracked",
+    "shut_down",
+    "power_off",
+    "begin_capture",
+    "confirm_tracker",
+    "create_recovery_vm",
+    "hydrate",
+    "remove_recovery_vm",
+    "open_staging",
+    "commit_staging",
+    "discard_staging",
+    "restore_state",
+    "create_home_vm",
+    "remove_home_vm",
+    "remove_trackers",
+    "set_autostart",
+    "guest_addresses",
+    "set_guest_address",
+    "abandon_stale_captures",
+    "console",
+];
