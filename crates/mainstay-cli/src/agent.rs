@@ -8,7 +8,7 @@ use mainstay_agent::{
     AgentConfig, HostOptions, HostSite, Identity, RegistrationKey, ServerLink, records::Records,
 };
 use mainstay_kvm::{
-    KvmHost, KvmOptions,
+    INSTANT_RECOVERY_UNAVAILABLE, KvmHost, KvmOptions,
     libvirt::{mend_statuses, status_directory},
 };
 use mainstay_provider::{
@@ -116,10 +116,13 @@ enum AgentCommand {
         #[arg(long, value_name = "DIR")]
         directory: Option<PathBuf>,
     },
-    /// Says what this host is and what it lacks.
+    /// Says what this host is and what it lacks. The exit code is 1 where that is in the way.
     Doctor {
         #[command(flatten)]
         agent: AgentArguments,
+        /// The host's VMs are only replicated from here: what recovery VMs need is told, and is in nobody's way.
+        #[arg(long)]
+        protected_only: bool,
         /// Prints the facts as JSON.
         #[arg(long)]
         json: bool,
@@ -166,7 +169,9 @@ pub(crate) async fn run(invocation: AgentInvocation) -> anyhow::Result<Exit> {
             }
             Ok(Exit::Done)
         }
-        AgentCommand::Doctor { agent, json } => doctor(&agent.config()?, json).await,
+        AgentCommand::Doctor { agent, protected_only, json } => {
+            doctor(&agent.config()?, protected_only, json).await
+        }
     }
 }
 
@@ -235,7 +240,7 @@ fn host_name() -> anyhow::Result<String> {
     Ok(name.trim().to_owned())
 }
 
-async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
+async fn doctor(config: &AgentConfig, protected_only: bool, json: bool) -> anyhow::Result<Exit> {
     let mut host = match host_facts(config).await {
         Ok(host) => host,
         Err(error) => {
@@ -246,6 +251,9 @@ async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
     };
     if let Some(identity) = Identity::find(&config.data_dir)? {
         host.findings.extend(identity.lapse()?);
+    }
+    if protected_only {
+        host.findings.iter_mut().for_each(excuse);
     }
     if json {
         output::json(&host)?;
@@ -269,6 +277,13 @@ async fn doctor(config: &AgentConfig, json: bool) -> anyhow::Result<Exit> {
     Ok(if is_fit { Exit::Done } else { Exit::Failed })
 }
 
+/// A host that is only protected needs nothing that recovery VMs need.
+fn excuse(finding: &mut Finding) {
+    if finding.code == INSTANT_RECOVERY_UNAVAILABLE {
+        finding.severity = FindingSeverity::Warning;
+    }
+}
+
 async fn host_facts(config: &AgentConfig) -> anyhow::Result<HostFacts> {
     let facts = hypervisor(config)?.host().await;
     facts.map_err(|error| anyhow::anyhow!("{error} {}", error.remedy))
@@ -276,4 +291,22 @@ async fn host_facts(config: &AgentConfig) -> anyhow::Result<HostFacts> {
 
 fn line_of(finding: &Finding) -> String {
     format!("{:?}: {}. {}", finding.severity, finding.message.trim_end_matches('.'), finding.remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_is_only_protected_need_not_be_able_to_run_recovery_vms() {
+        let finding = |code: &str| Finding {
+            code: code.to_owned(),
+            severity: FindingSeverity::Error,
+            message: String::new(),
+            remedy: String::new(),
+        };
+        let mut findings = [finding(INSTANT_RECOVERY_UNAVAILABLE), finding("DirectoryNotWritable")];
+        findings.iter_mut().for_each(excuse);
+        assert_eq!(findings.map(|found| found.severity), [FindingSeverity::Warning, FindingSeverity::Error]);
+    }
 }

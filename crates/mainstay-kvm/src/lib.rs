@@ -40,7 +40,7 @@ use mainstay_provider::{
 use error::While as _;
 use host::Host;
 pub use host::KvmOptions;
-pub use inventory::missing_programs;
+pub use inventory::{INSTANT_RECOVERY_UNAVAILABLE, missing_programs};
 pub use probe::hardware_acceleration;
 pub use xml::{RecoveryMark, recovery_mark};
 

@@ -29,6 +29,9 @@ type Version = (u32, u32);
 /// The programs that the driver starts, with the package that Debian has them in.
 const PROGRAMS: [(&str, &str); 3] = [("qemu-img", "qemu-utils"), ("qemu-nbd", "qemu-utils"), ("tar", "tar")];
 
+/// Code of the finding that no recovery VM can run on a host.
+pub const INSTANT_RECOVERY_UNAVAILABLE: &str = "InstantRecoveryUnavailable";
+
 /// What was seen of a host.
 #[derive(Debug)]
 pub(super) struct Seen<'a> {
@@ -77,7 +80,7 @@ pub(super) fn findings(seen: &Seen<'_>) -> Vec<Finding> {
         let message = format!("this host cannot be a recovery site: {reason}");
         let remedy =
             "Do that, restart libvirt's daemon, then the agent. A host that is only protected needs neither.";
-        findings.push(finding("InstantRecoveryUnavailable", Error, message, remedy));
+        findings.push(finding(INSTANT_RECOVERY_UNAVAILABLE, Error, message, remedy));
     }
     for (directory, key) in [(Some(&seen.vm_dir), "vm_dir"), (seen.run_dir.as_ref(), "run_dir")] {
         let Some(directory) = directory else { continue };

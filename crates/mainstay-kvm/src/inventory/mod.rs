@@ -19,7 +19,7 @@ use crate::host::Host;
 use crate::libvirt::XmlKind;
 use crate::xml::{Domain, DomainDisk};
 pub(crate) use facts::{facts, machines};
-pub use lacks::missing_programs;
+pub use lacks::{INSTANT_RECOVERY_UNAVAILABLE, missing_programs};
 
 /// VMs that are looked at together. libvirt answers in a millisecond, but one VM's disks may be slow.
 const VMS_AT_ONCE: usize = 8;
