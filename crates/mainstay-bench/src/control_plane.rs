@@ -151,6 +151,7 @@ fn discovery(name: &str, vms: Vec<VirtualMachine>) -> Discovery {
             networks: vec![Network { name: "production".to_owned(), kind: NetworkKind::Production }],
         },
         waiting: Vec::new(),
+        generations: Vec::new(),
     }
 }
 

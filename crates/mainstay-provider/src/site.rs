@@ -415,6 +415,9 @@ pub struct Discovery {
     /// copy only the server knows: the host waits for [`AnswerWaiting`].
     #[serde(default)]
     pub waiting: Vec<ItemId>,
+    /// The newest generation that the host has heard of, of each item that it has a record of.
+    #[serde(default)]
+    pub generations: Vec<(ItemId, Generation)>,
 }
 
 /// Answer of [`Examine`].
@@ -446,10 +449,13 @@ pub struct Replicated {
 }
 
 /// Answer of [`StandDown`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoodDown {
     /// Whether a running VM was stopped.
     pub was_stopped: bool,
+    /// The host has heard of a newer generation; nothing was done.
+    #[serde(default)]
+    pub is_overtaken: bool,
 }
 
 /// Answer of [`PrepareHome`].

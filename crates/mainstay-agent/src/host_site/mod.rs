@@ -205,6 +205,7 @@ impl HostSite {
                 host: hypervisor.host().await?,
                 inventory: hypervisor.inventory().await?,
                 waiting: inner.waiting()?,
+                generations: inner.generations()?,
             }),
             SiteOperation::Examine(examine) => {
                 let (host, vm) = (hypervisor.host().await?, hypervisor.vm(examine.vm).await?);
@@ -256,6 +257,7 @@ impl HostSite {
                 answer(&inner.answer_waiting(&order).await?)
             }
             SiteOperation::ShutDownVm(order) => {
+                inner.check_order(order.item, order.generation)?;
                 // An open capture would make the guest's end take a minute (see the KVM driver).
                 inner.stop_work(order.item);
                 let _held = inner.hold_since(order.item, order.generation, &work).await?;
@@ -291,6 +293,7 @@ impl HostSite {
                 answer(&inner.commit_home(&order).await?)
             }
             SiteOperation::DiscardHome(order) => {
+                inner.check_order(order.item, order.generation)?;
                 inner.stop_work(order.item);
                 let _held = inner.hold_since(order.item, order.generation, &work).await?;
                 answer(&inner.discard_home(order.item, order.vm).await?)

@@ -1,6 +1,6 @@
 //! The side that runs the VM: protection and power. Captures and their transfer: [`super::transfer`].
 
-use mainstay_model::{ItemId, VmId};
+use mainstay_model::{Generation, ItemId, VmId};
 use mainstay_provider::{
     AnswerWaiting, ErrorKind, PowerState, Protect, SiteError, StandDown, StoodDown, TrackerId, Unprotect,
 };
@@ -107,6 +107,11 @@ impl Inner {
         Ok(self.records.put_boot(boot)?)
     }
 
+    /// The newest generation that this host has heard of, by item.
+    pub(super) fn generations(&self) -> Result<Vec<(ItemId, Generation)>, SiteError> {
+        Ok(self.records.items()?.into_iter().map(|record| (record.item, record.generation)).collect())
+    }
+
     /// Items whose VM waits for the server's word.
     pub(super) fn waiting(&self) -> Result<Vec<ItemId>, SiteError> {
         let items = self.records.items()?.into_iter();
@@ -135,12 +140,12 @@ impl Inner {
         let Some(mut record) = self.records.item(order.item)? else {
             return match order.vm.filter(|_| order.stop_vm) {
                 Some(vm) => self.stop_old_copy(vm).await,
-                None => Ok(StoodDown { was_stopped: false }),
+                None => Ok(StoodDown::default()),
             };
         };
         if order.generation < record.generation {
             tracing::warn!(item = %order.item, generation = %order.generation, "an overtaken order to stand down");
-            return Ok(StoodDown { was_stopped: false });
+            return Ok(StoodDown { is_overtaken: true, ..StoodDown::default() });
         }
         if order.generation > record.generation || record.is_waiting {
             record.generation = record.generation.max(order.generation);
@@ -148,19 +153,19 @@ impl Inner {
             self.records.put_item(&record)?;
         }
         if !order.stop_vm {
-            return Ok(StoodDown { was_stopped: false });
+            return Ok(StoodDown::default());
         }
         self.stop_old_copy(record.vm).await
     }
 
     async fn stop_old_copy(&self, vm: VmId) -> Result<StoodDown, SiteError> {
         match self.hypervisor.power(vm).await {
-            Ok(PowerState::Off) => Ok(StoodDown { was_stopped: false }),
+            Ok(PowerState::Off) => Ok(StoodDown::default()),
             Ok(_) => {
                 self.hypervisor.power_off(vm).await?;
-                Ok(StoodDown { was_stopped: true })
+                Ok(StoodDown { was_stopped: true, ..StoodDown::default() })
             }
-            Err(error) if error.kind == ErrorKind::NotFound => Ok(StoodDown { was_stopped: false }),
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(StoodDown::default()),
             Err(error) => Err(error),
         }
     }

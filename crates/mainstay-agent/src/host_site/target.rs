@@ -85,9 +85,9 @@ impl Inner {
         if let Some(present) = &present {
             check_generation(present, order.generation)?;
             // Whoever removes a recovery VM forgets it. A server that was set back does not know of this one.
-            if !order.is_test && present.vm != order.vm && present.generation == order.generation {
+            if !order.is_test && present.vm != order.vm {
                 let message =
-                    format!("VM {} is the item's copy of generation {}", present.vm, order.generation);
+                    format!("VM {} is the item's copy of generation {}", present.vm, present.generation);
                 return Err(SiteError::new(ErrorKind::Fenced, message).with_remedy(SET_BACK));
             }
         }

@@ -38,7 +38,7 @@ impl Control {
             StandDown { item: item.id, generation: order.generation, stop_vm: true, vm: Some(order.vm) };
         let stood = async {
             let answer = call(&*site, operation, &NoProgress).await?;
-            if order.is_final {
+            if order.is_final && !answer.is_overtaken {
                 call(
                     &*site,
                     Unprotect { item: item.id, generation: order.generation, is_active: false },
@@ -55,6 +55,17 @@ impl Control {
                 return Ok(());
             }
         };
+        if answer.is_overtaken {
+            // It has become the active side again since, and learnt that; or this server was set back, and does not know it.
+            if self.item(item.id).await?.state.generation == order.generation {
+                let text = format!(
+                    "a host of '{}' knows of a later failover than this server: the server was set back",
+                    item.vm_name
+                );
+                self.record_event(self.item_event(item, "ServerSetBack", Health::Critical, text)).await?;
+            }
+            return self.end_stand_down(item, order).await;
+        }
         // Told before it is done with: after a crash in between the order is given again, and nothing goes untold.
         if order.was_found_running {
             self.note_stopped(item, order.provider, answer.was_stopped).await?;

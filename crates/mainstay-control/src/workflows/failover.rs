@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use mainstay_model::{Generation, Health, PointId};
 use mainstay_provider::{
-    ApplyAddresses, CreateRecoveryVm, Discover, ErrorKind, HostFacts, PowerState, ReadPower,
+    ApplyAddresses, CreateRecoveryVm, Discover, Discovery, ErrorKind, HostFacts, PowerState, ReadPower,
     RemoveRecoveryVm, ShutDownVm, ShutdownOutcome,
 };
 use serde::{Deserialize, Serialize};
@@ -151,6 +151,7 @@ struct Checked {
 pub(super) async fn check_target(step: &StepContext<'_>, item: &ItemRecord) -> Result<(), JobError> {
     let target = step.call(item.recovery_provider, Discover {}, Patience::RESTART).await?;
     check_host(&target.host)?;
+    check_generation(&target, item)?;
     let own = item.recovery_vm.map(|copy| copy.vm);
     let others = || {
         target
@@ -195,6 +196,22 @@ pub(super) async fn check_target(step: &StepContext<'_>, item: &ItemRecord) -> R
         }
     }
     Ok(())
+}
+
+/// Checks that a host has not heard of a failover that this server knows nothing of.
+fn check_generation(host: &Discovery, item: &ItemRecord) -> Result<(), JobError> {
+    let known = host.generations.iter().find(|(id, _)| *id == item.id).map(|(_, generation)| *generation);
+    match known.filter(|known| *known > item.state.generation) {
+        Some(known) => Err(JobError::new(
+            "ServerSetBack",
+            format!(
+                "host '{}' knows of a later failover of '{}' than this server (generation {known}, here {})",
+                host.host.name, item.vm_name, item.state.generation
+            ),
+            "The server and its store were set back to an earlier state. Nothing was changed; see docs/runbooks/lost-server.md.",
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Checks that recovery VMs can run on a host; one that does not say (an agent from before) is taken at its word later.

@@ -1,7 +1,7 @@
 //! Starting VMs and removing them, in steps and in their undoing.
 
 use mainstay_model::{Health, ProviderId, VmId};
-use mainstay_provider::{PowerOffVm, PowerState, ReadPower, RemoveRecoveryVm, SiteError, StartVm};
+use mainstay_provider::{ErrorKind, PowerOffVm, PowerState, ReadPower, RemoveRecoveryVm, SiteError, StartVm};
 
 use crate::{
     ControlError,
@@ -34,21 +34,27 @@ pub(super) async fn start(
     }
 }
 
-/// Starts a VM that a step had stopped. One that does not stay on is told; the undoing goes on, because nothing that is left
-/// of it would help.
+/// Starts a VM that a step had stopped. One that does not stay on is told, and so is a host that refuses because it knows of a
+/// later failover; the undoing goes on, because nothing that is left of it would help.
 pub(super) async fn start_again(
     step: &StepContext<'_>,
     item: &ItemRecord,
     provider: ProviderId,
     vm: VmId,
 ) -> Result<(), JobError> {
-    let power = start_and_look(step, item, provider, vm, Patience::OUTAGE).await?;
-    if power != PowerState::Running {
-        let what = format!("'{}' was started again but is {power:?}; start it by hand", item.vm_name);
-        let event = step.control.item_event(item, "VmNotRunning", Health::Critical, what);
-        step.control.record_event(event).await.map_err(ControlError::from)?;
-    }
-    Ok(())
+    let (code, what) = match start_and_look(step, item, provider, vm, Patience::OUTAGE).await {
+        Ok(PowerState::Running) => return Ok(()),
+        Ok(power) => (
+            "VmNotRunning",
+            format!("'{}' was started again but is {power:?}; start it by hand", item.vm_name),
+        ),
+        Err(error) if error.kind == ErrorKind::Fenced => {
+            ("ServerSetBack", format!("'{}' was not started again: {error}. {}", item.vm_name, error.remedy))
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let event = step.control.item_event(item, code, Health::Critical, what);
+    Ok(step.control.record_event(event).await.map_err(ControlError::from)?)
 }
 
 async fn start_and_look(

@@ -257,6 +257,7 @@ async fn host(control: &Arc<Control>, fabric: &str, vms: Vec<VirtualMachine>) ->
                 ],
             },
             waiting: Vec::new(),
+            generations: Vec::new(),
         }),
         discovered_ms: Some(0),
         public_key: None,

@@ -3,8 +3,12 @@
 use std::sync::Arc;
 
 use mainstay_control::reconcilers::OldCopies;
-use mainstay_model::{Ending, Health, Operation, ProviderId};
-use mainstay_provider::{Hypervisor as _, PowerState};
+use mainstay_model::{Ending, Generation, Health, Operation, ProviderId, VmId};
+use mainstay_provider::{
+    CommitHome, CreateRecoveryVm, DiscardHome, ErrorKind, Hydrate, Hypervisor as _, NoProgress, PowerOffVm,
+    PowerState, RemoveRecoveryVm, ShutDownVm, SiteOperation, StageHome, StandDown, StartVm, StoodDown,
+    VerifyHome, VmDefinition, WhenOff, call,
+};
 use mainstay_replication::{Access, RefusalKind, SessionKind};
 use mainstay_sim::{Host, HostFault, World, WorldOptions, moment, simulate};
 use tokio::sync::Semaphore;
@@ -182,17 +186,27 @@ fn a_server_that_is_set_back_together_with_its_store_starts_and_removes_nothing(
             error.is_some_and(|error| error.code == "Fenced" && error.remedy.contains("set back"))
         };
         world.until("it is told that the hosts know better", is_told).await;
-        // Whatever is asked of it now ends in failure, by what a host says.
-        for operation in [Operation::PlannedFailover, Operation::UnplannedFailover, Operation::Resynchronize]
+        // Nor does the name of the VM that it does not know stand in the way.
+        let mut target = world.item(VM).await.unwrap().target;
+        target.name = "another".to_owned();
+        world.update_target(VM, target).await;
+        // Whatever is asked of it, and however often, ends by what a host says; also where home cannot say anything.
+        let operations = [Operation::PlannedFailover, Operation::UnplannedFailover, Operation::Resynchronize];
+        for (operation, is_cut) in [false, false, true].iter().flat_map(|cut| operations.map(|it| (it, *cut)))
         {
+            if is_cut && operation != Operation::UnplannedFailover {
+                continue;
+            }
+            if is_cut {
+                world.cut(true);
+            }
             let job = world.begin(VM, operation).await.unwrap();
             assert_eq!(world.complete(job.id).await, Ending::Failed, "{operation:?}");
+            let told = world.tell(job.id).await;
+            assert!(told.contains("generation 2"), "{operation:?}: {told}");
+            world.mend(true);
+            assert_eq!(world.item(VM).await.unwrap().state.generation, Generation(1));
         }
-        // Also where home cannot say anything.
-        world.cut(true);
-        let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
-        assert_eq!(world.complete(job.id).await, Ending::Failed, "{}", world.tell(job.id).await);
-        world.mend(true);
         assert_eq!(world.recovery.hypervisor.view(copy).unwrap().power, PowerState::Running);
         assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
         assert!(!world.home.hypervisor.has_started(home, since), "an old copy was started");
@@ -218,11 +232,111 @@ fn a_server_that_is_set_back_into_a_failover_does_not_start_the_source_again() {
         world.write(VM, &[("vda", 6, 2)]).await;
         let (home, copy, since) = (world.home_vm(VM), world.active(VM).await.1, moment());
         world.revert_server(&snapshot).await;
-        assert_eq!(world.complete(job.id).await, Ending::Stuck, "{}", world.tell(job.id).await);
+        assert_eq!(world.complete(job.id).await, Ending::Failed, "{}", world.tell(job.id).await);
         let told = world.tell(job.id).await;
         assert!(told.contains("was overtaken by generation"), "{told}");
+        assert!(codes(&world).await.iter().any(|code| code == "ServerSetBack"));
         assert_eq!(world.recovery.hypervisor.view(copy).unwrap().power, PowerState::Running);
         assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
         assert!(!world.home.hypervisor.has_started(home, since), "an old copy was started");
+    });
+}
+
+#[test]
+fn a_host_refuses_orders_of_a_generation_that_was_overtaken() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let (item, before) =
+            (world.item(VM).await.unwrap().id, world.item(VM).await.unwrap().state.generation);
+        world.run(VM, Operation::UnplannedFailover).await;
+        let (vm, point) =
+            (world.active(VM).await.1, world.item(VM).await.unwrap().recovery_vm.unwrap().point);
+        let create = |vm, generation| CreateRecoveryVm {
+            item,
+            generation,
+            vm,
+            point,
+            name: "another".to_owned(),
+            is_test: false,
+            definition: VmDefinition(Vec::new()),
+            disks: Vec::new(),
+            vcpus: None,
+            memory_bytes: None,
+            nics: Vec::new(),
+            autostart: false,
+        };
+        let generation = before;
+        let orders: Vec<SiteOperation> = vec![
+            StartVm { item, generation, vm }.into(),
+            PowerOffVm { item: Some(item), generation, vm }.into(),
+            ShutDownVm { item, generation, vm, timeout_ms: 1 }.into(),
+            RemoveRecoveryVm { item, generation, vm }.into(),
+            Hydrate { item, generation, vm, when_off: WhenOff::Wait }.into(),
+            StageHome { item, generation, vm, to: point, disks: Vec::new(), full: true }.into(),
+            VerifyHome { item, generation, vm, to: point }.into(),
+            CommitHome { item, vm, generation, to: point, definition: VmDefinition(Vec::new()) }.into(),
+            DiscardHome { item, generation, vm }.into(),
+            create(vm, generation).into(),
+            // A second recovery VM beside the one that the host has, in whatever generation.
+            create(VmId(uuid::Uuid::from_u128(9)), generation.next()).into(),
+            create(VmId(uuid::Uuid::from_u128(9)), generation.next().next()).into(),
+        ];
+        let recovery = world.recovery.provider;
+        for order in orders {
+            let said = format!("{order:?}");
+            let answer = world
+                .ask(move |control| async move {
+                    control.sites.get(recovery).unwrap().perform(order, &NoProgress).await
+                })
+                .await;
+            assert_eq!(answer.unwrap_err().kind, ErrorKind::Fenced, "{said}");
+        }
+        // One to stand down is no refusal, but an answer: whoever gave it must not go on as if it had been obeyed.
+        let order = StandDown { item, generation, stop_vm: true, vm: Some(vm) };
+        let answer = world
+            .ask(move |control| async move {
+                call(&*control.sites.get(recovery).unwrap(), order, &NoProgress).await
+            })
+            .await;
+        assert_eq!(answer, Ok(StoodDown { was_stopped: false, is_overtaken: true }));
+        assert_eq!(world.recovery.hypervisor.view(vm).unwrap().power, PowerState::Running);
+        world.settle().await;
+        world.check().await;
+    });
+}
+
+/// The VM has come home since, so that only home knows better. It runs, and goes on running.
+#[test]
+fn a_server_that_is_set_back_to_before_a_failback_stops_nothing_at_home() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let snapshot = world.take_server_snapshot().await;
+        for operation in [
+            Operation::UnplannedFailover,
+            Operation::Commit,
+            Operation::Failback,
+            Operation::Commit,
+            Operation::ReverseReplicate,
+        ] {
+            world.run(VM, operation).await;
+        }
+        world.revert_server(&snapshot).await;
+        for operation in [Operation::UnplannedFailover, Operation::PlannedFailover] {
+            let job = world.begin(VM, operation).await.unwrap();
+            assert_eq!(world.complete(job.id).await, Ending::Failed, "{operation:?}");
+            let told = world.tell(job.id).await;
+            assert!(told.contains("was overtaken by generation"), "{operation:?}: {told}");
+        }
+        let home = world.home.hypervisor.view(world.home_vm(VM)).unwrap();
+        assert_eq!(home.power, PowerState::Running);
+        assert_eq!(world.recovery.hypervisor.views().len(), 0, "a recovery VM was made");
+        // Replication could be disabled, and enabled anew.
+        world.run(VM, Operation::DisableProtection).await;
+        world.protect(VM).await;
+        world.check().await;
     });
 }
