@@ -166,7 +166,12 @@ impl Inner {
         work: &Work,
     ) -> Result<Sliced, SiteError> {
         let sizes = self.disk_sizes(record).await?;
-        let (tables, are_known) = self.tables_at(record, &sizes, slice.parent, work).await?;
+        let tables = self.tables_at(record, &sizes, slice.parent, work).await;
+        let (tables, are_known) = tables.map_err(|error| match error.kind {
+            // It was the head when this began. A transfer that was broken off has become the head since, and this one has expired.
+            ErrorKind::NotFound => SiteError::new(ErrorKind::Unavailable, error.message),
+            _ => error,
+        })?;
         self.settle_base(record, slice.parent)?;
 
         let base = record

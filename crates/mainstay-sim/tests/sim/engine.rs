@@ -246,11 +246,22 @@ fn a_resynchronization_is_not_in_the_way_of_the_cycle_before_it() {
         log();
         let world = World::new(WorldOptions::default()).await;
         world.protect(VM).await;
-        for delay in 0..120 {
+        let item = world.item(VM).await.unwrap().id;
+        for delay in 0..240 {
             world.write(VM, &[("vda", 9, delay)]).await;
-            world.clock.advance_ms(5_000);
+            // So late that the point which the next transfer has chosen may have expired as well.
+            let hours = if delay % 2 == 0 { 0 } else { 30 };
+            world.clock.advance_ms(5_000 + hours * 3_600_000);
+            // As an agent that has lost its tables, and must read what they say of that point.
+            let tables = world.home.data_dir.join("items").join(item.to_string());
+            for entry in std::fs::read_dir(tables).unwrap() {
+                let path = entry.unwrap().path();
+                if path.extension().is_some_and(|extension| extension == "hashes") {
+                    std::fs::remove_file(path).unwrap();
+                }
+            }
             world.control().changed.notify_waiters();
-            tokio::time::sleep(Duration::from_millis(u64::from(delay) / 2)).await;
+            tokio::time::sleep(Duration::from_millis(u64::from(delay) / 4)).await;
             let job = world.begin(VM, Operation::Resynchronize).await.unwrap();
             assert_eq!(
                 world.end(job.id).await,
