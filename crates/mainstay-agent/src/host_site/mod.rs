@@ -201,12 +201,20 @@ impl HostSite {
         let inner = &self.inner;
         let hypervisor = &inner.hypervisor;
         match operation {
-            SiteOperation::Discover(_) => answer(&Discovery {
-                host: hypervisor.host().await?,
-                inventory: hypervisor.inventory().await?,
-                waiting: inner.waiting()?,
-                generations: inner.generations()?,
-            }),
+            SiteOperation::Discover(_) => {
+                let (host, inventory) = (hypervisor.host().await?, hypervisor.inventory().await?);
+                let records = inner.records.items()?;
+                answer(&Discovery {
+                    host,
+                    inventory,
+                    waiting: records
+                        .iter()
+                        .filter(|record| record.is_waiting)
+                        .map(|record| record.item)
+                        .collect(),
+                    generations: records.iter().map(|record| (record.item, record.generation)).collect(),
+                })
+            }
             SiteOperation::Examine(examine) => {
                 let (host, vm) = (hypervisor.host().await?, hypervisor.vm(examine.vm).await?);
                 // Where something is wrong with the VM, an image that is away perhaps, that is to be told.

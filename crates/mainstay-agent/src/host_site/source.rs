@@ -1,6 +1,6 @@
 //! The side that runs the VM: protection and power. Captures and their transfer: [`super::transfer`].
 
-use mainstay_model::{Generation, ItemId, VmId};
+use mainstay_model::{ItemId, VmId};
 use mainstay_provider::{
     AnswerWaiting, ErrorKind, PowerState, Protect, SiteError, StandDown, StoodDown, TrackerId, Unprotect,
 };
@@ -105,17 +105,6 @@ impl Inner {
             }
         }
         Ok(self.records.put_boot(boot)?)
-    }
-
-    /// The newest generation that this host has heard of, by item.
-    pub(super) fn generations(&self) -> Result<Vec<(ItemId, Generation)>, SiteError> {
-        Ok(self.records.items()?.into_iter().map(|record| (record.item, record.generation)).collect())
-    }
-
-    /// Items whose VM waits for the server's word.
-    pub(super) fn waiting(&self) -> Result<Vec<ItemId>, SiteError> {
-        let items = self.records.items()?.into_iter();
-        Ok(items.filter(|record| record.is_waiting).map(|record| record.item).collect())
     }
 
     pub(super) async fn answer_waiting(&self, order: &AnswerWaiting) -> Result<(), SiteError> {

@@ -162,6 +162,14 @@ fn recovery_points_come_from_the_active_side_alone_whatever_a_host_says() {
     });
 }
 
+/// The recovery VM runs on, and nothing has started the old copy at home since then.
+fn check_copies_as_they_were(world: &World, copy: VmId, since: u64) {
+    let home = world.home_vm(VM);
+    assert_eq!(world.recovery.hypervisor.view(copy).unwrap().power, PowerState::Running);
+    assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
+    assert!(!world.home.hypervisor.has_started(home, since), "an old copy was started");
+}
+
 /// What the server's machine knew before a failover is all that it knows after its snapshot was taken back: neither its database
 /// nor its store have heard of the failover, and only the hosts know better.
 #[test]
@@ -176,7 +184,7 @@ fn a_server_that_is_set_back_together_with_its_store_starts_and_removes_nothing(
         let since = moment();
         world.run(VM, Operation::UnplannedFailover).await;
         world.write(VM, &[("vda", 6, 2)]).await;
-        let (home, copy) = (world.home_vm(VM), world.active(VM).await.1);
+        let copy = world.active(VM).await.1;
         world.revert_server(&snapshot).await;
         let is_told = async |world: &World| {
             world.clock.advance_ms(5_000);
@@ -192,11 +200,8 @@ fn a_server_that_is_set_back_together_with_its_store_starts_and_removes_nothing(
         world.update_target(VM, target).await;
         // Whatever is asked of it, and however often, ends by what a host says; also where home cannot say anything.
         let operations = [Operation::PlannedFailover, Operation::UnplannedFailover, Operation::Resynchronize];
-        for (operation, is_cut) in [false, false, true].iter().flat_map(|cut| operations.map(|it| (it, *cut)))
-        {
-            if is_cut && operation != Operation::UnplannedFailover {
-                continue;
-            }
+        let answered = operations.into_iter().chain(operations).map(|operation| (operation, false));
+        for (operation, is_cut) in answered.chain([(Operation::UnplannedFailover, true)]) {
             if is_cut {
                 world.cut(true);
             }
@@ -207,9 +212,7 @@ fn a_server_that_is_set_back_together_with_its_store_starts_and_removes_nothing(
             world.mend(true);
             assert_eq!(world.item(VM).await.unwrap().state.generation, Generation(1));
         }
-        assert_eq!(world.recovery.hypervisor.view(copy).unwrap().power, PowerState::Running);
-        assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
-        assert!(!world.home.hypervisor.has_started(home, since), "an old copy was started");
+        check_copies_as_they_were(&world, copy, since);
     });
 }
 
@@ -230,15 +233,13 @@ fn a_server_that_is_set_back_into_a_failover_does_not_start_the_source_again() {
         assert_eq!(world.complete(job.id).await, Ending::Succeeded);
         world.settle().await;
         world.write(VM, &[("vda", 6, 2)]).await;
-        let (home, copy, since) = (world.home_vm(VM), world.active(VM).await.1, moment());
+        let (copy, since) = (world.active(VM).await.1, moment());
         world.revert_server(&snapshot).await;
         assert_eq!(world.complete(job.id).await, Ending::Failed, "{}", world.tell(job.id).await);
         let told = world.tell(job.id).await;
         assert!(told.contains("was overtaken by generation"), "{told}");
         assert!(codes(&world).await.iter().any(|code| code == "ServerSetBack"));
-        assert_eq!(world.recovery.hypervisor.view(copy).unwrap().power, PowerState::Running);
-        assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
-        assert!(!world.home.hypervisor.has_started(home, since), "an old copy was started");
+        check_copies_as_they_were(&world, copy, since);
     });
 }
 
