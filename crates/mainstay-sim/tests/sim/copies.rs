@@ -341,3 +341,66 @@ fn a_server_that_is_set_back_to_before_a_failback_stops_nothing_at_home() {
         world.check().await;
     });
 }
+
+/// The VM has come back to a host that was to let go of it. What the server still has of that order is older than the return.
+#[test]
+fn a_server_that_is_set_back_to_before_a_return_leaves_the_host_its_records() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions { has_spare: true, ..WorldOptions::default() }).await;
+        world.protect(VM).await;
+        let (home, spare) = (world.home.provider, world.spare.as_ref().unwrap().provider);
+        let return_to = async |world: &World, host| {
+            let job = world.fail_back_to(VM, true, Some(host)).await.unwrap();
+            assert_eq!(world.complete(job.id).await, Ending::Succeeded, "{}", world.tell(job.id).await);
+            world.run(VM, Operation::Commit).await;
+        };
+        world.cut(true);
+        world.run(VM, Operation::UnplannedFailover).await;
+        world.run(VM, Operation::Commit).await;
+        return_to(&world, spare).await;
+        let ordered = world.item(VM).await.unwrap().stand_downs;
+        assert!(ordered.iter().any(|order| order.provider == home && order.is_final), "{ordered:?}");
+        let snapshot = world.take_server_snapshot().await;
+        world.mend(true);
+        let has_let_go = async |world: &World| world.item(VM).await.unwrap().stand_downs.is_empty();
+        world.until("the old host has let go", has_let_go).await;
+        for operation in [Operation::ReverseReplicate, Operation::PlannedFailover, Operation::Commit] {
+            world.run(VM, operation).await;
+        }
+        return_to(&world, home).await;
+        let vm = world.active(VM).await.1;
+        let records = || std::fs::read_dir(world.home.data_dir.join("items")).unwrap().count();
+        assert_eq!(records(), 1);
+        world.revert_server(&snapshot).await;
+        let is_told = async |world: &World| codes(world).await.iter().any(|code| code == "ServerSetBack");
+        world.until("it is told that the server was set back", is_told).await;
+        world.until("the order is done with", has_let_go).await;
+        let records = std::fs::read_dir(world.home.data_dir.join("items")).unwrap().count();
+        assert_eq!(records, 1, "the host has lost the record of the VM that lives there");
+        assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Running);
+    });
+}
+
+/// It knows of a failover that this server does not, at whichever step it says so: what follows would be a second one.
+#[test]
+fn an_unplanned_failover_ends_where_its_source_knows_of_a_later_one() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        for method in ["shut_down", "begin_capture"] {
+            world.home.hypervisor.inject(method, HostFault::Fail(ErrorKind::Fenced), 1);
+            let job = world.begin(VM, Operation::UnplannedFailover).await.unwrap();
+            assert_eq!(world.complete(job.id).await, Ending::Failed, "{method}");
+            let told = world.tell(job.id).await;
+            assert!(told.contains(&format!("{method}: an injected fault")), "{told}");
+            let (host, vm) = world.active(VM).await;
+            assert_eq!(host.provider, world.home.provider, "{method}");
+            assert_eq!(host.hypervisor.view(vm).unwrap().power, PowerState::Running, "{method}");
+            assert!(world.recovery.hypervisor.views().is_empty(), "{method}: a recovery VM was made");
+            world.settle().await;
+            world.check().await;
+        }
+    });
+}
