@@ -202,6 +202,8 @@ impl Killer<'_> {
     }
 
     async fn write_content(&self) -> Result<()> {
+        // A VM that was killed while protection was enabled boots still.
+        self.whole_at(HOME).await?;
         let (site, vm) = self.lab.vm(&self.vm, LedgerCopy::Active).await?;
         ledger::write_random(site, vm, "content", CONTENT_MIB).await?;
         let now_ms = jiff::Timestamp::now().as_millisecond();

@@ -70,9 +70,14 @@ impl From<LibvirtError> for SiteError {
     }
 }
 
-/// What libvirt (11.3) says of a QEMU that is gone and has said nothing itself. Where it has, that follows behind a colon.
-const GONE: [&str; 3] =
-    ["process exited while connecting to monitor", "guest unexpectedly quit", "domain is no longer running"];
+/// What libvirt (11.3) says of a QEMU that is gone and has said nothing itself. Where it has, that follows behind a colon. The last
+/// is what it says of one that was there a moment ago: nothing is asked of a QEMU whose VM was not seen running.
+const GONE: [&str; 4] = [
+    "process exited while connecting to monitor",
+    "guest unexpectedly quit",
+    "domain is no longer running",
+    "domain is not running",
+];
 
 /// What it says when QEMU goes while it is being asked; the system's word for it follows. QEMU itself says nothing there.
 const CUT_OFF: [&str; 4] = [
@@ -102,6 +107,7 @@ mod tests {
             "internal error: QEMU unexpectedly closed the monitor (vm='web')",
             "internal error: process exited while connecting to monitor",
             "operation failed: domain is no longer running",
+            "Requested operation is not valid: domain is not running",
         ] {
             assert_eq!(kind(killed), ErrorKind::Unavailable, "{killed}");
             assert_eq!(
