@@ -223,6 +223,7 @@ fn item(number: usize, primary_provider: ProviderId, recovery_provider: Provider
         failover: None,
         stand_downs: Vec::new(),
         old_copy: None,
+        not_started: None,
         scrub: ScrubRecord::default(),
         replication: ReplicationRecord {
             last_point: Some(PointId(Uuid::new_v4())),

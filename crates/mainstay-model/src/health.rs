@@ -32,6 +32,8 @@ pub struct Evidence {
     pub is_newest_damaged: bool,
     /// Whether a copy runs that is not the active one.
     pub is_old_copy_running: bool,
+    /// Why the active copy, off since its host's boot, could not be started.
+    pub not_started: Option<String>,
 }
 
 /// Why a replication cycle failed.
@@ -91,6 +93,18 @@ pub fn replication_health(
                 .to_owned(),
             recommended_action:
                 "Shut that copy down; with `old_copies = \"stop\"` the server does it itself.".to_owned(),
+        });
+    }
+    if let Some(why) = &evidence.not_started {
+        errors.push(HealthError {
+            code: "StartAfterBootFailed".to_owned(),
+            level: Health::Critical,
+            message: format!("The VM is off since its host's boot: {why}"),
+            possible_causes:
+                "What it needs is not there: a network, a disk, memory; or it runs on another host."
+                    .to_owned(),
+            recommended_action:
+                "Put that right: it is tried again every half minute. Or start the VM by hand.".to_owned(),
         });
     }
     if !state.phase.is_replicating() {

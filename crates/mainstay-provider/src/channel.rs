@@ -99,9 +99,18 @@ async fn write_message<W: AsyncWrite + Unpin>(
 }
 
 async fn read_message<R: AsyncRead + Unpin, M: DeserializeOwned>(reader: &mut R) -> std::io::Result<M> {
-    let length = timeout(SILENCE_MAX, reader.read_u32()).await.map_err(|_| {
-        std::io::Error::new(std::io::ErrorKind::TimedOut, "the peer has been silent for too long")
-    })??;
+    let length = timeout(SILENCE_MAX, reader.read_u32())
+        .await
+        .map_err(|_| {
+            std::io::Error::new(std::io::ErrorKind::TimedOut, "the peer has been silent for too long")
+        })?
+        // A peer that was killed sends no farewell, and TLS has words for that which help nobody.
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                std::io::Error::new(error.kind(), "the peer closed the connection")
+            }
+            _ => error,
+        })?;
     if length > MESSAGE_BYTES_MAX {
         let text = format!("a message of {length} bytes is too large");
         return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, text));

@@ -123,6 +123,7 @@ impl Control {
             failover: None,
             stand_downs: Vec::new(),
             old_copy: None,
+            not_started: None,
             scrub: ScrubRecord::default(),
             replication: ReplicationRecord::default(),
             created_ms: self.clock.now_ms(),
@@ -428,6 +429,11 @@ impl Control {
             is_agent_connected: self.sites.is_connected(item.primary_provider),
             damaged_points: item.scrub.damaged_points.len(),
             is_old_copy_running: item.old_copy.is_some(),
+            not_started: item
+                .not_started
+                .as_ref()
+                .filter(|(host, _)| *host == item.active_provider())
+                .map(|(_, why)| why.clone()),
             is_newest_damaged: item
                 .replication
                 .last_point

@@ -141,6 +141,7 @@ mod tests {
             failover: None,
             stand_downs: Vec::new(),
             old_copy: None,
+            not_started: None,
             scrub: ScrubRecord::default(),
             replication: ReplicationRecord::default(),
             created_ms: 0,

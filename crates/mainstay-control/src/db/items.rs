@@ -57,6 +57,9 @@ pub struct ItemRecord {
     /// The host on which a copy that is not the active one runs, where such a copy is reported and not stopped.
     #[serde(default)]
     pub old_copy: Option<ProviderId>,
+    /// The host that has booted and could not start the VM, and why.
+    #[serde(default)]
+    pub not_started: Option<(ProviderId, String)>,
     /// How replication goes.
     pub replication: ReplicationRecord,
     /// What was found when its replica was read through.

@@ -64,48 +64,62 @@ impl Control {
             }
             let may_start = item.active_provider() == provider;
             // One of the two is older, and starting it makes it the one that is replicated.
-            if may_start && let Some(other) = self.host_that_runs(&item, provider).await? {
-                if has_arrived {
-                    let text = format!(
-                        "'{}' was not started after its host's boot: it runs on '{other}'",
-                        item.vm_name
-                    );
-                    let event = self.item_event(&item, "StartAfterBootFailed", Health::Critical, text);
-                    self.record_event(event).await?;
+            let elsewhere = if may_start { self.host_that_runs(&item, provider).await? } else { None };
+            let answered = match elsewhere {
+                Some(other) => Err(format!("it runs on '{other}'")),
+                None => {
+                    let answer = AnswerWaiting { item: *id, generation: item.state.generation, may_start };
+                    let site = self.sites.get(provider)?;
+                    let answered = call(&*site, answer, &NoProgress);
+                    let answered =
+                        answer_within(ANSWER_MAX, "the word whether a VM may start", answered).await;
+                    answered.map_err(|error| error.to_string())
                 }
-                continue;
-            }
-            let answer = AnswerWaiting { item: *id, generation: item.state.generation, may_start };
-            let site = self.sites.get(provider)?;
-            let (code, severity, text) = match answer_within(
-                ANSWER_MAX,
-                "the word whether a VM may start",
-                call(&*site, answer, &NoProgress),
-            )
-            .await
-            {
-                Ok(()) if may_start => {
-                    ("StartedAfterBoot", Health::Normal, "was started after its host's boot".to_owned())
-                }
-                Ok(()) => (
-                    "NotStartedAfterBoot",
-                    Health::Warning,
-                    "was not started after its host's boot: another copy is the active one".to_owned(),
-                ),
-                Err(error) if !has_arrived => {
-                    tracing::warn!(item = %id, %error, "a VM could not be started after its host's boot");
-                    continue;
-                }
-                Err(error) => (
-                    "StartAfterBootFailed",
-                    Health::Critical,
-                    format!("could not be started after its host's boot: {error}"),
-                ),
             };
-            let text = format!("'{}' {text}", item.vm_name);
-            self.record_event(self.item_event(&item, code, severity, text)).await?;
+            let (code, severity, text) = match &answered {
+                Ok(()) if may_start => ("StartedAfterBoot", Health::Normal, String::new()),
+                Ok(()) => {
+                    let why = "another copy is the active one".to_owned();
+                    ("NotStartedAfterBoot", Health::Warning, why)
+                }
+                Err(why) => {
+                    tracing::warn!(item = %id, why, "a VM was not started after its host's boot");
+                    ("StartAfterBootFailed", Health::Critical, why.clone())
+                }
+            };
+            if answered.is_ok() || has_arrived {
+                let was = if code == "StartedAfterBoot" { "was" } else { "was not" };
+                let why = if text.is_empty() { text } else { format!(": {text}") };
+                let text = format!("'{}' {was} started after its host's boot{why}", item.vm_name);
+                self.record_event(self.item_event(&item, code, severity, text)).await?;
+            }
+            self.note_not_started(&item, answered.err().map(|why| (provider, why))).await?;
+        }
+        // Whom its administrator has started, or whose host has lost its records, does not wait any more.
+        for item in self.db.items().await?.iter() {
+            if item.not_started.as_ref().is_some_and(|(host, _)| *host == provider)
+                && !waiting.contains(&item.id)
+            {
+                self.note_not_started(item, None).await?;
+            }
         }
         Ok(())
+    }
+
+    async fn note_not_started(
+        &self,
+        item: &ItemRecord,
+        why: Option<(ProviderId, String)>,
+    ) -> Result<(), ControlError> {
+        if item.not_started == why {
+            return Ok(());
+        }
+        self.change_item(item.id, |item| {
+            item.not_started = why;
+            Ok(())
+        })
+        .await
+        .map(drop)
     }
 
     /// Another host of the protected site that runs the home VM, as far as is known.

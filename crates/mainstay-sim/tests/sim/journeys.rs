@@ -347,6 +347,66 @@ fn the_active_copy_is_not_taken_for_an_old_one() {
     });
 }
 
+/// Its network may come up later than its host, or never.
+#[test]
+fn the_health_says_that_a_vm_is_off_since_its_hosts_boot() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.home.hypervisor.inject("start", HostFault::Fail(ErrorKind::Failed), 100);
+        world.reboot(true).await;
+        let says = async |world: &World, code: &str| {
+            world.clock.advance_ms(31_000);
+            world.control().changed.notify_waiters();
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            let errors = world
+                .ask(|control| async move {
+                    let item = control.db.items().await.unwrap()[0].clone();
+                    control.item_health(&item).await.unwrap().1
+                })
+                .await;
+            errors.iter().any(|error| error.code == code && error.message.contains("an injected fault"))
+        };
+        world.until("its health says so", async |world| says(world, "StartAfterBootFailed").await).await;
+        // Not after a failover, whatever its old host could not do.
+        world.cut(true);
+        world.run(VM, Operation::UnplannedFailover).await;
+        assert!(!says(&world, "StartAfterBootFailed").await);
+        world.home.hypervisor.clear_faults();
+        world.mend(true);
+        let is_forgotten = async |world: &World| world.item(VM).await.unwrap().not_started.is_none();
+        world.until("the old host has been answered", is_forgotten).await;
+        let home = world.home_vm(VM);
+        assert_eq!(world.home.hypervisor.view(home).unwrap().power, PowerState::Off);
+        world.settle().await;
+        world.check().await;
+    });
+}
+
+#[test]
+fn a_vm_that_its_administrator_starts_after_a_boot_is_well_again() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.home.hypervisor.inject("start", HostFault::Fail(ErrorKind::Failed), 100);
+        world.reboot(true).await;
+        let is_noted = async |world: &World, is: bool| {
+            world.clock.advance_ms(31_000);
+            world.control().changed.notify_waiters();
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            world.item(VM).await.unwrap().not_started.is_some() == is
+        };
+        world.until("it is noted", async |world| is_noted(world, true).await).await;
+        world.home.hypervisor.start_by_hand(world.home_vm(VM)).await.unwrap();
+        world.home.hypervisor.clear_faults();
+        world.until("it is well", async |world| is_noted(world, false).await).await;
+        world.settle().await;
+        world.check().await;
+    });
+}
+
 /// The recovery VM is off and its disks are still in the store, which is about to forget them.
 #[test]
 fn disabling_waits_for_the_disks_of_a_vm_that_is_off() {
