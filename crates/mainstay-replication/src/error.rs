@@ -65,7 +65,7 @@ pub enum ReplicationError {
     Protocol(&'static str),
     /// The connection failed.
     #[error("connection")]
-    Connection(#[from] std::io::Error),
+    Connection(#[source] std::io::Error),
     /// The server lost the session again and again.
     #[error("the server lost the session {0} times")]
     SessionLost(u32),
@@ -93,6 +93,18 @@ pub enum ReplicationError {
     /// A task of ours ended unexpectedly.
     #[error("internal task failed: {0}")]
     Internal(String),
+}
+
+impl From<std::io::Error> for ReplicationError {
+    fn from(error: std::io::Error) -> Self {
+        // A peer that was killed sends no farewell, and TLS has words for that which help nobody.
+        Self::Connection(match error.kind() {
+            kind @ std::io::ErrorKind::UnexpectedEof => {
+                std::io::Error::new(kind, "the peer closed the connection")
+            }
+            _ => error,
+        })
+    }
 }
 
 impl ReplicationError {

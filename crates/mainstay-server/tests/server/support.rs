@@ -206,6 +206,7 @@ pub(crate) async fn seed(control: &Arc<Control>) -> Seed {
         failover: None,
         stand_downs: Vec::new(),
         old_copy: None,
+        not_started: None,
         scrub: mainstay_control::db::ScrubRecord::default(),
         replication: mainstay_control::db::ReplicationRecord::default(),
         created_ms: 0,
