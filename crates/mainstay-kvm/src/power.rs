@@ -218,6 +218,7 @@ mod tests {
         }
         assert_eq!(kind(PowerState::Paused, Ok(()), false), None);
         assert_eq!(kind(PowerState::Paused, Ok(()), true), Some(Err(ErrorKind::Failed)));
-        assert_eq!(kind(PowerState::Paused, gone(), true), Some(Err(ErrorKind::Failed)));
+        let refused = Err(LibvirtError::new(1, "internal error: unable to execute QEMU command 'cont'"));
+        assert_eq!(kind(PowerState::Paused, refused, true), Some(Err(ErrorKind::Failed)));
     }
 }
