@@ -79,6 +79,13 @@ pub(crate) fn write_secret(path: &Path, text: &str) -> Result<(), AuthorityError
     write_private(path, text.as_bytes()).map_err(file_error(path))
 }
 
+/// Who signed it is told in each certificate: clients that check by RFC 5280 strictly, as Python does since 3.13, ask for it.
+fn signed_params() -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.use_authority_key_identifier_extension = true;
+    params
+}
+
 fn validity(params: &mut CertificateParams, now: OffsetDateTime, days: i64) {
     params.not_before = now - Duration::days(CLOCK_SLACK_DAYS);
     params.not_after = now + Duration::days(days);
@@ -123,7 +130,7 @@ impl Authority {
     /// Signs an agent's request: only its public key is taken from it.
     pub fn sign_agent(&self, request_pem: &str, provider: ProviderId) -> Result<String, AuthorityError> {
         let request = CertificateSigningRequestParams::from_pem(request_pem)?;
-        let mut params = CertificateParams::default();
+        let mut params = signed_params();
         params.distinguished_name.push(DnType::CommonName, provider.to_string());
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -138,7 +145,7 @@ impl Authority {
         now: OffsetDateTime,
     ) -> Result<CertifiedKey, AuthorityError> {
         let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
+        let mut params = signed_params();
         params.distinguished_name.push(DnType::CommonName, "Mainstay server");
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         for name in names {

@@ -362,3 +362,30 @@ async fn an_address_that_fails_too_often_waits_and_good_tokens_of_it_do_not() {
     assert_eq!(server.status("wrong").await, 401);
     server.running.stop().await;
 }
+
+/// Checks the server's certificate as Python does by itself since 3.13, so that other versions look as closely.
+const STRICT_CLIENT: &str = "
+import socket, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[1])
+context.verify_flags |= ssl.VERIFY_X509_STRICT
+with socket.create_connection(('127.0.0.1', int(sys.argv[2]))) as plain:
+    with context.wrap_socket(plain, server_hostname='127.0.0.1') as secured:
+        print(secured.version())
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_checks_certificates_strictly_trusts_the_server() {
+    let server = Server::start(Arc::new(SystemClock)).await;
+    let authority = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&authority, &server.authority_pem).unwrap();
+    let connected = tokio::process::Command::new("python3")
+        .args(["-c", STRICT_CLIENT])
+        .arg(authority.path())
+        .arg(server.running.api_address.port().to_string())
+        .output()
+        .await
+        .unwrap();
+    let (said, wrong) =
+        (String::from_utf8_lossy(&connected.stdout), String::from_utf8_lossy(&connected.stderr));
+    assert!(connected.status.success() && said.starts_with("TLS"), "{said}{wrong}");
+}
