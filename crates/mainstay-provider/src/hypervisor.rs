@@ -79,7 +79,8 @@ pub trait Hypervisor: Send + Sync {
     async fn confirm_tracker(&self, vm: VmId, tracker: &TrackerId) -> Result<(), SiteError>;
 
     /// Ends captures that a previous run of the agent left open and thaws what it left frozen. Called
-    /// at start, before anything else; returns the VMs that were concerned.
+    /// at start, before anything else; returns the VMs that were concerned. After an error the driver pursues what is left,
+    /// and a capture that is begun meanwhile ends the one before it: nobody calls again.
     async fn abandon_stale_captures(&self) -> Result<Vec<VmId>, SiteError>;
 
     /// Removes every trace of ours from the VM: trackers, exports, run files.

@@ -101,7 +101,7 @@ impl SimHypervisor {
         let bases = self.bases(vm).await?;
         let mut state = self.lock();
         let machine = state.machine(vm)?;
-        if !machine.captures.is_empty() {
+        if machine.has_capture() {
             return Err(SiteError::new(ErrorKind::Busy, format!("a capture of VM {vm} is open")));
         }
         let indices = request.disks.iter().map(|key| machine.disk(key)).collect::<Result<Vec<_>, _>>()?;

@@ -56,6 +56,8 @@ pub(super) struct Machine {
     pub(super) trackers: HashMap<TrackerId, Vec<BTreeSet<u64>>>,
     /// Open captures; false once the capture's view is gone.
     pub(super) captures: HashMap<CaptureId, Arc<AtomicBool>>,
+    /// Whether they are an earlier agent's, and their end is pursued.
+    pub(super) are_captures_stale: bool,
     pub(super) staging: Option<StagingArea>,
     /// Whether it was made for a failback that has not filled it yet.
     pub(super) is_made: bool,
@@ -161,9 +163,18 @@ impl Machine {
 
     /// The process that ran the VM is gone, and with it every open view.
     pub(super) fn end_captures(&mut self) {
+        self.are_captures_stale = false;
         for (_, is_alive) in self.captures.drain() {
             is_alive.store(false, Ordering::SeqCst);
         }
+    }
+
+    /// Whether somebody has a capture open. What an earlier agent left, and what could not be ended then, has ended meanwhile.
+    pub(super) fn has_capture(&mut self) -> bool {
+        if self.are_captures_stale {
+            self.end_captures();
+        }
+        !self.captures.is_empty()
     }
 
     pub(super) fn all_blocks(&self, disk: usize) -> u64 {

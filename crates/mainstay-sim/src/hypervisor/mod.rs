@@ -209,6 +209,7 @@ impl SimHypervisor {
             detached: Vec::new(),
             trackers: HashMap::new(),
             captures: HashMap::new(),
+            are_captures_stale: false,
             staging: None,
             is_made: false,
             started_from: None,
@@ -394,7 +395,7 @@ impl SimHypervisor {
             if machine.staging.is_some() {
                 return Err(SiteError::new(ErrorKind::Refused, format!("'{}' is staged", machine.name)));
             }
-            if !machine.captures.is_empty() {
+            if machine.has_capture() {
                 return Err(SiteError::new(ErrorKind::Busy, "a capture of the VM is open"));
             }
             if machine.power == PowerState::Off {
@@ -513,7 +514,7 @@ impl Hypervisor for SimHypervisor {
             if machine.power == PowerState::Off {
                 return Ok(ShutdownOutcome::Off);
             }
-            if !machine.captures.is_empty() {
+            if machine.has_capture() {
                 return Err(SiteError::new(ErrorKind::Busy, "a capture of the VM is open"));
             }
             if refuses {
@@ -562,7 +563,11 @@ impl Hypervisor for SimHypervisor {
             }
             Ok(concerned)
         };
-        self.inner.faults.around("abandon_stale_captures", abandon).await
+        let abandoned = self.inner.faults.around("abandon_stale_captures", abandon).await;
+        if abandoned.is_err() {
+            self.lock().vms.values_mut().for_each(|machine| machine.are_captures_stale = true);
+        }
+        abandoned
     }
 
     async fn remove_trackers(&self, vm: VmId) -> Result<(), SiteError> {

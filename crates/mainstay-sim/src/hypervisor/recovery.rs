@@ -130,6 +130,7 @@ impl SimHypervisor {
             detached: Vec::new(),
             trackers: std::collections::HashMap::new(),
             captures: std::collections::HashMap::new(),
+            are_captures_stale: false,
             staging: None,
             is_made: false,
             started_from: None,
