@@ -14,7 +14,7 @@ use mainstay_sim::{Host, HostFault, World, WorldOptions, moment, simulate};
 use tokio::sync::Semaphore;
 
 use crate::{
-    support::{codes, log},
+    support::{codes, log, pass},
     workflows::VM,
 };
 
@@ -187,9 +187,7 @@ fn a_server_that_is_set_back_together_with_its_store_starts_and_removes_nothing(
         let copy = world.active(VM).await.1;
         world.revert_server(&snapshot).await;
         let is_told = async |world: &World| {
-            world.clock.advance_ms(5_000);
-            world.control().changed.notify_waiters();
-            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            pass(world, 5_000).await;
             let error = world.item(VM).await.unwrap().replication.last_error;
             error.is_some_and(|error| error.code == "Fenced" && error.remedy.contains("set back"))
         };
@@ -370,14 +368,14 @@ fn a_server_that_is_set_back_to_before_a_return_leaves_the_host_its_records() {
         }
         return_to(&world, home).await;
         let vm = world.active(VM).await.1;
-        let records = || std::fs::read_dir(world.home.data_dir.join("items")).unwrap().count();
+        let items = world.home.data_dir.join("items");
+        let records = || std::fs::read_dir(&items).unwrap().count();
         assert_eq!(records(), 1);
         world.revert_server(&snapshot).await;
         let is_told = async |world: &World| codes(world).await.iter().any(|code| code == "ServerSetBack");
         world.until("it is told that the server was set back", is_told).await;
         world.until("the order is done with", has_let_go).await;
-        let records = std::fs::read_dir(world.home.data_dir.join("items")).unwrap().count();
-        assert_eq!(records, 1, "the host has lost the record of the VM that lives there");
+        assert_eq!(records(), 1, "the host has lost the record of the VM that lives there");
         assert_eq!(world.home.hypervisor.view(vm).unwrap().power, PowerState::Running);
     });
 }

@@ -15,6 +15,13 @@ pub(crate) async fn codes(world: &World) -> Vec<String> {
     events.iter().map(|event| event.code.clone()).collect()
 }
 
+/// Time passes, and the reconcilers see to what is due by then.
+pub(crate) async fn pass(world: &World, ms: i64) {
+    world.clock.advance_ms(ms);
+    world.control().changed.notify_waiters();
+    tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+}
+
 /// The calls of a hypervisor that tests let fail.
 pub(crate) const METHODS: [&str; 27] = [
     "host",
