@@ -76,21 +76,23 @@ impl Control {
                     answered.map_err(|error| error.to_string())
                 }
             };
-            let (code, severity, text) = match &answered {
-                Ok(()) if may_start => ("StartedAfterBoot", Health::Normal, String::new()),
-                Ok(()) => {
-                    let why = "another copy is the active one".to_owned();
-                    ("NotStartedAfterBoot", Health::Warning, why)
+            let (code, severity, what) = match &answered {
+                Ok(()) if may_start => {
+                    ("StartedAfterBoot", Health::Normal, "was started after its host's boot".to_owned())
                 }
+                Ok(()) => (
+                    "NotStartedAfterBoot",
+                    Health::Warning,
+                    "was not started after its host's boot: another copy is the active one".to_owned(),
+                ),
                 Err(why) => {
                     tracing::warn!(item = %id, why, "a VM was not started after its host's boot");
-                    ("StartAfterBootFailed", Health::Critical, why.clone())
+                    let what = format!("was not started after its host's boot: {why}");
+                    ("StartAfterBootFailed", Health::Critical, what)
                 }
             };
             if answered.is_ok() || has_arrived {
-                let was = if code == "StartedAfterBoot" { "was" } else { "was not" };
-                let why = if text.is_empty() { text } else { format!(": {text}") };
-                let text = format!("'{}' {was} started after its host's boot{why}", item.vm_name);
+                let text = format!("'{}' {what}", item.vm_name);
                 self.record_event(self.item_event(&item, code, severity, text)).await?;
             }
             self.note_not_started(&item, answered.err().map(|why| (provider, why))).await?;
