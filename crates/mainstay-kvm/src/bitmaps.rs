@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mainstay_model::VmId;
 use mainstay_provider::{PowerState, SiteError};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::command::{argument, image_bitmaps, run};
 use crate::error::{While as _, busy};
@@ -24,21 +24,18 @@ pub(crate) fn granularity(size_bytes: u64) -> u64 {
     if size_bytes > FINE_BYTES_MAX { 65536 } else { GRANULARITY_BYTES }
 }
 
-/// Sets a tracker on all nodes at the same moment. Nodes that have it already keep it.
+/// Sets a tracker on all nodes; those that have it already keep it. One after the other: it need only be there before the
+/// moment from which it is wanted, and QEMU stops all disks of the guest for a transaction (`qmp_transaction` drains them), not
+/// for a command of this kind.
 pub(crate) async fn set_live(host: &Host, vm: VmId, nodes: &[&Node], tracker: &str) -> Result<(), SiteError> {
-    let missing = nodes.iter().filter(|node| node.bitmap(tracker).is_none());
-    let actions: Vec<Value> = missing
-        .map(|node| {
-            json!({"type": "block-dirty-bitmap-add", "data": {
-                "node": node.name, "name": tracker, "granularity": granularity(node.size_bytes),
-                "persistent": node.keeps_bitmaps,
-            }})
-        })
-        .collect();
-    if actions.is_empty() {
-        return Ok(());
+    for node in nodes.iter().filter(|node| node.bitmap(tracker).is_none()) {
+        let arguments = json!({
+            "node": node.name, "name": tracker, "granularity": granularity(node.size_bytes),
+            "persistent": node.keeps_bitmaps,
+        });
+        host.libvirt.qmp(vm, "block-dirty-bitmap-add", arguments).await?;
     }
-    host.libvirt.qmp(vm, "transaction", json!({"actions": actions})).await.map(drop)
+    Ok(())
 }
 
 /// Sets a tracker in the image of a VM that is off, which notes writes from the next start on.

@@ -1,6 +1,6 @@
 //! Capturing a VM that is in memory, the same way for qcow2 and raw disks:
 //!
-//! 1. one QMP transaction sets the new tracker on all disks, just before the moment of the capture;
+//! 1. the new tracker is set on all disks, just before the moment of the capture;
 //! 2. libvirt's pull-mode backup of all disks makes the view;
 //! 3. the old tracker is merged into a copy that no longer changes, and the copy is exported on libvirt's NBD
 //!    server. (QEMU does not export a bitmap that still notes writes, and the old one must go on doing so: should
@@ -16,7 +16,7 @@ use mainstay_nbd::{Client, ClientOptions, Endpoint};
 use mainstay_provider::{
     CaptureLimits, CaptureRequest, CapturedDisk, Changed, Consistency, ErrorKind, PowerState, SiteError,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -226,27 +226,24 @@ async fn open_disks(
     Ok(disks)
 }
 
-/// Copies the old trackers, all at the same moment, into bitmaps that note nothing.
+/// Copies the old trackers into bitmaps that note nothing. Each holds all that was noted before the capture's moment, and
+/// perhaps some that came after it, so they need not be of one moment (see [`set_live`] for what a transaction would cost).
 async fn copy_bitmaps(host: &Host, vm: VmId, plans: &[Plan<'_>], tracker: &str) -> Result<(), SiteError> {
     let copy = format!("{tracker}{MAP_SUFFIX}");
-    let mut actions: Vec<Value> = Vec::new();
     for plan in plans {
         let MapSource::Bitmap { name, beneath } = &plan.source else { continue };
         let node = &plan.node.name;
         let others = beneath.iter().map(|node| json!({"node": node, "name": name}));
         let bitmaps: Vec<_> = std::iter::once(json!(name)).chain(others).collect();
-        actions.push(json!({"type": "block-dirty-bitmap-add", "data": {
+        let add = json!({
             "node": node, "name": copy, "granularity": granularity(plan.node.size_bytes),
             "persistent": false, "disabled": true,
-        }}));
-        actions.push(json!({"type": "block-dirty-bitmap-merge", "data": {
-            "node": node, "target": copy, "bitmaps": bitmaps,
-        }}));
+        });
+        host.libvirt.qmp(vm, "block-dirty-bitmap-add", add).await?;
+        let merge = json!({"node": node, "target": copy, "bitmaps": bitmaps});
+        host.libvirt.qmp(vm, "block-dirty-bitmap-merge", merge).await?;
     }
-    if actions.is_empty() {
-        return Ok(());
-    }
-    host.libvirt.qmp(vm, "transaction", json!({"actions": actions})).await.map(drop)
+    Ok(())
 }
 
 /// Exports a disk's map beside its data and reads it. The export ends with the capture.
