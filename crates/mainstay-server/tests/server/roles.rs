@@ -1,7 +1,12 @@
 //! Who may do what, asked of every operation there is: those of the official OpenAPI files and those of the server's own document,
 //! so that none can be forgotten. And names that want to be paths.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::support::Server;
 use mainstay_api::v1::{ServicePrincipal, ServicePrincipalRequest, Token, TokenRequest};
@@ -12,6 +17,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 const OFFICIAL: &str = "../mainstay-cli/tests/clients/openapi/specification";
 /// Operations that the documents have at least: without them nothing would be tested.
 const OPERATIONS_MIN: usize = 150;
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What an Operator may do beside reading: fail over and back, and what belongs to it.
 const OPERATORS: [&str; 14] = [
@@ -302,6 +308,12 @@ async fn names_that_want_to_be_paths_are_refused() {
     let home = json!({ "properties": {} }).to_string();
     let (status, text) = raw(&server, "PUT", &server.at("replicationFabrics/home"), &home).await;
     assert_eq!(status, 202, "{text}");
+    // A moment later the catalogue has its document of the fabric, which none of the names has made.
+    let deadline = Instant::now() + PATIENCE;
+    while !server.config.data_dir.join("store/v1/catalogue/resources").exists() {
+        assert!(Instant::now() < deadline, "the catalogue does not come to know the fabric");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     let parent = server.config.data_dir.parent().unwrap().to_owned();
     let mut files_before = BTreeSet::new();
     files(&parent, &mut files_before);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use mainstay_control::db::ItemRecord;
+use mainstay_control::db::{ItemRecord, ReplicationRecord};
 use mainstay_model::{Generation, ItemId, Phase, VmId};
 use mainstay_store::{ScrubOptions, StoreError};
 use object_store::path::Path;
@@ -32,11 +32,9 @@ impl World {
     /// A cycle ships what differs from the recovery point before it and no more, also when nobody knows what was written:
     /// trackers and hash tables may be lost, the lineage in the store is not.
     pub async fn check_resend(&self, name: &str) {
-        let before = self.item(name).await.expect("the VM is protected").replication;
-        let before_ms = self.last_point_taken_ms(name).await;
+        let (before, before_ms) = self.last_point(name).await;
         self.cycle(name).await;
-        let after = self.item(name).await.expect("the VM is protected").replication;
-        let after_ms = self.last_point_taken_ms(name).await;
+        let (after, after_ms) = self.last_point(name).await;
         let differing = self.oracle.bytes_between(before_ms, after_ms).expect("both are captures");
         let changed = after.bytes_changed - before.bytes_changed;
         assert!(changed <= differing, "{changed} bytes of '{name}' were shipped, {differing} differ");
@@ -86,8 +84,9 @@ impl World {
         assert!(moved <= differing + overhead, "{moved} bytes were moved, {differing} differ: {before:?}");
     }
 
-    /// The moment that the newest recovery point of an item shows, by its host's clock.
-    async fn last_point_taken_ms(&self, name: &str) -> i64 {
+    /// The moment that the newest recovery point of an item shows, by its host's clock; and what had been replicated with it,
+    /// which is read at once, because a cycle may end at any time.
+    async fn last_point(&self, name: &str) -> (ReplicationRecord, i64) {
         let found = std::sync::Mutex::new(None);
         // Retention may have taken it out since a cycle put another one in its place, which the item does not show yet.
         self.until("the newest recovery point is there", async |world| {
@@ -101,12 +100,13 @@ impl World {
                 point => Some(point.expect("the catalogue is read")),
             };
             let is_there = point.is_some();
-            *found.lock().expect("nobody panics here") = point;
+            *found.lock().expect("nobody panics here") = point.map(|point| (item.replication, point));
             is_there
         })
         .await;
-        let point = found.into_inner().expect("nobody panics here").expect("it was waited for");
-        point.time_ms.cast_signed()
+        let found = found.into_inner().expect("nobody panics here");
+        let (replication, point) = found.expect("it was waited for");
+        (replication, point.time_ms.cast_signed())
     }
 
     /// The alarm is raised exactly when the newest recovery point is older than three copy frequencies and half a minute.
@@ -120,14 +120,14 @@ impl World {
             assert!(!self.has_alarm(name).await, "'{name}' has a new recovery point and an alarm");
             // From here on there is no newer one, whatever the clock says.
             self.network.cut(home);
-            let taken_ms = self.last_point_taken_ms(name).await;
+            let (_, taken_ms) = self.last_point(name).await;
             let captured_ms = self.oracle.captured_ms(taken_ms).expect("every point comes from a capture");
             let breached_ms = captured_ms + 3 * frequency_ms + 30_000;
             self.clock.advance_ms(breached_ms - mainstay_control::Clock::now_ms(&*self.clock));
             let is_early = self.has_alarm(name).await;
             self.clock.advance_ms(1);
             let is_raised = self.has_alarm(name).await;
-            let is_newest = self.last_point_taken_ms(name).await == taken_ms;
+            let is_newest = self.last_point(name).await.1 == taken_ms;
             self.network.mend(home);
             self.until("the host is connected", async |world| world.control().sites.is_connected(home)).await;
             // Otherwise a cycle whose answer was on its way when the network was cut has ended in between.
