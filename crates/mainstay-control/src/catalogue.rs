@@ -320,8 +320,13 @@ impl Control {
         adoption: &mut Adoption,
     ) -> Result<(), ControlError> {
         let kept: HashSet<_> = found.iter().map(|one| one.item.id).collect();
-        for item in self.db.items().await?.iter().filter(|item| !kept.contains(&item.id)) {
-            if !matches!(self.store.replica(item.id.0).await, Err(StoreError::Deleted(_))) {
+        for item in self.db.items().await?.iter() {
+            // A document may be left by a server that ended before it removed it. With a job, it is left by one that ended in the
+            // middle of the job, which goes on.
+            if kept.contains(&item.id) && item.state.running.is_some() {
+                continue;
+            }
+            if !matches!(self.store.head(item.id.0).await, Err(StoreError::Deleted(_))) {
                 continue;
             }
             self.end_lost_jobs(item, None).await?;

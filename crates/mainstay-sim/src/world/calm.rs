@@ -54,7 +54,15 @@ impl World {
         let read = move |control: std::sync::Arc<mainstay_control::Control>| async move {
             control.store.points(item.id.0).await
         };
-        let mut points = self.ask(read).await.expect("the points are listed");
+        let mut points = match self.ask(read).await {
+            // Its protection has been disabled since the item was read.
+            Err(StoreError::Deleted(_)) => {
+                let now = self.item(name).await;
+                assert!(now.is_none_or(|now| now.state != item.state), "the replica of '{name}' is gone");
+                return None;
+            }
+            points => points.expect("the points are listed"),
+        };
         points.sort_unstable_by_key(|point| point.sequence);
         let since_ms = points.iter().rev().nth(1)?.time_ms.cast_signed();
         Some(Shipped {

@@ -1,8 +1,15 @@
 //! What the object storage does to the server.
 
+use std::sync::Arc;
+
+use mainstay_control::Control;
+use mainstay_model::Operation;
 use mainstay_sim::{StorageTrouble, World, WorldOptions, simulate};
 
-use crate::{support::log, workflows::VM};
+use crate::{
+    support::{codes, log},
+    workflows::VM,
+};
 
 #[test]
 fn a_server_starts_over_a_full_store_and_takes_it_over_when_there_is_space() {
@@ -25,6 +32,35 @@ fn a_server_starts_over_a_full_store_and_takes_it_over_when_there_is_space() {
         assert_eq!(world.item(VM).await.unwrap().target.vcpus, Some(3));
         world.write(VM, &[("vda", 9, 9)]).await;
         world.cycle(VM).await;
+        world.check().await;
+    });
+}
+
+/// The server ends before it removes the item's document, and its database is replaced by an older one: the replica tells.
+#[test]
+fn an_item_that_has_been_disabled_since_the_backup_of_the_database_is_removed() {
+    simulate(|| async {
+        log();
+        let mut world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        world.settle().await;
+        let read = |control: Arc<Control>| async move {
+            control.reconcile_catalogue().await.unwrap();
+            let names = control.store.documents("items").await.unwrap();
+            assert_eq!(names.len(), 1);
+            let document = control.store.document(&names[0]).await.unwrap().unwrap();
+            (names[0].clone(), document)
+        };
+        let (name, document) = world.ask(read).await;
+        world.back_up_database().await;
+        world.run(VM, Operation::DisableProtection).await;
+        world.settle().await;
+        let put = |control: Arc<Control>| async move { control.store.put_document(&name, &document).await };
+        world.ask(put).await.unwrap();
+        world.restore_database().await;
+        assert!(world.item(VM).await.is_none(), "an item without a replica came back");
+        assert!(codes(&world).await.contains(&"VaultRebuilt".to_owned()));
+        world.protect(VM).await;
         world.check().await;
     });
 }
