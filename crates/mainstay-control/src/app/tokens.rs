@@ -57,9 +57,15 @@ impl std::fmt::Debug for TokenSecret {
 /// Bytes of randomness in a secret: 256 bits cannot be guessed, whatever the digest's speed.
 const SECRET_BYTES: usize = 32;
 
+/// Never begins with `-`: command lines, also those of others (`az login --password`), would take it for an option.
 pub(super) fn new_secret() -> String {
-    let bytes: [u8; SECRET_BYTES] = rand::rng().random();
-    URL_SAFE_NO_PAD.encode(bytes)
+    loop {
+        let bytes: [u8; SECRET_BYTES] = rand::rng().random();
+        let secret = URL_SAFE_NO_PAD.encode(bytes);
+        if !secret.starts_with('-') {
+            return secret;
+        }
+    }
 }
 
 pub(super) fn digest(secret: &str) -> String {
@@ -112,5 +118,19 @@ impl Control {
             return Err(ControlError::not_found("token", digest));
         }
         Ok(transaction.commit().await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One of 64 would be an option, were they taken as they fall.
+    #[test]
+    fn no_secret_looks_like_an_option() {
+        for _ in 0..2_000 {
+            let secret = new_secret();
+            assert!(!secret.starts_with('-'), "{secret}");
+        }
     }
 }
