@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use mainstay_block::hash_table::{Fill, HashTable};
 use mainstay_block::{
     BlockDevice, BlockError, BlockHash, ExtentKind, FaultPlan, FaultyDevice, HashKey, MemoryDevice, is_zero,
@@ -302,4 +303,31 @@ async fn a_disk_that_cannot_be_read_is_named_as_the_reason() {
         };
         assert_eq!(cause.to_string(), "injected fault");
     }
+}
+
+/// A guest waits for each question to its disk. One request for each range is enough; zeros are seen all the same.
+#[test]
+fn blocks_written_here_and_there_are_read_without_being_asked_about() {
+    const STEP: u64 = 40_960;
+    const RANGES: u64 = 24;
+    paused(async {
+        let bench = Bench::new();
+        let mut source = Source::new(&[1_000_000]);
+        for at in 0..RANGES {
+            source.write(0, at * STEP, noise(at + 1, 8192)).await;
+        }
+        source.send(&bench, &SendOptions::default()).await.unwrap();
+
+        for at in 0..RANGES {
+            let now = if at % 3 == 0 { vec![0; 4096] } else { noise(at + 100, 4096) };
+            source.write(0, at * STEP, now).await;
+        }
+        let mut job = source.job();
+        let content = MemoryDevice::new(1_000_000);
+        content.write(0, Bytes::from(source.contents().remove(0))).await.unwrap();
+        job.disks[0].device = Arc::new(FaultyDevice::new(content, FaultPlan::after(RANGES as u32)));
+        job.disks[0].ranges = (0..RANGES).map(|at| at * STEP..at * STEP + 4096).collect();
+        let outcome = source.send_job(&bench, &job, &SendOptions::default()).await.unwrap();
+        assert_eq!(read_point(&bench, outcome.point).await, source.contents());
+    });
 }
