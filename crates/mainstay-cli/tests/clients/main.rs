@@ -154,22 +154,20 @@ async fn tutorial(name: &str, client: Client, version: Option<&str>) -> Result<(
     if version == Some(PINNED) { judge(&recording, JOURNEY) } else { Ok(()) }
 }
 
-/// What was judged at least, pairs and operations; fewer were not recorded, or not judged.
-type Judged = (u64, usize);
-const JOURNEY: Judged = (40, 26);
-const OPERATIONS: Judged = (35, 30);
-const PLAN: Judged = (30, 14);
+/// Different operations that are judged at least; fewer were not recorded, or not judged. How often each is called is up to the
+/// machine: on a fast one clients poll less.
+const JOURNEY: usize = 26;
+const OPERATIONS: usize = 30;
+const PLAN: usize = 14;
 
-fn judge(recording: &Path, (judged_min, operations_min): Judged) -> Result<()> {
+fn judge(recording: &Path, operations_min: usize) -> Result<()> {
     let output = node("judge.mjs").arg(clients().join("openapi")).arg(recording).output()?;
     ensure!(output.status.success(), "oav: {}", String::from_utf8_lossy(&output.stderr));
     let outcome: Value = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("oav said {}", String::from_utf8_lossy(&output.stdout)))?;
     let errors = outcome["errors"].as_array().context("errors")?;
     ensure!(errors.is_empty(), "oav: {}", serde_json::to_string_pretty(errors)?);
-    let judged = outcome["judged"].as_u64().unwrap_or_default();
     let operations = outcome["operations"].as_object().map_or(0, serde_json::Map::len);
-    ensure!(judged >= judged_min, "only {judged} pairs were judged: {outcome}");
     ensure!(operations >= operations_min, "only {operations} operations were judged: {outcome}");
     Ok(())
 }
