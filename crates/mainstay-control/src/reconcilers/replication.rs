@@ -31,6 +31,10 @@ const CYCLES_MAX: usize = 16;
 /// A cycle of which nothing is heard for so long is not counted among them: a host that hangs must not keep others from
 /// replicating.
 const QUIET: Duration = Duration::from_secs(60);
+/// The longest pause after cycles that were interrupted.
+const INTERRUPTED_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// After so many interruptions in a row, with its agent there, an item has an error.
+const INTERRUPTIONS_UNTOLD: u32 = 2;
 /// And after so long it is given up: its agent may be reading the hashes of a large disk over a slow line until then.
 const SILENCE_MAX: Duration = Duration::from_secs(3600);
 
@@ -45,6 +49,14 @@ struct CycleState {
     running: HashMap<ItemId, Running>,
     paused: HashSet<ItemId>,
     progress: HashMap<ItemId, Progress>,
+    interrupted: HashMap<ItemId, Interrupted>,
+}
+
+/// What is known of cycles that were interrupted, one after the other. A server that starts anew need not know it.
+struct Interrupted {
+    times: u32,
+    /// When the next may begin: an agent whose hypervisor is away says so at once, and would be asked without end.
+    not_before: Instant,
 }
 
 struct Running {
@@ -88,6 +100,16 @@ impl Cycles {
         for item in items {
             self.stop(item).await;
         }
+    }
+
+    /// Notes that a cycle was interrupted; answers how many were, in a row.
+    fn note_interrupted(&self, item: ItemId) -> u32 {
+        let mut state = self.lock();
+        let now = Instant::now();
+        let interrupted = state.interrupted.entry(item).or_insert(Interrupted { times: 0, not_before: now });
+        interrupted.not_before = now + interrupted_pause(interrupted.times);
+        interrupted.times += 1;
+        interrupted.times
     }
 
     /// Keeps cycles of the item from beginning while the answer lives.
@@ -158,6 +180,11 @@ fn is_due(item: &ItemRecord, policy: &ReplicationPolicy, now_ms: i64) -> bool {
         })
 }
 
+/// How long to wait after a cycle that was interrupted, as so many before it.
+fn interrupted_pause(times_before: u32) -> Duration {
+    Duration::from_secs(1 << times_before.min(8)).min(INTERRUPTED_PAUSE_MAX)
+}
+
 /// When a capture of a cycle was taken, by the server's clock: that is the one by which its age is told. The host's may be
 /// wrong, so it counts only as far as it says something that can be.
 fn captured_ms(taken_at_ms: i64, started_ms: i64, ended_ms: i64) -> i64 {
@@ -199,6 +226,7 @@ impl Control {
         let mut state = self.cycles.lock();
         if state.running.contains_key(&item.id)
             || state.paused.contains(&item.id)
+            || state.interrupted.get(&item.id).is_some_and(|last| Instant::now() < last.not_before)
             || state.running.values().filter(|running| running.heard.elapsed() < QUIET).count() >= CYCLES_MAX
         {
             return;
@@ -262,6 +290,7 @@ impl Control {
         asked: &ScrubRecord,
         replicated: &Replicated,
     ) -> Result<(), ControlError> {
+        self.cycles.lock().interrupted.remove(&id);
         metrics::counter!("mainstay_replication_bytes_changed").increment(replicated.bytes_changed);
         metrics::counter!("mainstay_replication_bytes_moved").increment(replicated.bytes_moved);
         metrics::counter!("mainstay_replication_cycles", "result" => "succeeded").increment(1);
@@ -317,40 +346,59 @@ impl Control {
 
     async fn cycle_failed(&self, id: ItemId, started_ms: i64, error: SiteError) -> Result<(), ControlError> {
         metrics::counter!("mainstay_replication_cycles", "result" => "failed").increment(1);
-        // A lost connection is the agent's to bring back.
+        // A lost connection is the agent's to bring back, and a hypervisor that is started anew comes back by itself. But one that
+        // stays away is told.
         if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Cancelled) {
             tracing::info!(item = %id, %error, "a replication cycle was interrupted");
+            let times = self.cycles.note_interrupted(id);
+            if times > INTERRUPTIONS_UNTOLD && self.sites.is_connected(self.item(id).await?.primary_provider)
+            {
+                self.tell_of_failure(id, &error, |_item| {}).await?;
+            }
             return Ok(());
         }
+        self.cycles.lock().interrupted.remove(&id);
         let now_ms = self.clock.now_ms();
-        let transient = error.is_transient();
+        let pause = |item: &mut ItemRecord| {
+            let record = &mut item.replication;
+            record.failures += 1;
+            record.last_cycle_ms = Some(started_ms);
+            let delay_seconds = if matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Busy) {
+                // Somebody makes space, somebody's backup ends; looking costs nothing.
+                WAITING_RETRY_SECONDS
+            } else {
+                retry_delay_seconds(record.failures)
+            };
+            record.not_before_ms = Some(now_ms + i64::from(delay_seconds) * 1000);
+        };
+        self.tell_of_failure(id, &error, pause).await
+    }
+
+    /// Writes down why the item's cycles fail and, if that is new, an event.
+    async fn tell_of_failure(
+        &self,
+        id: ItemId,
+        error: &SiteError,
+        change: impl FnOnce(&mut ItemRecord) + Send,
+    ) -> Result<(), ControlError> {
+        // A full site ends by itself, but not without a person.
+        let is_mild = error.is_transient() && error.kind != ErrorKind::NoSpace;
         let is_new = self
             .change_item(id, |item| {
-                let record = &mut item.replication;
-                record.failures += 1;
-                record.last_cycle_ms = Some(started_ms);
-                let delay_seconds = if matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Busy) {
-                    // Somebody makes space, somebody's backup ends; looking costs nothing.
-                    WAITING_RETRY_SECONDS
-                } else {
-                    retry_delay_seconds(record.failures)
-                };
-                record.not_before_ms = Some(now_ms + i64::from(delay_seconds) * 1000);
+                change(item);
                 let cycle_error = CycleError {
                     code: format!("{:?}", error.kind),
                     message: error.message.clone(),
                     remedy: error.remedy.clone(),
-                    is_transient: transient && error.kind != ErrorKind::NoSpace,
+                    is_transient: is_mild,
                 };
-                let is_new = record.last_error.as_ref() != Some(&cycle_error);
-                record.last_error = Some(cycle_error);
+                let is_new = item.replication.last_error.as_ref() != Some(&cycle_error);
+                item.replication.last_error = Some(cycle_error);
                 Ok(is_new)
             })
             .await?;
         if is_new {
             let item = self.item(id).await?;
-            // A full site ends by itself, but not without a person.
-            let is_mild = transient && error.kind != ErrorKind::NoSpace;
             let severity = if is_mild { Health::Warning } else { Health::Critical };
             let text = format!("replication of '{}' failed: {error} {}", item.vm_name, error.remedy);
             self.record_event(self.item_event(&item, "ReplicationFailed", severity, text)).await?;
@@ -373,6 +421,13 @@ mod tests {
         assert_eq!(captured_ms(25, 10, 20), 20);
         // The server's clock was set back during the cycle.
         assert_eq!(captured_ms(15, 20, 10), 10);
+    }
+
+    #[test]
+    fn pauses_after_interruptions_grow_to_the_longest() {
+        let seconds: Vec<_> = (0..6).map(|times| interrupted_pause(times).as_secs()).collect();
+        assert_eq!(seconds, [1, 2, 4, 8, 10, 10]);
+        assert_eq!(interrupted_pause(u32::MAX), INTERRUPTED_PAUSE_MAX);
     }
 
     #[test]

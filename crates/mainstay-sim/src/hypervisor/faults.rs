@@ -45,6 +45,12 @@ impl FaultPlan {
         self.planned.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
+    /// How many calls are still to meet one.
+    pub(super) fn left(&self, method: &str) -> usize {
+        let planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        planned.get(method).map_or(0, VecDeque::len)
+    }
+
     /// Waits until a call hangs.
     pub(super) async fn wait_for_hang(&self) {
         if let Ok(permit) = self.hung.acquire().await {

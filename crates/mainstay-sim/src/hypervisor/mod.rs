@@ -223,6 +223,11 @@ impl SimHypervisor {
         self.inner.faults.add(method, fault, times);
     }
 
+    /// How many faults of a method have not happened yet.
+    pub fn faults_left(&self, method: &str) -> usize {
+        self.inner.faults.left(method)
+    }
+
     /// Forgets all faults that have not happened yet.
     pub fn clear_faults(&self) {
         self.inner.faults.clear();

@@ -7,13 +7,13 @@ use mainstay_control::{
     jobs::{Fault, Faults},
 };
 use mainstay_model::{Ending, Operation, Phase};
-use mainstay_provider::PowerState;
+use mainstay_provider::{ErrorKind, PowerState};
 use mainstay_sim::{HostFault, JobEnd, World, WorldOptions, simulate};
 use sqlx::{Connection as _, SqliteConnection};
 use tokio::sync::Semaphore;
 
 use crate::{
-    support::{codes, log},
+    support::{codes, log, pass},
     workflows::{VM, Workflow},
 };
 
@@ -271,5 +271,32 @@ fn a_resynchronization_is_not_in_the_way_of_the_cycle_before_it() {
             );
         }
         world.check().await;
+    });
+}
+
+/// It answers at once that it is away; asked again at once, server and agent would do nothing else.
+#[test]
+fn a_hypervisor_that_is_away_is_asked_now_and_then_and_told_of() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        let before = world.item(VM).await.unwrap().replication.last_point;
+        let home = &world.home.hypervisor;
+        home.inject("disks", HostFault::Fail(ErrorKind::Unavailable), 1000);
+        pass(&world, 600_000).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let asked = 1000 - home.faults_left("disks");
+        assert!((5..=12).contains(&asked), "it was asked {asked} times in a minute");
+        let told = codes(&world).await;
+        assert_eq!(told.iter().filter(|code| *code == "ReplicationFailed").count(), 1, "{told:?}");
+        assert!(world.item(VM).await.unwrap().replication.last_error.is_some_and(|error| error.is_transient));
+
+        home.clear_faults();
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        world.settle().await;
+        let item = world.item(VM).await.unwrap();
+        assert!(item.replication.last_point != before && item.replication.last_error.is_none());
+        assert!(codes(&world).await.contains(&"ReplicationRecovered".to_owned()));
     });
 }
