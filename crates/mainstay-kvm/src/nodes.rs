@@ -1,5 +1,7 @@
 //! QEMU's block nodes of a running VM, and the dirty bitmaps on them.
 
+use std::path::{Path, PathBuf};
+
 use mainstay_model::VmId;
 use mainstay_provider::SiteError;
 use serde_json::{Value, json};
@@ -15,6 +17,8 @@ pub(crate) const PREFIX: &str = "ms-";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Node {
     pub(crate) name: String,
+    /// The file that it reads and writes; of a node above another one, what QEMU makes of it, which may be JSON.
+    pub(crate) file: PathBuf,
     pub(crate) is_qcow2: bool,
     /// Whether bitmaps can be stored in the image.
     pub(crate) keeps_bitmaps: bool,
@@ -62,6 +66,13 @@ impl Nodes {
         named("format").or_else(|| named("storage"))
     }
 
+    /// The node of libvirt's that understands the format of an image.
+    pub(crate) fn of_image(&self, file: &Path) -> Option<&Node> {
+        let storage = self.0.iter().find(|node| node.file == file && node.name.ends_with("-storage"))?;
+        let index = storage.name.strip_prefix("libvirt-")?.strip_suffix("-storage")?;
+        self.by_index(index.parse().ok()?)
+    }
+
     /// The nodes of the images beneath a disk, nearest first; `None` in the place of one that QEMU does not know.
     pub(crate) fn beneath<'a>(&'a self, disk: &'a DomainDisk) -> impl Iterator<Item = Option<&'a Node>> {
         disk.backing.iter().map(|image| self.by_index(image.index?))
@@ -88,6 +99,7 @@ fn read_node(node: &Value) -> Option<Node> {
     let bitmaps = node["dirty-bitmaps"].as_array().map(Vec::as_slice).unwrap_or_default();
     Some(Node {
         name: node["node-name"].as_str()?.to_owned(),
+        file: node["file"].as_str().unwrap_or_default().into(),
         is_qcow2,
         keeps_bitmaps: is_qcow2 && image["format-specific"]["data"]["compat"] != "0.10",
         size_bytes: image["virtual-size"].as_u64().unwrap_or(0),

@@ -2,11 +2,13 @@
 //!
 //! 1. the new tracker is set on all disks, just before the moment of the capture;
 //! 2. libvirt's pull-mode backup of all disks makes the view;
-//! 3. the old tracker is merged into a copy that no longer changes, and the copy is exported on libvirt's NBD
-//!    server. (QEMU does not export a bitmap that still notes writes, and the old one must go on doing so: should
-//!    this capture be abandoned, the next one starts from it.)
+//! 3. the old tracker is exported on libvirt's NBD server and read. It goes on noting writes: should this capture be
+//!    abandoned, the next one starts from it.
 //!
 //! The map is read after the moment of the capture, so it may name blocks written just after it: a superset.
+//!
+//! Each command holds up QEMU's main loop, and with it what the guest writes. So there are as few as can be: the scratch images are
+//! made before ([`super::scratch`]), and old trackers are copied only where they are in several images.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,14 +18,13 @@ use mainstay_nbd::{Client, ClientOptions, Endpoint};
 use mainstay_provider::{
     CaptureLimits, CaptureRequest, CapturedDisk, Changed, Consistency, ErrorKind, PowerState, SiteError,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::device::{CaptureDevice, GivenUp};
 use super::map::{self, DEPTH_CONTEXT, MapSource, bitmap_context};
-use super::stale::MAP_SUFFIX;
-use super::{CREATION_TRACKER, CaptureRecord, Opened, freeze, now_ms, watchdog};
+use super::{CREATION_TRACKER, CaptureRecord, Opened, freeze, now_ms, scratch, watchdog};
 use crate::bitmaps::{granularity, set_live, trim_live};
 use crate::error::{While as _, busy, failed, refused};
 use crate::host::{Host, find_disk};
@@ -98,6 +99,10 @@ pub(crate) async fn begin(
         plans.push(Plan { disk, node, source });
     }
     let limits = within_space(request.limits, &record.run)?;
+    for plan in &plans {
+        let image = scratch::path(&record.run, &plan.disk.key);
+        scratch::make(host, &image, plan.node.size_bytes).await.doing("making a capture's scratch images")?;
+    }
     trim_live(host, vm, &nodes, &[tracker, since.unwrap_or(CREATION_TRACKER)]).await;
 
     let socket = record.run.join("nbd");
@@ -188,7 +193,7 @@ fn backup_xml(plans: &[Plan<'_>], all_disks: &[DomainDisk], socket: &Path) -> Re
             continue;
         };
         let key = escape(&plan.disk.key);
-        let scratch = escape(&run.join(format!("{}.scratch", plan.disk.key)).display().to_string());
+        let scratch = escape(&scratch::path(run, &plan.disk.key).display().to_string());
         disks.push_str(&format!(
             "<disk name='{key}' backup='yes' type='file'><driver type='qcow2'/><scratch file='{scratch}'/></disk>"
         ));
@@ -212,67 +217,118 @@ async fn open_disks(
     tracker: &str,
     given_up: &GivenUp,
 ) -> Result<Vec<CapturedDisk>, SiteError> {
-    copy_bitmaps(host, vm, plans, tracker).await.doing("freezing the old tracker")?;
-    let mut disks = Vec::new();
+    // With the scratch images of the view.
+    let nodes = Nodes::query(&host.libvirt, vm).await?;
+    let run = socket.parent().ok_or_else(|| failed("the socket has no directory"))?;
+    let mut maps = Vec::new();
     for plan in plans {
+        let scratch = nodes.of_image(&scratch::path(run, &plan.disk.key));
+        maps.push(export_map(host, vm, plan, scratch, tracker).await?);
+    }
+    // All at once: the sooner the view can be closed again, the fewer writes of the guest wait for it.
+    let endpoint = &Endpoint::Unix(socket.to_owned());
+    let disks = plans.iter().zip(maps).map(async |(plan, map)| {
         let key = &plan.disk.key;
-        let endpoint = Endpoint::Unix(socket.to_owned());
-        let client = Client::connect(&endpoint, &ClientOptions::new(key.as_str())).await;
-        let client = client.map_err(|error| failed(format!("opening disk {key} of the capture: {error}")))?;
-        let changed = read_map(host, vm, plan, socket, tracker).await?;
+        let options = ClientOptions::new(key.as_str());
+        let client = async {
+            let client = Client::connect(endpoint, &options).await;
+            client.map_err(|error| failed(format!("opening disk {key} of the capture: {error}")))
+        };
+        let changed = async {
+            match map {
+                Ok(map) => map.read(endpoint).await,
+                Err(reason) => Ok(Changed::Unknown { reason }),
+            }
+        };
+        let (client, changed) = tokio::try_join!(client, changed)?;
         let device = Arc::new(CaptureDevice::new(client, given_up.clone()));
-        disks.push(CapturedDisk { key: key.clone(), device, changed });
-    }
-    Ok(disks)
+        Ok(CapturedDisk { key: key.clone(), device, changed })
+    });
+    futures::future::try_join_all(disks).await
 }
 
-/// Copies the old trackers into bitmaps that note nothing. Each holds all that was noted before the capture's moment, and
-/// perhaps some that came after it, so they need not be of one moment (see [`set_live`] for what a transaction would cost).
-async fn copy_bitmaps(host: &Host, vm: VmId, plans: &[Plan<'_>], tracker: &str) -> Result<(), SiteError> {
-    let copy = format!("{tracker}{MAP_SUFFIX}");
-    for plan in plans {
-        let MapSource::Bitmap { name, beneath } = &plan.source else { continue };
-        let node = &plan.node.name;
-        let others = beneath.iter().map(|node| json!({"node": node, "name": name}));
-        let bitmaps: Vec<_> = std::iter::once(json!(name)).chain(others).collect();
-        let add = json!({
-            "node": node, "name": copy, "granularity": granularity(plan.node.size_bytes),
-            "persistent": false, "disabled": true,
-        });
-        host.libvirt.qmp(vm, "block-dirty-bitmap-add", add).await?;
-        let merge = json!({"node": node, "target": copy, "bitmaps": bitmaps});
-        host.libvirt.qmp(vm, "block-dirty-bitmap-merge", merge).await?;
-    }
-    Ok(())
+/// A map on libvirt's NBD server. It ends with the capture.
+struct ExportedMap {
+    export: String,
+    context: String,
 }
 
-/// Exports a disk's map beside its data and reads it. The export ends with the capture.
-async fn read_map(
+impl ExportedMap {
+    async fn read(self, endpoint: &Endpoint) -> Result<Changed, SiteError> {
+        // Nothing but the map: what is allocated on the whole disk takes QEMU long to say.
+        let options =
+            ClientOptions { contexts: vec![self.context.clone()], ..ClientOptions::new(self.export) };
+        let client = Client::connect(endpoint, &options).await;
+        let client = client.map_err(|error| failed(format!("reading what changed: {error}")))?;
+        map::read(&client, &self.context).await
+    }
+}
+
+/// Exports a disk's map beside its data; or says why there is none.
+async fn export_map(
     host: &Host,
     vm: VmId,
     plan: &Plan<'_>,
-    socket: &Path,
+    scratch: Option<&Node>,
     tracker: &str,
-) -> Result<Changed, SiteError> {
-    let copy = format!("{tracker}{MAP_SUFFIX}");
-    let name = format!("{}-map", plan.disk.key);
-    let mut export = json!({
-        "type": "nbd", "id": format!("ms-map-{}", plan.disk.key), "node-name": plan.node.name, "name": name,
-    });
-    let context = match &plan.source {
-        MapSource::None(reason) => return Ok(Changed::Unknown { reason: reason.clone() }),
-        MapSource::Bitmap { .. } => {
-            export["bitmaps"] = json!([copy]);
-            bitmap_context(&copy)
+) -> Result<Result<ExportedMap, String>, SiteError> {
+    let key = &plan.disk.key;
+    let map = |context| ExportedMap { export: format!("{key}-map"), context };
+    let export = async |node: &Node, what: Value| {
+        let mut export = json!({
+            "type": "nbd", "id": format!("ms-map-{key}"), "node-name": node.name, "name": format!("{key}-map"),
+        });
+        if let (Some(export), Value::Object(what)) = (export.as_object_mut(), what) {
+            export.extend(what);
+        }
+        host.libvirt.qmp(vm, "block-export-add", export).await.doing("exporting what changed")
+    };
+    match &plan.source {
+        MapSource::None(reason) => Ok(Err(reason.clone())),
+        MapSource::Bitmap { name, beneath } => {
+            // A read-only export may not have a bitmap that notes writes, because its readers may rely on its bits; a writable
+            // one may. The disk itself cannot be exported so, its guest writes to it. But the scratch image lies upon it, and
+            // QEMU finds the bitmap from there. Nobody writes to this export.
+            if let Some(scratch) = scratch.filter(|_| beneath.is_empty()) {
+                match export(scratch, json!({"writable": true, "bitmaps": [name]})).await {
+                    Ok(_) => return Ok(Ok(map(bitmap_context(name)))),
+                    // Tried with QEMU 10; what an older one refuses, it takes as a copy.
+                    Err(error) => tracing::debug!(%vm, %error, "a tracker is copied to be read"),
+                }
+            }
+            let copy = copy_bitmaps(host, vm, plan, name, beneath, tracker).await;
+            let copy = copy.doing("freezing the old tracker")?;
+            export(plan.node, json!({"bitmaps": [copy]})).await?;
+            Ok(Ok(map(bitmap_context(&copy))))
         }
         MapSource::Depth => {
-            export["allocation-depth"] = json!(true);
-            DEPTH_CONTEXT.to_owned()
+            export(plan.node, json!({"allocation-depth": true})).await?;
+            Ok(Ok(map(DEPTH_CONTEXT.to_owned())))
         }
-    };
-    host.libvirt.qmp(vm, "block-export-add", export).await.doing("exporting what changed")?;
-    let options = ClientOptions::new(name).with_context(&context);
-    let client = Client::connect(&Endpoint::Unix(socket.to_owned()), &options).await;
-    let client = client.map_err(|error| failed(format!("reading what changed: {error}")))?;
-    map::read(&client, &context).await
+    }
+}
+
+/// Merges the old tracker with those beneath it into a bitmap that notes nothing; answers its name. It goes with the old one. It
+/// holds all that was noted before the capture's moment, and perhaps some that came after it, so the disks' need not be of one
+/// moment (see [`set_live`] for what a transaction would cost).
+async fn copy_bitmaps(
+    host: &Host,
+    vm: VmId,
+    plan: &Plan<'_>,
+    name: &str,
+    beneath: &[String],
+    tracker: &str,
+) -> Result<String, SiteError> {
+    let copy = format!("{tracker}-map");
+    let node = &plan.node.name;
+    let others = beneath.iter().map(|node| json!({"node": node, "name": name}));
+    let bitmaps: Vec<_> = std::iter::once(json!(name)).chain(others).collect();
+    let add = json!({
+        "node": node, "name": copy, "granularity": granularity(plan.node.size_bytes),
+        "persistent": false, "disabled": true,
+    });
+    host.libvirt.qmp(vm, "block-dirty-bitmap-add", add).await?;
+    let merge = json!({"node": node, "target": copy, "bitmaps": bitmaps});
+    host.libvirt.qmp(vm, "block-dirty-bitmap-merge", merge).await?;
+    Ok(copy)
 }

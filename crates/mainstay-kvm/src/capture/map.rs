@@ -133,6 +133,7 @@ mod tests {
         };
         Node {
             name: name.to_owned(),
+            file: "/r/image".into(),
             is_qcow2: true,
             keeps_bitmaps: true,
             size_bytes,

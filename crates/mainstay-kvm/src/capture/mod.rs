@@ -9,6 +9,7 @@ mod freeze;
 mod live;
 mod map;
 mod offline;
+mod scratch;
 mod stale;
 mod watchdog;
 

@@ -12,6 +12,7 @@ use super::{CaptureRecord, OpenMark, end, freeze};
 use crate::error::{While as _, busy};
 use crate::files::{read_record, remove_directory, remove_file};
 use crate::host::Host;
+use crate::libvirt::NO_DOMAIN_BACKUP;
 use crate::nodes::Nodes;
 use crate::qemu_nbd::end_strays;
 
@@ -19,8 +20,6 @@ use crate::qemu_nbd::end_strays;
 /// each guest that began to use its agent's channel meanwhile (see `libvirt::channel`).
 const IDLE_TIMEOUT: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(5);
-/// Ends the names of bitmaps that exist only while a map is read.
-pub(crate) const MAP_SUFFIX: &str = "-map";
 
 /// Ends the capture of which there is a record. Trackers stay.
 pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
@@ -28,16 +27,15 @@ pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let Some(record) = read_record::<CaptureRecord>(&path)? else { return Ok(()) };
     match host.libvirt.state(vm).await.map_err(SiteError::from) {
         Ok(state) if state.power != mainstay_provider::PowerState::Off => {
-            if !has_job(host, vm).await? {
-                end_orphans(host, vm, &record.run).await?;
-            } else if is_ours(host, vm, &record.run).await? {
+            if is_ours(host, vm, &record.run).await? {
                 host.libvirt.abort_job(vm).await.doing("ending a capture")?;
                 wait_until_idle(host, vm).await?;
                 if host.libvirt.state(vm).await?.is_paused_by_io_error {
                     host.libvirt.resume(vm).await.doing("resuming a guest that a capture paused")?;
                 }
+            } else if !has_job(host, vm).await? {
+                end_orphans(host, vm, &record.run).await?;
             }
-            remove_maps(host, vm).await;
         }
         Ok(_) => {}
         Err(error) if error.kind == ErrorKind::NotFound => {}
@@ -70,20 +68,22 @@ pub(crate) async fn abandon_all(host: &Arc<Host>) -> Result<Vec<VmId>, SiteError
     first_error.map(|()| vms)
 }
 
-/// Whether a backup job runs and is ours: only then does it serve on a socket in a directory of ours.
+/// Whether a backup job runs and is ours: only then does it serve on a socket in a directory of ours. libvirt knows it without asking
+/// QEMU.
 pub(crate) async fn is_ours(host: &Host, vm: VmId, run: &Path) -> Result<bool, SiteError> {
-    if !has_job(host, vm).await? {
-        return Ok(false);
+    match host.libvirt.backup_xml(vm).await {
+        Ok(xml) => Ok(xml.contains(&format!("{}/", run.display()))),
+        // No job, or one of another kind.
+        Err(error) if error.code == NO_DOMAIN_BACKUP => Ok(false),
+        Err(error) => Err(error.into()),
     }
-    // Fails when the job is no backup.
-    let xml = host.libvirt.backup_xml(vm).await.unwrap_or_default();
-    Ok(xml.contains(&format!("{}/", run.display())))
 }
 
 /// Waits until no job runs on the VM.
 pub(crate) async fn wait_until_idle(host: &Host, vm: VmId) -> Result<(), SiteError> {
     let deadline = Instant::now() + IDLE_TIMEOUT;
-    while has_job(host, vm).await? {
+    // For as long as a backup runs, QEMU is asked for each answer of libvirt about its job, and its guest waits meanwhile.
+    while is_ours(host, vm, &host.files.run()).await? || has_job(host, vm).await? {
         if Instant::now() > deadline {
             return Err(busy("a job of the VM does not end", "See `virsh domjobinfo`."));
         }
@@ -95,9 +95,8 @@ pub(crate) async fn wait_until_idle(host: &Host, vm: VmId) -> Result<(), SiteErr
 /// Ends what QEMU still does for a capture that libvirt has forgotten: its daemon died when the capture was begun. Otherwise each
 /// write of the guest would go on being copied into the scratch file, and libvirt would begin no other backup.
 async fn end_orphans(host: &Host, vm: VmId, run: &Path) -> Result<(), SiteError> {
-    let nodes = host.libvirt.qmp(vm, "query-named-block-nodes", json!({"flat": true})).await?;
-    let is_ours = |node: &Value| node["file"].as_str().is_some_and(|file| Path::new(file).starts_with(run));
-    if !nodes.as_array().is_some_and(|nodes| nodes.iter().any(is_ours)) {
+    let nodes = Nodes::query(&host.libvirt, vm).await?;
+    if !nodes.iter().any(|node| node.file.starts_with(run)) {
         return Ok(());
     }
     tracing::warn!(%vm, "QEMU works on a capture that libvirt has forgotten; it is ended");
@@ -134,24 +133,5 @@ async fn has_job(host: &Host, vm: VmId) -> Result<bool, SiteError> {
         Ok(job) => Ok(job.operation.is_some()),
         Err(error) if error.is_of_phantom_job() => Ok(false),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// Removes the copies of bitmaps from which maps were read. A leftover only costs memory, until the next sweep.
-async fn remove_maps(host: &Host, vm: VmId) {
-    let nodes = match Nodes::query(&host.libvirt, vm).await {
-        Ok(nodes) => nodes,
-        Err(error) => {
-            tracing::debug!(%vm, %error, "cannot look for leftovers of a capture");
-            return;
-        }
-    };
-    for node in nodes.iter() {
-        for bitmap in node.bitmaps.iter().filter(|bitmap| bitmap.name.ends_with(MAP_SUFFIX)) {
-            let arguments = json!({"node": node.name, "name": bitmap.name});
-            if let Err(error) = host.libvirt.qmp(vm, "block-dirty-bitmap-remove", arguments).await {
-                tracing::debug!(%vm, %error, "a copy of a bitmap stays until the next sweep");
-            }
-        }
     }
 }

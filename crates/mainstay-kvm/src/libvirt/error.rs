@@ -25,6 +25,7 @@ const AUTH_FAILED: i32 = 45;
 const OPERATION_TIMEOUT: i32 = 68;
 pub(super) const AGENT_UNRESPONSIVE: i32 = 86;
 const ACCESS_DENIED: i32 = 88;
+pub(crate) const NO_DOMAIN_BACKUP: i32 = 104;
 /// Ours: libvirt's numbers are positive.
 const HUNG: i32 = -1;
 

@@ -24,7 +24,7 @@ use tokio::sync::Semaphore;
 
 use crate::xml::Domain;
 pub use error::LibvirtError;
-pub(crate) use error::NO_DOMAIN;
+pub(crate) use error::{NO_DOMAIN, NO_DOMAIN_BACKUP};
 pub(crate) use raw::JobStatistics;
 use raw::{RawConnection, RawDomain};
 pub use status::{StatusError, lock_holder, mend_statuses, status_directory};

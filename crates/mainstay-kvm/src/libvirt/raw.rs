@@ -8,6 +8,9 @@ use super::ffi::{Api, BlockInfo, Connect, DomainObject, NetworkObject, TypedPara
 
 pub(crate) type Result<T> = std::result::Result<T, LibvirtError>;
 
+/// `VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL` of `libvirt/libvirt-domain.h`.
+const BACKUP_REUSE_EXTERNAL: c_uint = 1;
+
 /// What libvirt says about the job that runs on a domain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct JobStatistics {
@@ -342,9 +345,10 @@ impl RawDomain {
         Ok(info.capacity)
     }
 
+    /// Begins a backup into images that are there already.
     pub(crate) fn backup_begin(&self, xml: &str) -> Result<()> {
         let xml = c_string(xml)?;
-        call!(self, virDomainBackupBegin, xml.as_ptr(), null(), 0).map(drop)
+        call!(self, virDomainBackupBegin, xml.as_ptr(), null(), BACKUP_REUSE_EXTERNAL).map(drop)
     }
 
     pub(crate) fn backup_xml(&self) -> Result<String> {

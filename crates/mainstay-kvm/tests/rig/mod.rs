@@ -2,6 +2,7 @@
 
 #![expect(dead_code, reason = "every test program uses its own part of it")]
 
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -97,6 +98,13 @@ impl Rig {
             ensure!(Instant::now() < deadline, "the VM does not become {power:?}");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        Ok(())
+    }
+
+    /// What an administrator does with the site's libvirt.
+    pub(crate) fn virsh(&self, arguments: &[&str]) -> Result<()> {
+        let output = Command::new("virsh").args(["-q", "-c", self.site.uri()]).args(arguments).output()?;
+        ensure!(output.status.success(), "virsh {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
 
