@@ -85,8 +85,12 @@ impl Cycles {
 
     /// Cancels the item's cycle, if there is one, and waits until it is over.
     pub async fn stop(&self, item: ItemId) {
-        let running =
-            self.lock().running.get(&item).map(|running| (running.task.clone(), running.ended.clone()));
+        let running = {
+            let mut state = self.lock();
+            // What comes after it need not wait.
+            state.interrupted.remove(&item);
+            state.running.get(&item).map(|running| (running.task.clone(), running.ended.clone()))
+        };
         if let Some((task, mut ended)) = running {
             task.abort();
             // An error means that the task is gone, which is what is waited for.
@@ -237,6 +241,7 @@ impl Control {
         let task = tokio::spawn(async move {
             let _end = end;
             if let Err(error) = control.run_cycle(id, policy).await {
+                control.cycles.note_interrupted(id);
                 tracing::warn!(item = %id, %error, "a replication cycle could not be written down");
             }
         });
@@ -290,7 +295,6 @@ impl Control {
         asked: &ScrubRecord,
         replicated: &Replicated,
     ) -> Result<(), ControlError> {
-        self.cycles.lock().interrupted.remove(&id);
         metrics::counter!("mainstay_replication_bytes_changed").increment(replicated.bytes_changed);
         metrics::counter!("mainstay_replication_bytes_moved").increment(replicated.bytes_moved);
         metrics::counter!("mainstay_replication_cycles", "result" => "succeeded").increment(1);
@@ -325,6 +329,7 @@ impl Control {
                 Ok(recovered)
             })
             .await?;
+        self.cycles.lock().interrupted.remove(&id);
         let item = self.item(id).await?;
         if let Some(error) = recovered {
             let text = format!("replication of '{}' goes on after: {}", item.vm_name, error.message);
@@ -357,7 +362,6 @@ impl Control {
             }
             return Ok(());
         }
-        self.cycles.lock().interrupted.remove(&id);
         let now_ms = self.clock.now_ms();
         let pause = |item: &mut ItemRecord| {
             let record = &mut item.replication;
@@ -371,7 +375,9 @@ impl Control {
             };
             record.not_before_ms = Some(now_ms + i64::from(delay_seconds) * 1000);
         };
-        self.tell_of_failure(id, &error, pause).await
+        self.tell_of_failure(id, &error, pause).await?;
+        self.cycles.lock().interrupted.remove(&id);
+        Ok(())
     }
 
     /// Writes down why the item's cycles fail and, if that is new, an event.

@@ -300,3 +300,27 @@ fn a_hypervisor_that_is_away_is_asked_now_and_then_and_told_of() {
         assert!(codes(&world).await.contains(&"ReplicationRecovered".to_owned()));
     });
 }
+
+/// A cycle whose end cannot be written down would be begun again at once, with a capture each time.
+#[test]
+fn cycles_wait_for_a_database_that_takes_no_writes() {
+    simulate(|| async {
+        log();
+        let world = World::new(WorldOptions::default()).await;
+        world.protect(VM).await;
+        execute(
+            world.database(),
+            "CREATE TRIGGER refused BEFORE UPDATE ON items BEGIN SELECT RAISE(ABORT, 'the disk is full'); END",
+        );
+        let home = &world.home.hypervisor;
+        home.inject("disks", HostFault::Fail(ErrorKind::Failed), 1000);
+        pass(&world, 600_000).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let asked = 1000 - home.faults_left("disks");
+        assert!((5..=12).contains(&asked), "there were {asked} cycles in a minute");
+        home.clear_faults();
+        execute(world.database(), "DROP TRIGGER refused");
+        world.cycle(VM).await;
+        world.check().await;
+    });
+}
