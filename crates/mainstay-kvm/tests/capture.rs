@@ -3,7 +3,7 @@
 mod rig;
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use mainstay_lab::{DiskImage, GuestImages, LedgerVm, ledger};
@@ -118,6 +118,18 @@ async fn an_agent_and_a_daemon_that_die_in_a_capture_leave_nothing_behind() -> R
     Ok(())
 }
 
+/// Whether there are scratch images in any capture's directory.
+fn has_scratch(rig: &Rig) -> Result<bool> {
+    for capture in std::fs::read_dir(rig.site.driver_directory().join("run"))? {
+        for file in std::fs::read_dir(capture?.path())? {
+            if file?.path().extension().is_some_and(|extension| extension == "scratch") {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_capture_ends_by_itself_before_it_harms_the_guest() -> Result<()> {
     let lab = tempfile::tempdir()?;
@@ -128,6 +140,7 @@ async fn a_capture_ends_by_itself_before_it_harms_the_guest() -> Result<()> {
     // The ledger's own files are rewritten all the time, so scratch grows at once.
     wanted.limits.scratch_bytes_max = 64 * 1024;
     let capture = rig.host.begin_capture(vm.id, wanted).await?;
+    assert!(has_scratch(&rig)?);
     let device = capture.disks()[0].device.clone();
     let ended = tokio::time::timeout(PATIENCE, async {
         loop {
@@ -139,6 +152,12 @@ async fn a_capture_ends_by_itself_before_it_harms_the_guest() -> Result<()> {
     });
     let reason = ended.await?;
     assert!(reason.contains("overwrote more than"), "{reason}");
+    // The space is free again also where nobody closes the capture.
+    let deadline = Instant::now() + PATIENCE;
+    while has_scratch(&rig)? {
+        anyhow::ensure!(Instant::now() < deadline, "scratch images stay");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     capture.close().await?;
     rig.let_write(&vm, 20).await?;
     let mut wanted = request(None);
@@ -301,11 +320,11 @@ async fn a_vm_that_dies_while_a_capture_is_begun_is_captured_next_time() -> Resu
             Ok(begun) => begun.close().await?,
             Err(error) => assert_eq!(error.kind, ErrorKind::Unavailable, "after {wait_ms} ms: {error}"),
         }
-        let deadline = std::time::Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE;
         let next = loop {
             match rig.host.begin_capture(vm.id, request(None)).await {
                 // The first is still being ended.
-                Err(error) if error.kind == ErrorKind::Busy && std::time::Instant::now() < deadline => {
+                Err(error) if error.kind == ErrorKind::Busy && Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
                 begun => break begun?,
@@ -381,9 +400,9 @@ async fn a_guest_that_freezes_late_is_thawed() -> Result<()> {
     assert!(!capture.note().is_empty());
     capture.close().await?;
     let marker = rig.site.driver_directory().join(format!("captures/{}.frozen", vm.id));
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while marker.exists() {
-        assert!(std::time::Instant::now() < deadline, "the guest is never seen thawed");
+        assert!(Instant::now() < deadline, "the guest is never seen thawed");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     rig.let_write(&vm, 50).await?;

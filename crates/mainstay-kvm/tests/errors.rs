@@ -90,6 +90,7 @@ async fn after_an_error_no_capture_is_open() -> Result<()> {
     let error = rig.host.begin_capture(vm.id, wanted).await.err().context("a name that is taken")?;
     assert!(error.message.contains("freezing the old tracker"), "{error}");
     assert_eq!(remains(&rig)?, [] as [String; 0]);
+    rig.virsh(&["blockcommit", "web", "vda", "--active", "--pivot", "--wait"])?;
     rig.let_write(&vm, 20).await?;
 
     // libvirt dies while a capture is open: it cannot be closed, and is as soon as libvirt is back, with nobody asking.

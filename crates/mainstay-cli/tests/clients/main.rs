@@ -169,7 +169,8 @@ fn judge(recording: &Path, operations_min: usize) -> Result<()> {
     ensure!(errors.is_empty(), "oav: {}", serde_json::to_string_pretty(errors)?);
     let operations = outcome["operations"].as_object().map_or(0, serde_json::Map::len);
     ensure!(operations >= operations_min, "only {operations} operations were judged: {outcome}");
-    let pairs = std::fs::read_to_string(recording)?.lines().count() as u64;
+    let pairs = std::fs::read_to_string(recording)?;
+    let pairs = pairs.lines().filter(|line| !line.is_empty()).count() as u64;
     let judged =
         outcome["judged"].as_u64().zip(outcome["left_out"].as_u64()).map(|(judged, left)| judged + left);
     ensure!(judged == Some(pairs), "of {pairs} pairs not all were looked at: {outcome}");

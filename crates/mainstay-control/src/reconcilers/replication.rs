@@ -31,12 +31,12 @@ const CYCLES_MAX: usize = 16;
 /// A cycle of which nothing is heard for so long is not counted among them: a host that hangs must not keep others from
 /// replicating.
 const QUIET: Duration = Duration::from_secs(60);
-/// The longest pause after cycles that were interrupted.
-const INTERRUPTED_PAUSE_MAX: Duration = Duration::from_secs(10);
-/// After so many interruptions in a row, with its agent there, an item has an error.
-const INTERRUPTIONS_UNTOLD: u32 = 2;
 /// And after so long it is given up: its agent may be reading the hashes of a large disk over a slow line until then.
 const SILENCE_MAX: Duration = Duration::from_secs(3600);
+/// The longest pause after cycles that were interrupted.
+const INTERRUPTED_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// So many interruptions in a row are not told, the next one is: if its agent is there, the item has an error then.
+const INTERRUPTIONS_UNTOLD: u32 = 2;
 
 /// Replication cycles under way.
 #[derive(Default)]
@@ -85,17 +85,15 @@ impl Cycles {
 
     /// Cancels the item's cycle, if there is one, and waits until it is over.
     pub async fn stop(&self, item: ItemId) {
-        let running = {
-            let mut state = self.lock();
-            // What comes after it need not wait.
-            state.interrupted.remove(&item);
-            state.running.get(&item).map(|running| (running.task.clone(), running.ended.clone()))
-        };
+        let running =
+            self.lock().running.get(&item).map(|running| (running.task.clone(), running.ended.clone()));
         if let Some((task, mut ended)) = running {
             task.abort();
             // An error means that the task is gone, which is what is waited for.
             let _ = ended.wait_for(|ended| *ended).await;
         }
+        // What comes after it need not wait.
+        self.lock().interrupted.remove(&item);
     }
 
     /// Cancels all cycles.
@@ -182,6 +180,11 @@ fn is_due(item: &ItemRecord, policy: &ReplicationPolicy, now_ms: i64) -> bool {
             // A cycle that began in the future began before the clock was set back, nobody knows how long ago.
             last_ms > now_ms || now_ms - last_ms >= frequency_ms - ahead_ms
         })
+}
+
+/// Whether a cycle ended because something was away, or was taken away from it.
+fn is_interruption(error: &SiteError) -> bool {
+    matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Cancelled)
 }
 
 /// How long to wait after a cycle that was interrupted, as so many before it.
@@ -353,7 +356,7 @@ impl Control {
         metrics::counter!("mainstay_replication_cycles", "result" => "failed").increment(1);
         // A lost connection is the agent's to bring back, and a hypervisor that is started anew comes back by itself. But one that
         // stays away is told.
-        if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Cancelled) {
+        if is_interruption(&error) {
             tracing::info!(item = %id, %error, "a replication cycle was interrupted");
             let times = self.cycles.note_interrupted(id);
             if times > INTERRUPTIONS_UNTOLD && self.sites.is_connected(self.item(id).await?.primary_provider)
@@ -388,7 +391,8 @@ impl Control {
         change: impl FnOnce(&mut ItemRecord) + Send,
     ) -> Result<(), ControlError> {
         // A full site ends by itself, but not without a person.
-        let is_mild = error.is_transient() && error.kind != ErrorKind::NoSpace;
+        let is_interruption = is_interruption(error);
+        let is_mild = is_interruption || error.is_transient() && error.kind != ErrorKind::NoSpace;
         let is_new = self
             .change_item(id, |item| {
                 change(item);
@@ -398,7 +402,11 @@ impl Control {
                     remedy: error.remedy.clone(),
                     is_transient: is_mild,
                 };
-                let is_new = item.replication.last_error.as_ref() != Some(&cycle_error);
+                // What is away says so in many words.
+                let is_known = |last: &CycleError| {
+                    *last == cycle_error || is_interruption && last.code == cycle_error.code
+                };
+                let is_new = !item.replication.last_error.as_ref().is_some_and(is_known);
                 item.replication.last_error = Some(cycle_error);
                 Ok(is_new)
             })

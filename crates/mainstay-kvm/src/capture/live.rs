@@ -8,7 +8,7 @@
 //! The map is read after the moment of the capture, so it may name blocks written just after it: a superset.
 //!
 //! Each command holds up QEMU's main loop, and with it what the guest writes. So there are as few as can be: the scratch images are
-//! made before ([`super::scratch`]), and old trackers are copied only where they are in several images.
+//! made before ([`super::scratch`]), and old trackers are copied only where they are in several images, or QEMU refuses to export them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -293,6 +293,7 @@ async fn export_map(
                 match export(scratch, json!({"writable": true, "bitmaps": [name]})).await {
                     Ok(_) => return Ok(Ok(map(bitmap_context(name)))),
                     // Tried with QEMU 10; what an older one refuses, it takes as a copy.
+                    Err(error) if error.kind != ErrorKind::Failed => return Err(error),
                     Err(error) => tracing::debug!(%vm, %error, "a tracker is copied to be read"),
                 }
             }
@@ -308,8 +309,8 @@ async fn export_map(
     }
 }
 
-/// Merges the old tracker with those beneath it into a bitmap that notes nothing; answers its name. It goes with the old one. It
-/// holds all that was noted before the capture's moment, and perhaps some that came after it, so the disks' need not be of one
+/// Merges the old tracker with those beneath it into a bitmap that notes nothing; answers its name. The sweep
+/// takes it with the old one. It holds all that was noted before the capture's moment, and perhaps some that came after it, so the disks' need not be of one
 /// moment (see [`set_live`] for what a transaction would cost).
 async fn copy_bitmaps(
     host: &Host,

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use mainstay_provider::SiteError;
 
 use crate::error::While as _;
-use crate::files::give;
+use crate::files::{give, remove_file};
 use crate::host::Host;
 
 const CLUSTER_BITS: u32 = 16;
@@ -38,9 +38,27 @@ const TABLE_BYTES: u64 = ENTRIES * CLUSTER_BYTES;
 const COPIED: u64 = 1 << 63;
 const HEADER_BYTES: u32 = 104;
 
+const EXTENSION: &str = "scratch";
+
 /// Where a disk's scratch image lies in the directory of a capture.
 pub(super) fn path(run: &Path, key: &str) -> PathBuf {
-    run.join(format!("{key}.scratch"))
+    run.join(format!("{key}.{EXTENSION}"))
+}
+
+/// Frees the space of a capture whose view has ended: libvirt leaves images alone that it has not made. A guest that was paused
+/// for want of space must not go on before.
+pub(super) fn remove_all(run: &Path) -> Result<(), SiteError> {
+    let entries = match std::fs::read_dir(run) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.doing(&format!("looking into {}", run.display()))?,
+    };
+    for entry in entries {
+        let path = entry.doing(&format!("looking into {}", run.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == EXTENSION) {
+            remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes an empty image for a disk of that size.

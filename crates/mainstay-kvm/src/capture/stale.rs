@@ -8,7 +8,7 @@ use mainstay_model::VmId;
 use mainstay_provider::{ErrorKind, SiteError};
 use serde_json::{Value, json};
 
-use super::{CaptureRecord, OpenMark, end, freeze};
+use super::{CaptureRecord, OpenMark, end, freeze, scratch};
 use crate::error::{While as _, busy};
 use crate::files::{read_record, remove_directory, remove_file};
 use crate::host::Host;
@@ -30,6 +30,7 @@ pub(crate) async fn abandon(host: &Host, vm: VmId) -> Result<(), SiteError> {
             if is_ours(host, vm, &record.run).await? {
                 host.libvirt.abort_job(vm).await.doing("ending a capture")?;
                 wait_until_idle(host, vm).await?;
+                scratch::remove_all(&record.run)?;
                 if host.libvirt.state(vm).await?.is_paused_by_io_error {
                     host.libvirt.resume(vm).await.doing("resuming a guest that a capture paused")?;
                 }

@@ -11,6 +11,7 @@ use mainstay_provider::CaptureLimits;
 use tokio_util::sync::CancellationToken;
 
 use super::device::GivenUp;
+use super::scratch;
 use super::stale::is_ours;
 use super::wait_until_idle;
 use crate::host::Host;
@@ -62,8 +63,9 @@ pub(crate) async fn watch(
         Ok(true) => {
             // The job may end by itself at the same time; what matters is that there is none.
             let _ = host.libvirt.abort_job(vm).await;
-            if let Err(error) = wait_until_idle(&host, vm).await {
-                tracing::warn!(%vm, %error, "the capture's job does not end");
+            match wait_until_idle(&host, vm).await.and_then(|()| scratch::remove_all(&run)) {
+                Ok(()) => {}
+                Err(error) => tracing::warn!(%vm, %error, "the capture's job or its scratch files do not go"),
             }
         }
         Ok(false) => {}
