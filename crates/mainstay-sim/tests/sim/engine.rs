@@ -274,6 +274,15 @@ fn a_resynchronization_is_not_in_the_way_of_the_cycle_before_it() {
     });
 }
 
+/// How many cycles begin in a minute in which each fails at once with that error.
+async fn cycles_in_a_minute(world: &World, kind: ErrorKind) -> usize {
+    let home = &world.home.hypervisor;
+    home.inject("disks", HostFault::Fail(kind), 1000);
+    pass(world, 600_000).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    1000 - home.faults_left("disks")
+}
+
 /// It answers at once that it is away; asked again at once, server and agent would do nothing else.
 #[test]
 fn a_hypervisor_that_is_away_is_asked_now_and_then_and_told_of() {
@@ -282,17 +291,13 @@ fn a_hypervisor_that_is_away_is_asked_now_and_then_and_told_of() {
         let world = World::new(WorldOptions::default()).await;
         world.protect(VM).await;
         let before = world.item(VM).await.unwrap().replication.last_point;
-        let home = &world.home.hypervisor;
-        home.inject("disks", HostFault::Fail(ErrorKind::Unavailable), 1000);
-        pass(&world, 600_000).await;
-        tokio::time::sleep(Duration::from_secs(60)).await;
-        let asked = 1000 - home.faults_left("disks");
+        let asked = cycles_in_a_minute(&world, ErrorKind::Unavailable).await;
         assert!((5..=12).contains(&asked), "it was asked {asked} times in a minute");
         let told = codes(&world).await;
         assert_eq!(told.iter().filter(|code| *code == "ReplicationFailed").count(), 1, "{told:?}");
         assert!(world.item(VM).await.unwrap().replication.last_error.is_some_and(|error| error.is_transient));
 
-        home.clear_faults();
+        world.home.hypervisor.clear_faults();
         tokio::time::sleep(Duration::from_secs(12)).await;
         world.settle().await;
         let item = world.item(VM).await.unwrap();
@@ -312,13 +317,9 @@ fn cycles_wait_for_a_database_that_takes_no_writes() {
             world.database(),
             "CREATE TRIGGER refused BEFORE UPDATE ON items BEGIN SELECT RAISE(ABORT, 'the disk is full'); END",
         );
-        let home = &world.home.hypervisor;
-        home.inject("disks", HostFault::Fail(ErrorKind::Failed), 1000);
-        pass(&world, 600_000).await;
-        tokio::time::sleep(Duration::from_secs(60)).await;
-        let asked = 1000 - home.faults_left("disks");
+        let asked = cycles_in_a_minute(&world, ErrorKind::Failed).await;
         assert!((5..=12).contains(&asked), "there were {asked} cycles in a minute");
-        home.clear_faults();
+        world.home.hypervisor.clear_faults();
         execute(world.database(), "DROP TRIGGER refused");
         world.cycle(VM).await;
         world.check().await;
